@@ -1,0 +1,17 @@
+"""Fuseline: a graph compiler for PyTorch models."""
+
+from . import passes as _passes  # registers the passes of this package
+from .compiler.capture import capture
+from .compiler.errors import FuselineError, UserError
+from .compiler.framework import Level, Pass, Tier
+from .compiler.pipeline import Pipeline
+from .compiler.program import Program
+from .compiler.registry import register
+from .compiler.rule import Rule
+from .optimize import optimize, refresh, reports
+
+__version__ = "0.1.0"
+__all__ = [
+    "FuselineError", "Level", "Pass", "Pipeline", "Program", "Rule", "Tier", "UserError", "capture", "optimize",
+    "refresh", "register", "reports",
+]  # fmt: skip

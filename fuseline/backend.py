@@ -1,0 +1,58 @@
+"""The torch.compile backend: `torch.compile(model, backend="fuseline", options={"pipeline": "…"})`.
+
+`model.compile(backend="fuseline", options=…)` compiles the module itself, which `generate()` then uses;
+`torch.compile(model).generate` runs the original module and reaches no backend.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .compile import Compilation, compile_program
+from .compiler.action import Observer
+from .compiler.capture import from_dynamo
+from .compiler.errors import UserError, nearest
+from .compiler.pipeline import DEFAULT, Pipeline
+
+OPTIONS = ("pipeline", "target", "verify", "observers", "record")
+recent: deque[Compilation] = deque(maxlen=8)
+"""The last compilations of this process, newest last."""
+
+
+def compile(
+    module: torch.fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+    **settings: Any,
+) -> Callable[..., Any]:
+    """Compiles a graph that Dynamo captured.
+
+    Options (as `options={…}` of torch.compile):
+        pipeline: passes, as text, a TOML file's path or a list; exact passes only when left out.
+        target: "auto", "eager", "inductor" or "triton".
+        verify: "off", "quick" or "full".
+        observers: watch the passes.
+        record: a callable given the `Compilation`.
+    """
+    settings = {**(options or {}), **settings}
+    for name in settings:
+        if name not in OPTIONS:
+            raise UserError(f"backend 'fuseline' has no option '{name}'{nearest(name, OPTIONS)}")
+    if mode is not None:
+        raise UserError("backend 'fuseline' has no modes", remedy='options={"target": …, "pipeline": …}')
+    pipeline = Pipeline(settings.get("pipeline", DEFAULT))
+    observers: Sequence[Observer] = settings.get("observers", ())
+    program = from_dynamo(module, inputs)
+    compilation = compile_program(
+        program, inputs, pipeline, settings.get("target"), observers, settings.get("verify", "quick")
+    )
+    recent.append(compilation)
+    if "record" in settings:
+        settings["record"](compilation)
+    return compilation.executable

@@ -1,0 +1,55 @@
+"""The command line: one small file a verb. Exit codes: 0, 2 for the user's mistakes, 1 for everything else."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import typer
+
+from fuseline.cli.kernels import kernels
+from fuseline.cli.opt import opt
+from fuseline.cli.passes import passes
+from fuseline.cli.run import run
+from fuseline.compiler.errors import FuselineError
+
+HELP = """A graph compiler for PyTorch models.
+
+MODEL is demo:smollm2, demo:tiny-llama, demo:tiny-decoder, hf:DIR, gguf:FILE, py:package.module:factory or FILE.pt2.
+"""
+
+app = typer.Typer(
+    help=HELP,
+    epilog="--debug, anywhere, shows the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 80, "help_option_names": ["-h", "--help"]},
+)
+for verb in (run, passes, opt, kernels):
+    app.command()(verb)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits; `arguments` default to those of the process."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    # A bare --verify means the quick checks; the parser knows only options that always take a value.
+    arguments = ["--verify=quick" if a == "--verify" else a for a in arguments if a != "--debug"]
+    try:
+        app(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except FuselineError as error:
+        _fail(str(error), error.exit_code, debug)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}\n  try: the same command with --debug, which shows where"
+        _fail(message, 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

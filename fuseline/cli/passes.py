@@ -1,0 +1,83 @@
+"""`fuseline passes [NAME]`: which passes there are; with a name, its page."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import typing
+from typing import Annotated, Any
+
+import typer
+
+from fuseline.cli import options
+from fuseline.cli.output import Output
+from fuseline.cli.render import table
+from fuseline.compiler import framework, registry
+
+
+def passes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this pass's page.")] = None,
+    json: options.Json = None,
+) -> None:
+    """List the passes, or show one pass's page and options."""
+    import fuseline  # noqa: F401  registers the passes of this package
+
+    output = Output(json)
+    if name is not None:
+        page = describe(registry.find(name))
+        show_page(page, output)
+        output.write(page)
+        return
+    pages = [describe(kind) for kind in registry.available().values()]
+    rows = [[p["name"], p["tier"], p["level"], ", ".join(o["name"] for o in p["options"]), p["summary"]] for p in pages]
+    table(output, ["pass", "tier", "level", "options", "what it does"], rows)
+    output.line("\nnext: fuseline passes NAME    its page: before and after, options, source")
+    output.write({"passes": pages})
+
+
+def describe(kind: type[framework.Pass]) -> dict[str, Any]:
+    """A pass as data: name, tier, level, options with types and defaults, documentation."""
+    hints = typing.get_type_hints(kind)
+    page = framework.document(kind)
+    return {
+        "name": kind.name,
+        "tier": kind.tier.value,
+        "level": kind.level.value,
+        "summary": page.splitlines()[0].rstrip(".") if page else "",
+        "options": [
+            {
+                "name": field.name,
+                "type": type_name(hints[field.name]),
+                "default": _plain(field.default),
+                "help": field.metadata.get("help", ""),
+            }
+            for field in framework.options(kind)
+        ],
+        "page": page,
+    }
+
+
+def type_name(kind: Any) -> str:
+    """How a value is written in a pipeline: `a|b|c` for an enumeration, else the type's name."""
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return "|".join(str(member.value) for member in kind)
+    members = typing.get_args(kind)
+    if members and type(None) in members:
+        return "|".join([*(type_name(m) for m in members if m is not type(None)), "none"])
+    return getattr(kind, "__name__", str(kind))
+
+
+def show_page(page: dict[str, Any], output: Output) -> None:
+    output.console.print(page["page"], soft_wrap=True)
+    output.line(f"\ntier {page['tier']}, level {page['level']}")
+    rows = [[o["name"], o["type"], str(o["default"]), o["help"]] for o in page["options"]]
+    table(output, ["option", "values", "default", ""], rows)
+    output.line(f'\nnext: fuseline run demo:smollm2 -p "{page["name"]}"')
+
+
+def _plain(value: Any) -> Any:
+    if value is dataclasses.MISSING:
+        return None
+    if isinstance(value, enum.Enum):
+        return value.value
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

@@ -1,0 +1,105 @@
+"""Tables of at most 80 columns, drawn from the very data that `--json` writes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from fuseline.cli.output import Output
+
+NUMERIC = {"sites", "refused", "ms", "error", "times", "stage"}
+
+
+def table(output: Output, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns separated by two spaces, without lines; the last column wraps."""
+    drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for position, heading in enumerate(headings):
+        last = position == len(headings) - 1
+        drawn.add_column(heading, justify="right" if heading in NUMERIC else "left", no_wrap=not last, overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    output.console.print(drawn)
+
+
+def show_passes(output: Output, data: dict[str, Any]) -> None:
+    """One row a pass, then what was rewritten and what was refused, by reason."""
+    rows = [
+        [
+            p["name"],
+            p["tier"],
+            str(p["matched"]),
+            str(len(p["refused"])),
+            f"{p['nodes_before']} → {p['nodes_after']}",
+            f"{p['ms']:.0f}",
+            number(p["error"]),
+        ]
+        for p in data["passes"]
+    ]
+    table(output, ["pass", "tier", "sites", "refused", "nodes", "ms", "error"], rows)
+    for p in data["passes"]:
+        if p["rules"]:
+            output.line(f"{p['name']}: {', '.join(f'{count} {rule}' for rule, count in p['rules'].items())}")
+        for reason, count in Counter(p["refused"].values()).most_common(4):
+            first = next(site for site, why in p["refused"].items() if why == reason)
+            output.line(f"  refused {count}: {reason} ({first}{', …' if count > 1 else ''})")
+
+
+def show_measurements(output: Output, data: dict[str, Any]) -> None:
+    """Weights, and the metrics on held-out text where the model reads text."""
+    weights = data["weights"]
+    before, after = weights["before_bytes"], weights["after_bytes"]
+    share = f" ({after / before:.2f}x)" if before else ""
+    output.line(f"weights     {megabytes(before)} → {megabytes(after)}{share}")
+    metrics = data["metrics"]
+    if metrics["kl"] is not None:
+        ratio = metrics["perplexity_after"] / metrics["perplexity_before"]
+        output.line(
+            f"perplexity  {metrics['perplexity_before']:.3f} → {metrics['perplexity_after']:.3f} ({ratio:.4f}x), "
+            f"on {metrics['tokens']} tokens of held-out text"
+        )
+        output.line(f"KL          {number(metrics['kl'])} nats; the same top-1 token at {metrics['top1']:.2%}")
+
+
+def show_kernels(output: Output, data: dict[str, Any], limit: int | None = 12) -> None:
+    """One row a distinct kernel: how often it is launched, where it compiles, its ops and its first source line."""
+    kernels = data["kernels"]
+    if not kernels:
+        return
+    rows = []
+    for kernel in kernels[:limit]:
+        where = ",".join(name for name, result in kernel["targets"].items() if result == "ok") or "not compiled"
+        lines = kernel["lines"]
+        place = f"\n{lines[0]}{f' and {len(lines) - 1} more' if len(lines) > 1 else ''}" if lines else ""
+        rows.append([kernel["name"], str(kernel["count"]), where, shorten_ops(kernel["ops"]) + place])
+    table(output, ["kernel", "times", "compiles for", "ops"], rows)
+    if limit is not None and len(kernels) > limit:
+        output.line(f"… and {len(kernels) - limit} more kernels")
+    for kernel in kernels:
+        for target, result in kernel["targets"].items():
+            if result != "ok":
+                output.line(f"  {kernel['name']} does not compile for {target}: {result}")
+
+
+def shorten_ops(ops: Sequence[str]) -> str:
+    """`3 mul, rms_norm`: op names without namespace and overload, counted."""
+    counted = Counter(op.split("::")[-1].removeprefix("aten.").removeprefix("fuseline.").split(".")[0] for op in ops)
+    return ", ".join(name if count == 1 else f"{count} {name}" for name, count in counted.items())
+
+
+def number(value: float | None) -> str:
+    """Two significant digits: 3.1e-07 is written 3.1e-7; None is a dash."""
+    if value is None:
+        return "-"
+    if value == 0 or not math.isfinite(value):
+        return str(value).removesuffix(".0")
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"

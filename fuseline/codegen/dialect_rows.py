@@ -1,0 +1,239 @@
+"""The dialect's row ops, and PyTorch's norms, in kernels: `RULES[overload](tile, node, index, mask)`.
+
+The ops with two results (`quantize`) are asked for through `RESULTS`, one rule a result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..compiler.ops import dequantize, layer_norm, quantize, rms_norm, rotary
+from ..compiler.traits import arguments, is_last_dim_reduction
+from .dtypes import cast, compute_dtype, literal, rounded
+from .expressions import Unsupported, dtype_of
+from .formulas import divide, round_half_even
+from .indexing import flatten, split
+from .rows import Row, Rule, element
+from .sizes import Size, same, shape, size
+from .tile import ZERO, Index, Mask, Term, Tile
+
+RULES: dict[Any, Rule] = {}
+RESULTS: dict[Any, tuple[Rule, ...]] = {}
+
+
+def _affine(
+    tile: Tile,
+    node: torch.fx.Node,
+    term: Term,
+    column: Term,
+    mask: Mask,
+    compute: torch.dtype,
+    unit_offset: bool = False,
+) -> Term:
+    """term·weight + bias, or term·(1 + weight), where the node has them."""
+    given = arguments(node)
+    weight, bias = given.get("weight"), given.get("bias")
+    text, axes = term.text, term.axes
+    if weight is not None:
+        scale = element(tile, weight, (column,), mask, compute)
+        text = f"{text} * (1 + {scale.text})" if unit_offset else f"{text} * {scale.text}"
+        axes |= scale.axes
+    if bias is not None:
+        shift = element(tile, bias, (column,), mask, compute)
+        text, axes = f"{text} + {shift.text}", axes | shift.axes
+    return term if text == term.text else tile.bind(node.name, text, axes)
+
+
+def _rms(tile: Tile, node: torch.fx.Node, x: torch.fx.Node, index: Index, mask: Mask, compute: torch.dtype) -> Term:
+    """x·rsqrt(mean(x²) + eps) without the weight."""
+    row = Row(tile, node.name, x, index[:-1], mask, compute)
+
+    def squared(column: Term, inner: Mask) -> Term:
+        term = row.at(column, inner)
+        return tile.bind(f"{node.name}_squared", f"{term.text} * {term.text}", term.axes)
+
+    eps = arguments(node)["eps"]
+    if eps is None:
+        if dtype_of(x) != compute:
+            raise Unsupported("eps is left to PyTorch for a 16-bit input")
+        eps = torch.finfo(compute).eps
+    mean = row.mean("mean_square", squared)
+    rstd = tile.bind(f"{node.name}_rstd", f"tl.rsqrt({mean.text} + {literal(eps, compute)})", mean.axes)
+    term = row.at(index[-1], mask)
+    return tile.bind(f"{node.name}_normed", f"{term.text} * {rstd.text}", term.axes | rstd.axes)
+
+
+def _rms_norm(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
+    given = arguments(node)
+    x, result = given["x"], compute_dtype(dtype_of(node))
+    compute = compute_dtype(given["accumulate"] or dtype_of(x))
+    term = _rms(tile, node, x, index, mask, compute)
+    if given["cast_first"] and given["accumulate"] is not None and given["accumulate"] != dtype_of(x):
+        text = rounded(term.text, compute, dtype_of(x))
+        term, compute = tile.bind(f"{node.name}_rounded", text, term.axes), compute_dtype(dtype_of(x))
+    if given["cast_first"] and result != compute:
+        term, compute = tile.bind(f"{node.name}_wide", cast(term.text, compute, result), term.axes), result
+    term = _affine(tile, node, term, index[-1], mask, compute, given["unit_offset"])
+    return term if compute == result else tile.bind(node.name, cast(term.text, compute, result), term.axes)
+
+
+def _aten_rms_norm(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
+    if not is_last_dim_reduction(node):
+        raise Unsupported("it normalises over several dimensions")
+    compute = compute_dtype(dtype_of(node))
+    term = _rms(tile, node, arguments(node)["input"], index, mask, compute)
+    return _affine(tile, node, term, index[-1], mask, compute)
+
+
+def _layer_norm(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
+    given = arguments(node)
+    if "normalized_shape" in given and not is_last_dim_reduction(node):
+        raise Unsupported("it normalises over several dimensions")
+    compute = compute_dtype(dtype_of(node))
+    x = given["input"] if "input" in given else given["x"]
+    row = Row(tile, node.name, x, index[:-1], mask, compute)
+    mean = row.mean()
+    variance = Row(tile, f"{node.name}_variance", x, index[:-1], mask, compute)
+    spread = variance.mean("mean", row.squared_deviation(mean))
+    rstd = tile.bind(f"{node.name}_rstd", f"tl.rsqrt({spread.text} + {literal(given['eps'], compute)})", spread.axes)
+    term = row.at(index[-1], mask)
+    axes = term.axes | mean.axes | rstd.axes
+    normed = tile.bind(f"{node.name}_normed", f"({term.text} - {mean.text}) * {rstd.text}", axes)
+    return _affine(tile, node, normed, index[-1], mask, compute)
+
+
+def _rotary(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
+    """x·cos + [−x₂, x₁]·sin: the partner half is the same expression at another column."""
+    given = arguments(node)
+    x, compute = given["x"], compute_dtype(dtype_of(node))
+    width = shape(node)[-1]
+    if not isinstance(width, int) or width % 2 or not same(shape(x)[-1], width):
+        raise Unsupported(f"rotary over {width} channels")
+    column, half = index[-1], width // 2
+    first = tile.bind("first", f"{column.text} < {half}", column.axes)
+    partner = tile.bind(
+        "partner", f"tl.where({first.text}, {column.text} + {half}, {column.text} - {half})", column.axes
+    )  # fmt: skip
+
+    def operand(name: str, at: Term) -> Term:
+        source = given[name]
+        rank = source.meta["val"].dim()
+        return element(tile, source, (*index[:-1], at)[len(index) - rank :], mask, compute)
+
+    here, there = operand("x", column), operand("x", partner)
+    cos, sin = operand("cos", column), operand("sin", column)
+    turned = f"tl.where({first.text}, -{there.text}, {there.text})"
+    axes = here.axes | there.axes | cos.axes | sin.axes | column.axes
+    return tile.bind(node.name, f"{here.text} * {cos.text} + {turned} * {sin.text}", axes)
+
+
+def _scale(tile: Tile, node: torch.fx.Node, lead: Index, group: Term, mask: Mask) -> Term:
+    """max|x| / (2^(bits−1) − 1) over one group of channels; 1 for a group of zeros."""
+    given = arguments(node)
+    x, length = given["x"], _group(node)
+    compute = torch.promote_types(dtype_of(x), torch.float32)
+    groups = _groups(node)
+
+    def magnitude(column: Term, inner: Mask) -> Term:
+        channel = flatten(tile, (group, column), (groups, length))
+        term = element(tile, x, (*lead, channel), inner, compute)
+        return tile.bind(f"{node.name}_magnitude", f"tl.abs({term.text})", term.axes)
+
+    largest = tile.reduce(f"{node.name}_largest", "max", length, (*lead, group), mask, compute, magnitude)
+    top = literal(2 ** (given["bits"] - 1) - 1, compute)
+    text = f"tl.where({largest.text} > 0, {divide(largest.text, top, compute)}, {literal(1, compute)})"
+    return tile.bind(f"{node.name}_scale", text, largest.axes)
+
+
+def _group(node: torch.fx.Node) -> Size:
+    """The group's length; a group as long as the row has the row's own size, which may be symbolic."""
+    length, group = shape(arguments(node)["x"])[-1], arguments(node)["group"]
+    return length if isinstance(group, torch.fx.Node) or same(length, group) else group
+
+
+def _groups(node: torch.fx.Node) -> Size:
+    """How many groups a row has: what the shape of the scales says."""
+    return size(node.meta["val"][1].shape[-1])
+
+
+def _quantized_codes(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
+    given = arguments(node)
+    x = given["x"]
+    compute = torch.promote_types(dtype_of(x), torch.float32)
+    group, _ = split(tile, index[-1], _group(node)) if not same(_groups(node), 1) else (ZERO, index[-1])
+    scale = _scale(tile, node, index[:-1], group, mask)
+    term = element(tile, x, index, mask, compute)
+    axes = term.axes | scale.axes
+    ratio = tile.bind(f"{node.name}_ratio", divide(term.text, scale.text, compute), axes)
+    nearest = tile.bind(f"{node.name}_rounded", round_half_even(ratio.text, compute), axes)
+    top = literal(2 ** (given["bits"] - 1) - 1, compute)
+    low = literal(-(2 ** (given["bits"] - 1) - 1), compute)
+    text = f"tl.where({nearest.text} < {low}, {low}, tl.where({nearest.text} > {top}, {top}, {nearest.text}))"
+    return tile.bind(f"{node.name}_codes", f"{text}.to(tl.int8)", axes)
+
+
+def _quantized_scale(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
+    return _scale(tile, node, index[:-1], index[-1], mask)
+
+
+def _quantize(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
+    raise Unsupported("a pair of tensors has no value of its own")
+
+
+def _dequantize(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
+    """(codes − zero)·scale. Four-bit codes lie as `fuseline.dequantize` says: low nibbles first in each group."""
+    given = arguments(node)
+    codes, scale, zero, bits, group = (given[k] for k in ("codes", "scale", "zero", "bits", "group"))
+    compute = torch.promote_types(dtype_of(scale), torch.float32)
+    if bits not in (4, 8):
+        raise Unsupported(f"codes of {bits} bits")
+    length = shape(node)[-1]
+    lead, groups = index[:-1], length // group
+    which, within = split(tile, index[-1], group) if not same(groups, 1) else (ZERO, index[-1])
+    if bits == 4:
+        half = group // 2
+        upper = tile.bind("upper", f"{_typed(within)} >= {half}", within.axes)
+        byte = tile.bind("byte", f"tl.where({upper.text}, {within.text} - {half}, {within.text})", within.axes)
+        position = flatten(tile, (which, byte), (groups, half))
+        pair = tile.value(codes, (*lead, position), mask)
+        axes = pair.axes | upper.axes
+        text = f"tl.where({upper.text}, {pair.text} >> 4, {pair.text} & 15)"
+        code = tile.bind(f"{node.name}_code", f"({text}).to(tl.float32)", axes)
+        code = Term(cast(code.text, torch.float32, compute), axes)
+    else:
+        code = element(tile, codes, index, mask, compute)
+    centred, axes = code.text, code.axes
+    if zero is not None:
+        term = element(tile, zero, (*lead, which), mask, compute)
+        centred, axes = f"({centred} - {term.text})", axes | term.axes
+    elif bits == 4:
+        centred = f"({centred} - 8)"
+    factor = element(tile, scale, (*lead, which), mask, compute)
+    value = tile.bind(f"{node.name}_value", f"{centred} * {factor.text}", axes | factor.axes)
+    text = rounded(value.text, compute, given["dtype"])
+    return value if text == value.text else tile.bind(node.name, text, value.axes)
+
+
+def _typed(term: Term) -> str:
+    return f"tl.full((), {term.text}, tl.int32)" if term.text.isdigit() else term.text
+
+
+def domains(node: torch.fx.Node) -> tuple[tuple[Size, ...], ...]:
+    """Shapes over which the op's rows are whole: the groups of `quantize`, otherwise the rows of its input."""
+    x = node.args[0]
+    assert isinstance(x, torch.fx.Node)
+    if node.target is quantize.overload and not same(_groups(node), 1):
+        return ((*shape(x)[:-1], _groups(node), _group(node)),)
+    return (shape(x),)
+
+
+RULES[rms_norm.overload] = _rms_norm
+RULES[layer_norm.overload] = _layer_norm
+RULES[torch.ops.aten.rms_norm.default] = _aten_rms_norm
+RULES[torch.ops.aten.layer_norm.default] = _layer_norm
+RULES[rotary.overload] = _rotary
+RULES[dequantize.overload] = _dequantize
+RULES[quantize.overload] = _quantize
+RESULTS[quantize.overload] = (_quantized_codes, _quantized_scale)

@@ -1,0 +1,189 @@
+"""The expression emitter: a region of pointwise and row ops becomes one Triton kernel.
+
+    x, w ──► x.float() ──► pow, mean, rsqrt ──► mul ──► to bf16 ──► mul w        one launch, x read once
+
+The region is evaluated backwards from its outputs at the index of a tile (`tile.py`): pointwise ops are expressions
+(`expressions.py`), ops that only move elements are index arithmetic (`rearrangements.py`), reductions run over whole
+rows (`rows.py`, `dialect_rows.py`). Which shape the kernel runs over is tried rather than guessed: each output's
+shape, then the rows of each reduction, until every reduction lies along the tile's rows.
+
+Strides and symbolic sizes are read at run time, addresses are computed in int64, and nothing is read on the host.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+
+import torch
+
+from ..compiler.ops import layer_norm, quantize, rms_norm
+from ..compiler.provenance import makers, source_lines
+from ..compiler.traits import NORMS, REDUCTIONS
+from . import creations, dialect_rows, expressions, rearrangements, rows
+from .expressions import Unsupported
+from .host import Host, Output
+from .indexing import reshape
+from .kernel import Kernel, Launcher, Refusal
+from .kernel_text import kernel_source
+from .schedule import Domain, Schedule
+from .sizes import product, same, shape, size
+from .tile import Index, Mask, Term, Tile
+
+ROW_RULES = {**rows.RULES, **dialect_rows.RULES}
+RULES = {**rearrangements.RULES, **creations.RULES, **ROW_RULES}
+REDUCING = REDUCTIONS | NORMS | {rms_norm.overload, layer_norm.overload, quantize.overload}
+
+
+def emit_region(region: torch.fx.GraphModule, name: str) -> Launcher | Refusal:
+    """One kernel for the whole region, and the host function that launches it.
+
+    Args:
+        region: placeholders and calls with `meta["val"]`; its output is a node or a tuple of nodes.
+        name: the host function's name; the kernel is called `<name>_kernel`.
+
+    Returns:
+        A Launcher whose function takes the region's placeholders in order, or the reason why there is none.
+    """
+    nodes = list(region.graph.nodes)
+    try:
+        host = Host(name, nodes)
+    except Unsupported as reason:
+        return Refusal(str(reason))
+    reasons: dict[str, None] = {}
+    for domain in _domains(nodes, host):
+        try:
+            return _emit(nodes, host, domain)
+        except Unsupported as reason:
+            reasons[str(reason)] = None
+    return Refusal("; ".join(reasons) or "nothing to compute: the region only returns its inputs")
+
+
+def _domains(nodes: list[torch.fx.Node], host: Host) -> Iterator[Domain]:
+    """Shapes to try: the outputs', those of most dimensions first, then those of the reductions' rows."""
+    shapes = sorted((shape(output.node) for output in host.outputs), key=len, reverse=True)
+    for node in nodes:
+        if node.target in REDUCING:
+            shapes += dialect_rows.domains(node)
+    shapes += [(*s, 1) for s in shapes]
+    for candidate in dict.fromkeys(shapes):
+        yield Domain(tuple(candidate[:-1]), candidate[-1] if candidate else 1)
+
+
+def _emit(nodes: list[torch.fx.Node], host: Host, domain: Domain) -> Launcher:
+    tile = Tile(host.sizes, _evaluate)
+    tile.pointers = dict(host.inputs)
+    for node, text in host.inputs.items():
+        tile.reserve(node, text)
+    for output in host.outputs:
+        tile.reserve(output.node, output.name)
+    schedule = Schedule(tile, domain, any(n.target in REDUCING for n in nodes))
+    full = [o for o in host.outputs if same(product(shape(o.node)), product(domain.shape))]
+    by_row = [o for o in host.outputs if o not in full]
+    for output in by_row:
+        if not same(product(shape(output.node)), domain.rows):
+            raise Unsupported(f"{output.node.name} {list(shape(output.node))} does not fit the kernel's rows")
+        index = reshape(tile, schedule.index[:-1], domain.lead, shape(output.node))
+        _store(tile, output, index, schedule.row_mask)
+    if full:
+        with tile.loop(schedule.columns):
+            for output in full:
+                index = reshape(tile, schedule.index, domain.shape, shape(output.node))
+                _store(tile, output, index, schedule.mask)
+    launch = schedule.launch()
+    source, signature = kernel_source(f"{host.name}_kernel", tile, launch.samples)
+    calls = [n for n in nodes if n.op == "call_function" and n.target is not operator.getitem]
+    kernel = Kernel(
+        name=f"{host.name}_kernel",
+        source=source,
+        signature=signature,
+        constants=dict(launch.samples),
+        ops=tuple(dict.fromkeys(str(n.target) for n in calls)),
+        lines=tuple(dict.fromkeys(_short(line) for line in source_lines(calls))),
+        made_by=tuple(dict.fromkeys(maker for n in calls for maker in makers(n))),
+        num_warps=launch.num_warps,
+        num_stages=2,
+    )
+    return host.launcher(kernel, tile.arguments, domain, launch, rows_only=bool(by_row))
+
+
+def _short(line: str) -> str:
+    """`/a/b/modeling.py:7` → `modeling.py:7`: a kernel's text does not depend on where a library is installed."""
+    return PurePath(line).name
+
+
+def _store(tile: Tile, output: Output, index: Index, mask: Mask) -> None:
+    node = output.node
+    value = tile.value(node, index, mask)
+    pointer, axes = tile.pointer(node, output.name, index)
+    if not axes:
+        pointer += " + tl.zeros([1, 1], tl.int32)"  # a block of one: a reduced value is no scalar
+    if not value.axes <= axes:
+        raise Unsupported(f"{node.name} varies more than its index")
+    dtype = expressions.dtype_of(node)
+    text = expressions.cast(value.text, expressions.compute_dtype(dtype), dtype)
+    conditions = [m.text for m in mask if m.axes <= axes]
+    guard = f", mask={' & '.join(conditions)}" if conditions else ""
+    scope = tile.scopes[-1]
+    scope.lines.append(f"tl.store({pointer}, {text}{guard})")
+
+
+class _Operands(Mapping[torch.fx.Node, str]):
+    """A pointwise node's operands, evaluated when its rule asks for them."""
+
+    def __init__(self, tile: Tile, node: torch.fx.Node, index: Index, mask: Mask):
+        self.tile, self.index, self.mask = tile, index, mask
+        self.nodes = node.all_input_nodes
+        self.axes: frozenset[str] = frozenset()
+
+    def __getitem__(self, node: torch.fx.Node) -> str:
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            term = self.tile.broadcast(node, self.index, self.mask)
+            self.axes |= term.axes
+            return term.text
+        if not isinstance(value, (int, torch.SymInt)):
+            raise Unsupported(f"{node.name} is a {type(value).__name__}, not a tensor or a size")
+        return self.tile.bind("number", f"tl.full((), {self.tile.size(size(value))}, tl.int64)").text
+
+    def __iter__(self) -> Iterator[torch.fx.Node]:
+        return iter(self.nodes)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __contains__(self, node: object) -> bool:
+        return node in self.nodes
+
+
+def _evaluate(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
+    """The value of any node of a region at an index: the emitter's one dispatch."""
+    if node.op == "placeholder":
+        return tile.load(node, index, mask)
+    if node.op != "call_function":
+        raise Unsupported(f"{node.name} is a {node.op}: weights and constants must be inputs of the region")
+    if node.target is operator.getitem:
+        parent, k = node.args
+        assert isinstance(parent, torch.fx.Node)
+        if parent.target in dialect_rows.RESULTS:
+            return dialect_rows.RESULTS[parent.target][k](tile, parent, index, mask)  # type: ignore[index]
+        if parent.target in rearrangements.RULES:
+            return rearrangements.piece(tile, node, index, mask)
+        raise Unsupported(f"{parent.target} has several results and no emitter")
+    if node.target in RULES:
+        try:
+            return RULES[node.target](tile, node, index, mask)
+        except Unsupported as reason:
+            raise _named(node, reason) from None
+    operands = _Operands(tile, node, index, mask)
+    text = expressions.emit(node, operands)
+    if isinstance(text, Refusal):
+        raise Unsupported(text.reason)
+    return tile.bind(node.name, text, operands.axes)
+
+
+def _named(node: torch.fx.Node, reason: Unsupported) -> Unsupported:
+    """The reason with the node it is about, once."""
+    text = str(reason)
+    return reason if ": " in text else Unsupported(f"{node.name}: {text}")

@@ -1,0 +1,135 @@
+"""Lowering: a program with regions becomes one readable Python module on disk.
+
+The module holds the kernels, a host function a region, and `call(inputs…)`. Regions that no template takes stay as
+functions of ATen calls, with the reason above them. A manifest beside it maps every kernel to its ops, the passes that
+made them, and the user's lines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.fx import GraphModule
+
+from ..compiler.expressions import Expression
+from ..compiler.program import Program
+from ..compiler.provenance import makers, source_lines
+from .emitter import emit_region
+from .kernel import Kernel, Launcher, Refusal
+from .module_file import deduplicate, load_module, render
+from .templates.linear import emit_linear
+
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A lowered program.
+
+    source: the module's text; kernels: the distinct ones; refusals: region → why it runs through PyTorch;
+    weights: the expressions of `call`'s trailing inputs.
+    """
+
+    source: str
+    kernels: tuple[Kernel, ...]
+    launchers: tuple[Launcher, ...]
+    refusals: dict[str, str]
+    weights: tuple[Expression, ...]
+    regions: dict[str, GraphModule]
+
+    def manifest(self) -> dict[str, Any]:
+        """The versioned description of every kernel, as JSON data."""
+        return {
+            "version": MANIFEST_VERSION,
+            "kernels": [
+                {
+                    "name": k.name,
+                    "ops": list(k.ops),
+                    "lines": list(k.lines),
+                    "made_by": list(k.made_by),
+                    "signature": k.signature,
+                    "constants": k.constants,
+                    "num_warps": k.num_warps,
+                    "num_stages": k.num_stages,
+                    "regions": [x.name for x in self.launchers if any(y.name == k.name for y in x.kernels)],
+                }
+                for k in self.kernels
+            ],
+            "eager": [{"region": region, "reason": reason} for region, reason in self.refusals.items()],
+            "weights": [w.to_json() for w in self.weights],
+        }
+
+    def write(self, directory: Path) -> Path:
+        """Writes `<digest>.py` and `<digest>.json`, atomically; returns the module's path."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"fuseline_{hashlib.sha256(self.source.encode()).hexdigest()[:16]}.py"
+        _write_atomically(path.with_suffix(".json"), json.dumps(self.manifest(), indent=1))
+        _write_atomically(path, self.source)
+        return path
+
+    def load(self, directory: Path) -> Callable[..., Any]:
+        """The module's `call`, imported from its file."""
+        return load_module(self.write(directory)).call
+
+
+def lower(program: Program) -> Lowered:
+    """Generates code for a program whose regions `fuse` has marked; other nodes run through PyTorch."""
+    module, weights = program.lift()
+    found: list[Launcher] = []
+    refusals: dict[str, str] = {}
+    regions: dict[str, GraphModule] = {}
+    eager: list[str] = []
+    for node in module.graph.nodes:
+        if node.op != "call_module":
+            continue
+        name = str(node.target)
+        region = module.get_submodule(name)
+        assert isinstance(region, GraphModule)
+        regions[name] = region
+        launcher = emit(region, name)
+        if isinstance(launcher, Refusal):
+            refusals[name] = launcher.reason
+            eager.append(f"# runs through PyTorch: {launcher.reason}\n{_function(region, name)}")
+        else:
+            found.append(launcher)
+    launchers = deduplicate(found)
+    call = _function(module, "call")
+    source = render(launchers, "\n\n\n".join([*eager, call]))
+    kernels = {k.name: k for launcher in launchers for k in launcher.kernels}
+    return Lowered(source, tuple(kernels.values()), tuple(launchers), refusals, tuple(weights), regions)
+
+
+def emit(region: GraphModule, name: str) -> Launcher | Refusal:
+    """The kernels of one region, by its kind."""
+    launcher = emit_linear(region, name) if region.meta.get("kind") == "linear" else emit_region(region, name)
+    return launcher
+
+
+def describe(region: GraphModule) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """A region's ops, source lines and makers."""
+    nodes = [n for n in region.graph.nodes if n.op == "call_function"]
+    ops = tuple(str(n.target) for n in nodes)
+    return ops, source_lines(nodes), tuple(dict.fromkeys(m for n in nodes for m in makers(n)))
+
+
+def _function(module: GraphModule, name: str) -> str:
+    """A graph as a plain function; calls of regions become calls of the module's functions."""
+    source = module.graph.python_code("self").src
+    source = source[source.index("def forward(self") :]
+    source = re.sub(r"^def forward\(self(?:, )?", f"def {name}(", source)
+    return re.sub(r"\bself\.(\w+)\(", r"\1(", source).rstrip()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    os.replace(temporary, path)

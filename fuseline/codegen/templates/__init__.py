@@ -1,0 +1,1 @@
+"""Templates: kernels for anchors, each with a prologue and an epilogue slot."""

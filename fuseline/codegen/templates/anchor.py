@@ -1,0 +1,268 @@
+"""What a linear region is made of: the input, an optional norm, the linears, and the sections of their epilogues.
+
+    x ── [norm] ── h ─┬─ linear ── epilogue ── output      a section: linears whose results meet in an epilogue
+                      └─ linear ── output                  another section: other columns of the same launch
+
+Sections share the input and nothing else. Each program of a kernel serves a block of columns of one section.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ...compiler.ops import find
+from ..dtypes import is_supported
+from ..kernel import Refusal
+from .weights import Weight
+
+aten = torch.ops.aten
+CASTS = (aten.to.dtype, aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+_COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The normalisation before the linears. `rms`: without a mean; `offset` is added to the weight (1 + w)."""
+
+    rms: bool
+    weight: Node | None
+    bias: Node | None
+    eps: float
+    offset: float
+    node: Node
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix product: `node` computes h·Wᵀ + bias, with n columns."""
+
+    node: Node
+    weight: Weight
+    bias: Node | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Section:
+    """Linears whose results meet, the pointwise nodes after them in graph order, and what the region returns."""
+
+    linears: tuple[Linear, ...]
+    pointwise: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+
+    @property
+    def n(self) -> int:
+        return self.linears[0].n
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A region that the template can serve. `dtype` is the type of h, in which the product is taken."""
+
+    x: Node
+    k: int
+    dtype: torch.dtype
+    norm: Norm | None
+    sections: tuple[Section, ...]
+    placeholders: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    returns_tuple: bool
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(linear for section in self.sections for linear in section.linears)
+
+    @property
+    def columns(self) -> int:
+        """Output columns of all sections together."""
+        return sum(section.n for section in self.sections)
+
+
+class Refused(Exception):
+    """Why a region is not one for this template; the text is the reason."""
+
+
+def analyse(region: GraphModule) -> Anchor | Refusal:
+    """Reads a region's graph; a Refusal says what the template cannot do with it."""
+    try:
+        return _analyse(region)
+    except Refused as refused:
+        return Refusal(str(refused))
+
+
+def _analyse(region: GraphModule) -> Anchor:
+    nodes = list(region.graph.nodes)
+    calls = [n for n in nodes if n.op == "call_function" and n.target is aten.linear.default]
+    if not calls:
+        raise Refused("the region has no aten.linear")
+    inputs = list(dict.fromkeys(n.args[0] for n in calls))
+    if len(inputs) > 1:
+        raise Refused(f"the linears read {len(inputs)} different inputs: {', '.join(map(str, inputs))}")
+    h = inputs[0]
+    x, norm, prologue = _prologue(h)
+    dtype = value(h).dtype
+    for what, checked in (("the input", value(x).dtype), ("the product", dtype)):
+        if checked not in _COMPUTED:
+            raise Refused(f"{_short(checked)} {what.split()[-1]}: kernels compute in float32, float16 and bfloat16")
+    if value(x).dim() < 1:
+        raise Refused("the input has no dimensions")
+    k = _static(value(x).shape[-1], "the input's last dimension")
+    if k == 0:
+        raise Refused("the input's last dimension is 0")
+
+    linears = {n: _linear(n, k) for n in calls}
+    weight_nodes = {n for linear in linears.values() for n in linear.weight.nodes}
+    inner = [n for n in nodes if n.op == "call_function" and n not in linears and n not in weight_nodes | prologue]
+    output = next(n for n in nodes if n.op == "output")
+    returned = output.args[0]
+    outputs = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+    for n in inner:
+        for operand in n.all_input_nodes:
+            if operand in prologue | weight_nodes and operand.op != "placeholder":
+                raise Refused(f"{n.name} reads {operand.name}, which is computed inside the product")
+    for n in outputs:
+        if n not in linears and n not in inner:
+            raise Refused(f"{n} is returned, but it is not computed from a linear")
+        if not is_supported(value(n).dtype):
+            raise Refused(f"the output {n.name} has dtype {_short(value(n).dtype)}")
+    sections = _sections(linears, inner, outputs)
+    for section in sections:
+        for n in section.outputs:
+            if not same_shape(value(n).shape, (*value(x).shape[:-1], section.n)):
+                raise Refused(f"the output {n.name} has shape {_shape(n)}, not the input's rows by {section.n}")
+    return Anchor(
+        x, k, dtype, norm, sections, tuple(n for n in nodes if n.op == "placeholder"), outputs,
+        isinstance(returned, (tuple, list)),
+    )  # fmt: skip
+
+
+def _prologue(h: Node) -> tuple[Node, Norm | None, set[Node]]:
+    """The placeholder behind the linears' input, the norm between them, and the nodes on the way."""
+    node, inside = _through_casts(h)
+    norm = None
+    if node.op == "call_function":
+        norm = _norm(node)
+        node, casts = _through_casts(node.args[0])
+        inside |= {norm.node} | casts
+    if node.op != "placeholder":
+        raise Refused(f"the input goes through {node.target} before the linear; only one norm can stand there")
+    return node, norm, inside
+
+
+def _norm(node: Node) -> Norm:
+    op = find(node.target)
+    arguments: dict[str, Any] = {}
+    if op is not None and op.name in ("rms_norm", "layer_norm"):
+        arguments = {a.name: a.default_value for a in node.target._schema.arguments}
+        arguments |= dict(zip(arguments, node.args)) | node.kwargs
+    else:
+        raise Refused(f"the input goes through {node.target} before the linear; only one norm can stand there")
+    if arguments.get("accumulate") is torch.float64:
+        raise Refused("float64 statistics of the norm")
+    weight, bias = arguments["weight"], arguments.get("bias")
+    for n in (weight, bias):
+        if n is not None and n.op != "placeholder":
+            raise Refused(f"the norm's parameter {n.name} is computed in the region")
+    offset = 1.0 if arguments.get("unit_offset") else 0.0
+    return Norm(op.name == "rms_norm", weight, bias, arguments["eps"], offset, node)
+
+
+def _linear(node: Node, k: int) -> Linear:
+    source, inside = _through_casts(node.args[1])
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    if bias is not None and bias.op != "placeholder":
+        raise Refused(f"the bias of {node.name} is computed in the region")
+    shape = value(node.args[1]).shape
+    if len(shape) != 2:
+        raise Refused(f"the weight of {node.name} has {len(shape)} dimensions")
+    n = _static(shape[0], f"the number of rows of {node.name}'s weight")
+    _static(shape[1], f"the number of columns of {node.name}'s weight")
+    if source.op == "placeholder":
+        if value(source).dtype not in _COMPUTED:
+            raise Refused(f"the weight of {node.name} is {_short(value(source).dtype)}")
+        return Linear(node, Weight(source, k, frozenset(inside)), bias, n)
+    op = find(source.target)
+    if op is None or op.name != "dequantize":
+        raise Refused(f"the weight of {node.name} is computed by {source.target}")
+    codes, scale, zero, bits, group, _ = source.args
+    for name, operand in (("codes", codes), ("scale", scale), ("zero point", zero)):
+        if operand is not None and operand.op != "placeholder":
+            raise Refused(f"the {name} of {node.name}'s weight are computed in the region")
+    if bits not in (4, 8):
+        raise Refused(f"{bits}-bit codes of {node.name}")
+    if k % group or (bits == 4 and group % 2):
+        raise Refused(f"groups of {group} over {k} inputs of {node.name}: the group is even and divides the inputs")
+    if value(scale).dtype not in _COMPUTED:
+        raise Refused(f"the scale of {node.name}'s weight is {_short(value(scale).dtype)}")
+    weight = Weight(
+        codes, k, frozenset(inside | {source}), bits, group, scale, zero, signed=value(codes).dtype is torch.int8
+    )
+    return Linear(node, weight, bias, n)
+
+
+def _sections(linears: dict[Node, Linear], inner: list[Node], outputs: tuple[Node, ...]) -> tuple[Section, ...]:
+    """Linears that an output needs together are one section; the order is that of their first linear."""
+    behind: dict[Node, set[Node]] = {n: {n} for n in linears}
+    for n in inner:
+        behind[n] = {n}.union(*(behind.get(operand, set()) for operand in n.all_input_nodes))
+    groups: list[set[Node]] = []
+    for n in outputs:
+        merged = set(behind[n])
+        apart = []
+        for other in groups:
+            if other & merged & set(linears):
+                merged |= other
+            else:
+                apart.append(other)
+        groups = [*apart, merged]
+    order = list(linears)
+    groups.sort(key=lambda g: min((order.index(n) for n in g if n in linears), default=len(order)))
+    sections = []
+    for group in groups:
+        members = tuple(linear for n, linear in linears.items() if n in group)
+        if not members:
+            raise Refused("an output does not depend on any linear")
+        if len({m.n for m in members}) > 1:
+            raise Refused(f"linears of {sorted({m.n for m in members})} columns meet in one epilogue")
+        sections.append(
+            Section(members, tuple(n for n in inner if n in group), tuple(dict.fromkeys(n for n in outputs if n in group)))
+        )
+    return tuple(sections)
+
+
+def _through_casts(node: Any) -> tuple[Node, set[Node]]:
+    """The node behind changes of dtype, and those changes: kernels compute in float32 whatever stood between."""
+    inside: set[Node] = set()
+    while isinstance(node, Node) and node.op == "call_function" and node.target in CASTS:
+        inside.add(node)
+        node = node.args[0]
+    return node, inside
+
+
+def value(node: Node) -> Any:
+    """The fake value of a node."""
+    return node.meta["val"]
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    """Equal for every value of the symbolic sizes."""
+    return len(a) == len(b) and all(statically_known_true(i == j) for i, j in zip(a, b))
+
+
+def _static(size: Any, what: str) -> int:
+    if not isinstance(size, int):
+        raise Refused(f"{what} is symbolic ({size})")
+    return size
+
+
+def _shape(node: Node) -> str:
+    return "[" + ", ".join(map(str, value(node).shape)) + "]"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,296 @@
+"""The kernel being written: a tile of rows by columns, its variables, loads, and loops over long rows.
+
+Values are two-dimensional: what varies by row has the shape [ROWS, 1], what varies along a row [1, BLOCK], the rest
+follows by broadcasting. A value is written once for each (node, index, mask) at which it is asked for, so a graph is
+evaluated backwards from its outputs and an op that only moves elements costs nothing but its index.
+
+A row that is too long for one block, or whose length is symbolic, is walked in a loop. Lines that depend on the
+loop's columns go into its body, all others before it: the loop is appended to the lines when it is complete.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from .dtypes import cast, compute_dtype, is_supported, literal, pointer_type, triton_type
+from .expressions import Unsupported, dtype_of
+from .sizes import Size, SizeReader, same, shape
+
+ROW = "row"
+
+
+@dataclass(frozen=True)
+class Term:
+    """A value or an index in the kernel: its text (a name or a number) and the axes along which it varies.
+
+    An index that counts through several dimensions remembers them in `parts`, so that a view that splits them again
+    finds them. `("", ())` where it does not.
+    """
+
+    text: str
+    axes: frozenset[str] = frozenset()
+    parts: tuple[tuple[Term, Size], ...] = ()
+
+
+ZERO = Term("0")
+Index = tuple[Term, ...]
+Mask = tuple[Term, ...]
+
+
+@dataclass
+class Range:
+    """A run of columns: its axis, length, index variable, the condition that a column exists, and its block."""
+
+    axis: str
+    size: Size
+    size_text: str
+    block: str
+    looped: bool
+    index: Term
+    inside: Term | None
+
+
+@dataclass
+class Scope:
+    """Lines under construction: the kernel's body, or the body of a loop over the columns of `axis`."""
+
+    axis: str | None = None
+    lines: list[str] = field(default_factory=list)
+    texts: dict[str, Term] = field(default_factory=dict)
+    values: dict[object, Term] = field(default_factory=dict)
+
+
+class Names:
+    """Names for the kernel's variables, after the graph's nodes but without their running numbers.
+
+    Layers of a model differ in those numbers only, and equal text is what lets them share one kernel.
+    """
+
+    RESERVED = frozenset({"tl", "triton", "float", "range", "pid", *keyword.kwlist})
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set(self.RESERVED)
+
+    def new(self, wish: str) -> str:
+        base = re.sub(r"\W", "_", wish).strip("_")
+        base = re.sub(r"(_\d+)+(?=_|$)", "", base) or "value"
+        base = f"v{base}" if base[0].isdigit() else base
+        name, k = base, 1
+        while name in self.taken or name.isupper():
+            name, k = f"{base}_{k}", k + 1
+        self.taken.add(name)
+        return name
+
+
+class Tile:
+    """Writes one kernel's body. `evaluate(tile, node, index, mask)` is the emitter's dispatch on nodes."""
+
+    def __init__(self, sizes: SizeReader, evaluate: Callable[[Tile, torch.fx.Node, Index, Mask], Term]):
+        self.sizes, self.evaluate = sizes, evaluate
+        self.names = Names()
+        self.scopes = [Scope()]
+        self.ranges: list[Range] = []
+        self.pointers: dict[torch.fx.Node, str] = {}
+        self.signature: dict[str, str] = {}
+        self.arguments: dict[str, str] = {}  # kernel argument → its text on the host
+        self.size_names: dict[Size, str] = {}
+        self.depth = 0
+
+    # ---- names and lines -------------------------------------------------------------------------------------
+
+    def bind(self, wish: str, text: str, axes: frozenset[str] = frozenset(), **extra: object) -> Term:
+        """A variable that holds `text`; the same text in reach gives the same variable."""
+        scope = self._scope(axes)
+        for reachable in (scope, self.scopes[0]):
+            if text in reachable.texts:
+                return reachable.texts[text]
+        term = Term(self.names.new(wish), axes, **extra)  # type: ignore[arg-type]
+        scope.lines.append(f"{term.text} = {text}")
+        scope.texts[text] = term
+        return term
+
+    def _scope(self, axes: frozenset[str]) -> Scope:
+        looped = {r.axis for r in self.ranges if r.looped} & axes
+        if not looped:
+            return self.scopes[0]
+        if looped != {self.scopes[-1].axis}:
+            raise Unsupported("a value varies along a row while another row is reduced")
+        return self.scopes[-1]
+
+    @contextmanager
+    def loop(self, columns: Range) -> Iterator[None]:
+        """What is bound inside and varies along `columns` is computed block by block, when they are looped over."""
+        if not columns.looped:
+            yield
+            return
+        scope = Scope(columns.axis)
+        self.scopes.append(scope)
+        yield
+        self.scopes.pop()
+        start = columns.index.text + "_start"
+        body = [f"{columns.index.text} = {start} + tl.arange(0, {columns.block})[None, :]"]
+        if columns.inside is not None:
+            body.append(f"{columns.inside.text} = {columns.index.text} < {columns.size_text}")
+        head = f"for {start} in range(0, {columns.size_text}, {columns.block}):"
+        self.scopes[0].lines += [head, *("    " + line for line in body + scope.lines)]
+
+    # ---- sizes and ranges ------------------------------------------------------------------------------------
+
+    def size(self, value: Size, wish: str = "size") -> str:
+        """A size as text in the kernel: a number, or an argument that the host fills in."""
+        if isinstance(value, int):
+            return str(value)
+        if value not in self.size_names:
+            host = self.sizes.text(value)
+            self.size_names[value] = self.argument(wish, "i32", host)
+        return self.size_names[value]
+
+    def argument(self, wish: str, kind: str, host: str) -> str:
+        name = self.names.new(wish)
+        self.signature[name], self.arguments[name] = kind, host
+        return name
+
+    def columns(self, length: Size) -> Range:
+        """The range that runs through `length` columns: an existing one of that length, or a new one."""
+        for existing in self.ranges:
+            if same(existing.size, length):
+                return existing
+        return self.add_range("reduced", length)
+
+    def add_range(self, wish: str, length: Size, block: int | None = None, looped: bool | None = None) -> Range:
+        """A new range. Not looped, it holds all its columns in one block of the next power of two."""
+        longest = 16384
+        looped = (not isinstance(length, int) or length > longest) if looped is None else looped
+        count = len(self.ranges)
+        axis = f"column{count}"
+        index = Term(self.names.new(wish), frozenset({axis}))
+        constant = f"BLOCK{count or ''}"
+        text = self.size(length, f"{wish}_size" if count else "n")
+        padded = looped or block is not None or length & (length - 1) or length == 0
+        inside = Term(self.names.new(f"{wish}_inside"), index.axes) if padded else None
+        added = Range(axis, length, text, constant, looped, index, inside)
+        self.ranges.append(added)
+        if not looped and block is None:
+            self.scopes[0].lines.append(f"{index.text} = tl.arange(0, {constant})[None, :]")
+            if inside is not None:
+                self.scopes[0].lines.append(f"{inside.text} = {index.text} < {text}")
+        return added
+
+    # ---- values ----------------------------------------------------------------------------------------------
+
+    def value(self, node: torch.fx.Node, index: Sequence[Term], mask: Mask) -> Term:
+        """The node's value at `index`, in its compute type. Dimensions of size 1 are always read at 0.
+
+        `mask` tells where the index lies inside the tensor; elsewhere the value is arbitrary.
+        """
+        index = tuple(ZERO if same(s, 1) else i for s, i in zip(shape(node), index, strict=True))
+        key = (node, tuple(i.text for i in index), tuple(m.text for m in mask))
+        for scope in (self.scopes[-1], self.scopes[0]):
+            if key in scope.values:
+                return scope.values[key]
+        self.depth += 1
+        if self.depth > 120:
+            raise Unsupported("a chain of more than 120 ops")
+        term = self.evaluate(self, node, index, mask)
+        self.depth -= 1
+        self._scope(term.axes).values[key] = term
+        return term
+
+    def broadcast(self, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
+        """The operand `node` of an op whose result is asked for at `index`: dimensions are aligned at the right."""
+        rank = node.meta["val"].dim()
+        return self.value(node, index[len(index) - rank :], mask)
+
+    def load(self, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
+        """Reads an input tensor; 16-bit floats are widened."""
+        pointer, axes = self.pointer(node, self.pointers[node], index)
+        conditions = [m.text for m in mask if m.axes <= axes]
+        guard = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
+        text, dtype = f"tl.load({pointer}{guard})", dtype_of(node)
+        return self.bind(node.name, cast(text, dtype, compute_dtype(dtype)), axes)
+
+    def pointer(self, node: torch.fx.Node, name: str, index: Index) -> tuple[str, frozenset[str]]:
+        """Address arithmetic in int64, with the strides that the tensor has at run time."""
+        dtype = dtype_of(node)
+        if not is_supported(dtype):
+            raise Unsupported(f"kernels do not hold {dtype}")
+        text, axes = f"{name}_ptr", frozenset[str]()
+        self.signature[text], self.arguments[text] = pointer_type(dtype), name
+        for k, (term, length) in enumerate(zip(index, shape(node), strict=True)):
+            if term.text == "0" or same(length, 1):
+                continue
+            stride = f"{name}_stride_{k}"
+            if stride not in self.signature:
+                self.signature[stride], self.arguments[stride] = "i32", f"{name}.stride({k})"
+            wide = f"tl.full((), {term.text}, tl.int64)" if term.text.isdigit() else f"{term.text}.to(tl.int64)"
+            text += f" + {self.bind('i', wide, term.axes).text} * {stride}"
+            axes |= term.axes
+        return text, axes
+
+    def reserve(self, node: torch.fx.Node, name: str) -> None:
+        """Keeps `<name>_ptr` and `<name>_stride_<k>` for a tensor that the host calls `name`."""
+        self.names.taken |= {f"{name}_ptr", *(f"{name}_stride_{k}" for k in range(node.meta["val"].dim()))}
+
+    # ---- reductions ------------------------------------------------------------------------------------------
+
+    def reduce(
+        self,
+        name: str,
+        how: str,
+        length: Size,
+        outer: Iterable[Term],
+        mask: Mask,
+        dtype: torch.dtype,
+        element: Callable[[Term, Mask], Term],
+    ) -> Term:
+        """Reduces `element(column, mask)`, of the compute type `dtype`, over `length` columns.
+
+        how: "sum", "max" or "min". outer: the indices that pick the row; they may not vary along any column.
+        """
+        if any(not term.axes <= {ROW} for term in outer):
+            raise Unsupported(f"{name} reduces rows that lie across the kernel's rows")
+        columns = self.columns(length)
+        inner = tuple(m for m in mask if m.axes <= {ROW}) + ((columns.inside,) if columns.inside else ())
+        limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+        lowest, highest = (-float("inf"), float("inf")) if dtype.is_floating_point else (limits.min, limits.max)
+        key = (name, how, *(t.text for t in (*outer, *inner)))
+        if key in self.scopes[0].values:
+            return self.scopes[0].values[key]
+        identity = literal({"sum": 0, "max": lowest, "min": highest}[how], dtype)
+
+        with self.loop(columns):
+            term = element(columns.index, inner)
+            text = term.text
+            if columns.inside is not None:
+                text = f"tl.where({columns.inside.text}, {text}, {identity})"
+            if not columns.looped:
+                full = text if columns.axis in term.axes or columns.inside else self._spread(text, columns)
+                result = self.bind(name, self._collapse(how, full, dtype), term.axes & {ROW})
+                return self.scopes[0].values.setdefault(key, result)
+            total = self.names.new(f"{name}_so_far")
+            self.scopes[0].lines.append(f"{total} = tl.full([ROWS, {columns.block}], {identity}, {triton_type(dtype)})")
+            part = self.bind(f"{name}_part", text, term.axes | {columns.axis})
+            self.scopes[-1].lines.append(f"{total} = {_combine(how, total, part.text)}")
+        result = self.bind(name, self._collapse(how, total, dtype), frozenset({ROW}))
+        return self.scopes[0].values.setdefault(key, result)
+
+    def _spread(self, text: str, columns: Range) -> str:
+        return f"tl.broadcast_to({text}, [ROWS, {columns.block}])"
+
+    def _collapse(self, how: str, text: str, dtype: torch.dtype) -> str:
+        result = f"tl.{how}({text}, 1, keep_dims=True)"
+        return result if dtype.is_floating_point else f"{result}.to({triton_type(dtype)})"
+
+
+def _combine(how: str, total: str, part: str) -> str:
+    """One step of a running reduction; a running extremum keeps what is not a number."""
+    if how == "sum":
+        return f"{total} + {part}"
+    sign = ">" if how == "max" else "<"
+    return f"tl.where(({part} {sign} {total}) | ({part} != {part}), {part}, {total})"

@@ -1,0 +1,145 @@
+"""From a captured program to something that runs: the pipeline, then a target."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .codegen.kernel import Kernel
+from .compiler import compat
+from .compiler.action import Observer
+from .compiler.errors import FuselineError, UserError, nearest
+from .compiler.flatten import anchors_only, flatten
+from .compiler.outline import inline
+from .compiler.pipeline import Pipeline
+from .compiler.program import Program
+from .compiler.report import Report
+from .runtime.executable import Executable
+
+TARGETS = ("auto", "eager", "inductor", "triton")
+
+
+@dataclass
+class Compilation:
+    """One graph that was compiled: before, after, what the passes did, and how it runs."""
+
+    captured: Program
+    program: Program
+    report: Report
+    target: str
+    executable: Callable[..., Any] = field(repr=False)
+    kernels: tuple[Kernel, ...] = ()
+    refusals: dict[str, str] = field(default_factory=dict)
+    path: Path | None = None
+
+
+def cache_directory() -> Path:
+    """Where generated modules are written: `FUSELINE_CACHE`, or `~/.cache/fuseline`."""
+    root = os.environ.get("FUSELINE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fuseline"
+    return Path(root) / "modules"
+
+
+def choose_target(target: str | None, program: Program) -> str:
+    """`auto` is Triton for tensors on a GPU with triton installed, and eager otherwise.
+
+    Raises:
+        UserError: for an unknown target, or one that this machine cannot run.
+    """
+    target = target or "auto"
+    if target not in TARGETS:
+        raise UserError(f"unknown target '{target}'{nearest(target, TARGETS)}")
+    on_gpu = any(
+        isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].device.type == "cuda"
+        for n in program.graph.nodes
+    )
+    has_triton = find_spec("triton") is not None
+    if target == "auto":
+        return "triton" if on_gpu and has_triton and not program.training else "eager"
+    if target == "triton" and not has_triton:
+        raise UserError("target 'triton' needs the package triton", remedy="pip install triton, or target=eager")
+    if target == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(
+            "target 'triton' needs a model on a GPU",
+            ["this program's tensors are on the CPU"],
+            "target=eager; or TRITON_INTERPRET=1 to run the kernels in Triton's interpreter",
+        )
+    return target
+
+
+def compile_program(
+    program: Program,
+    inputs: Sequence[Any],
+    pipeline: Pipeline,
+    target: str | None = None,
+    observers: Sequence[Observer] = (),
+    verification: str = "quick",
+) -> Compilation:
+    """Runs the pipeline over a captured program and makes it executable on its flat arguments.
+
+    Args:
+        inputs: the caller's flat example arguments; derived weights are computed from them right away, so that a bad
+            weight is reported here and not in the middle of a call.
+    """
+    chosen = choose_target(target, program)
+    captured = program
+    program, report = pipeline.run(program, observers, verification)
+    if program.training:
+        run, kernels, refusals, path = _training(program, inputs, chosen), (), {}, None
+        executable = run
+    elif chosen == "triton":
+        from .codegen.lower import lower
+
+        lowered = lower(program)
+        path = lowered.write(cache_directory())
+        from .codegen.module_file import load_module
+
+        run, kernels, refusals = load_module(path).call, lowered.kernels, lowered.refusals
+        executable = Executable(run, program.arguments, program.binder(lowered.weights))
+    else:
+        module, weights = program.lift()
+        binder = program.binder(weights)
+        kernels, refusals, path = (), {}, None
+        if chosen == "inductor":
+            plain = flatten(program, module)
+            bound = [*(inputs[i] for i in program.arguments), *binder(inputs)]
+            run = _inductor(plain, bound)
+        else:
+            run = inline(module)
+        executable = Executable(run, program.arguments, binder)
+    if isinstance(executable, Executable):
+        executable.binder(inputs)
+    return Compilation(captured, program, report, chosen, executable, kernels, refusals, path)
+
+
+def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    try:
+        return compat.inductor(module, inputs)
+    except Exception as error:
+        text = str(error)
+        if "compiler" in text.lower() and ("c++" in text.lower() or "gcc" in text.lower() or "cl is not" in text):
+            raise UserError(
+                "target 'inductor' needs a C++ compiler, and none was found",
+                [text.splitlines()[0]],
+                "apt-get install g++ (or set CXX), or target=eager",
+            ) from error
+        raise FuselineError(f"Inductor could not compile the graph: {type(error).__name__}", text.splitlines()[:4]) from error
+
+
+def _training(program: Program, inputs: Sequence[Any], target: str) -> Callable[..., Any]:
+    """Forward and backward through AOTAutograd, parameters as ordinary inputs so that gradients reach them."""
+    module, weights = program.lift()
+    binder = program.binder(weights)
+    plain = flatten(program, module, anchors_only if target == "eager" else lambda op: True)
+    bound = [*(inputs[i] for i in program.arguments), *binder(inputs)]
+    if target == "inductor":
+        return Executable(_inductor(plain, bound), program.arguments, binder)
+    run = compat.aot_autograd(
+        plain, bound, lambda graph_module, fakes: graph_module.forward, lambda graph_module, fakes: graph_module.forward
+    )
+    return Executable(run, program.arguments, binder)

@@ -1,0 +1,240 @@
+"""Weight expressions: what a pass puts in the place of a weight, never touching its storage.
+
+    Pack(Output(Quantize(Param("mlp.up_proj.weight"), scheme), "codes"), scheme)
+
+A closed grammar of frozen, typed, serialisable nodes. Algebra that folds into weights (matmul, scale) is computed in
+float64 and cast back to the type of its first operand. `evaluate` runs on real tensors and on fake ones alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import FuselineError
+from .schemes import Scheme
+
+Lookup = Callable[[str], torch.Tensor]
+Memo = dict["Expression", Any]
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A node of the grammar; its dataclass fields that are expressions are its operands."""
+
+    def operands(self) -> tuple[Expression, ...]:
+        found: list[Expression] = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            found += [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, Expression)]
+        return tuple(found)
+
+    def parameters(self) -> tuple[str, ...]:
+        """Qualified names of the parameters below, in order, each once."""
+        return tuple(dict.fromkeys(e.name for e in self.walk() if isinstance(e, Param)))
+
+    def walk(self) -> Iterator[Expression]:
+        yield self
+        for operand in self.operands():
+            yield from operand.walk()
+
+    def rename(self, names: dict[str, str]) -> Expression:
+        """The same expression over other parameters."""
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Expression):
+                changes[field.name] = value.rename(names)
+            elif isinstance(value, tuple) and any(isinstance(v, Expression) for v in value):
+                changes[field.name] = tuple(v.rename(names) for v in value)
+        return dataclasses.replace(self, **changes)
+
+    def evaluate(self, lookup: Lookup, memo: Memo | None = None) -> Any:
+        """The tensor this stands for (a dict of tensors for `Quantize`), given the parameters."""
+        memo = {} if memo is None else memo
+        if self not in memo:
+            memo[self] = self.compute([o.evaluate(lookup, memo) for o in self.operands()], lookup)
+        return memo[self]
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"op": type(self).__name__.lower()}
+        for field in dataclasses.fields(self):
+            record[field.name] = _encode(getattr(self, field.name))
+        return record
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> Expression:
+        kind = GRAMMAR.get(record.get("op", ""))
+        if kind is None:
+            raise FuselineError(f"unknown weight expression '{record.get('op')}'", [f"known: {', '.join(GRAMMAR)}"])
+        return kind(**{name: _decode(value) for name, value in record.items() if name != "op"})
+
+
+@dataclass(frozen=True)
+class Param(Expression):
+    """A parameter or buffer, by its qualified name."""
+
+    name: str
+
+    def rename(self, names: dict[str, str]) -> Expression:
+        return Param(names.get(self.name, self.name))
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return lookup(self.name)
+
+
+@dataclass(frozen=True)
+class Constant(Expression):
+    """A tensor that the model's code wrote down (`torch.tensor([1.0, 2.0])`): its elements, row by row."""
+
+    values: tuple[bool | int | float, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return torch.tensor(self.values, dtype=self.dtype, device=self.device).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Cast(Expression):
+    """x in another dtype."""
+
+    x: Expression
+    dtype: torch.dtype
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return values[0].to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Matmul(Expression):
+    """a @ b in float64, in a's dtype."""
+
+    a: Expression
+    b: Expression
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        a, b = values
+        return (a.double() @ b.double()).to(a.dtype)
+
+
+@dataclass(frozen=True)
+class Scale(Expression):
+    """x with dimension `dim` multiplied by the vector `by`, in float64, in x's dtype."""
+
+    x: Expression
+    by: Expression
+    dim: int
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        x, by = values
+        shape = [1] * x.dim()
+        shape[self.dim] = -1
+        return (x.double() * by.double().view(shape)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Slice(Expression):
+    """x[start:end] along `dim`."""
+
+    x: Expression
+    dim: int
+    start: int
+    end: int
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return values[0].narrow(self.dim, self.start, self.end - self.start).contiguous()
+
+
+@dataclass(frozen=True)
+class Concat(Expression):
+    """xs joined along `dim`."""
+
+    xs: tuple[Expression, ...]
+    dim: int
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return torch.cat(values, self.dim)
+
+
+@dataclass(frozen=True)
+class Transpose(Expression):
+    """x with two dimensions exchanged, contiguous."""
+
+    x: Expression
+    first: int
+    second: int
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return values[0].transpose(self.first, self.second).contiguous()
+
+
+@dataclass(frozen=True)
+class Quantize(Expression):
+    """Several tensors: codes, scale and, when the scheme is asymmetric, zero. Pick one with `Output`."""
+
+    x: Expression
+    scheme: Scheme
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return self.scheme.quantize(values[0])
+
+
+@dataclass(frozen=True)
+class Output(Expression):
+    """One of several tensors."""
+
+    x: Expression
+    name: str
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return values[0][self.name]
+
+
+@dataclass(frozen=True)
+class Pack(Expression):
+    """Codes in the memory layout that the kernels of `scheme` read."""
+
+    x: Expression
+    scheme: Scheme
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return self.scheme.pack(values[0])
+
+
+GRAMMAR: dict[str, type[Expression]] = {
+    kind.__name__.lower(): kind
+    for kind in (Param, Constant, Cast, Matmul, Scale, Slice, Concat, Transpose, Quantize, Output, Pack)
+}
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Expression):
+        return value.to_json()
+    if isinstance(value, tuple):
+        return [_encode(v) for v in value]
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, Scheme):
+        return {"scheme": dataclasses.asdict(value)}
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(v) for v in value)
+    if isinstance(value, dict):
+        if "dtype" in value:
+            return getattr(torch, value["dtype"])
+        if "scheme" in value:
+            return Scheme(**value["scheme"])
+        return Expression.from_json(value)
+    return value

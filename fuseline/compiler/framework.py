@@ -1,0 +1,144 @@
+"""Pass: a frozen dataclass whose fields are its options, in Python, in pipeline text and on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .errors import UserError, nearest
+from .rule import Rule
+
+if TYPE_CHECKING:
+    from .program import Program
+    from .rewriter import Rewriter
+
+
+class Tier(enum.Enum):
+    """What a pass does to a model's results."""
+
+    EXACT = "exact"  # equal up to rounding
+    LOSSY = "lossy"  # an approximation; runs only when it is named
+
+
+class Level(enum.Enum):
+    """Which graph a pass works on."""
+
+    NORMAL = "normal"  # before autograd
+    JOINT = "joint"  # AOTAutograd's forward and backward in one graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """The base of all passes.
+
+    A subclass sets `name` and `tier`, adds its options as fields, and either yields `rules` or overrides `run`. Its
+    module's docstring (or its own) is its documentation page. `requires` and `ensures` name invariants; a pipeline in
+    which a requirement is not met is an error that names the pass that would meet it.
+    """
+
+    name: ClassVar[str] = ""
+    tier: ClassVar[Tier] = Tier.EXACT
+    level: ClassVar[Level] = Level.NORMAL
+    requires: ClassVar[frozenset[str]] = frozenset()
+    ensures: ClassVar[frozenset[str]] = frozenset()
+
+    allow_empty: bool = False  # matching no site is not an error
+
+    def rules(self, program: Program) -> Iterable[Rule]:
+        """The rules to apply, in order."""
+        raise NotImplementedError(f"{type(self).__name__} has neither rules() nor run()")
+
+    def run(self, program: Program, rewriter: Rewriter) -> None:
+        """Rewrites the program through the rewriter."""
+        rewriter.apply_all(self.rules(program))
+
+    def nothing_matched(self, program: Program) -> tuple[str, ...]:
+        """Details for the error when no site matched: what was asked for, what came closest."""
+        return ()
+
+    def __str__(self) -> str:
+        words = []
+        for field in options(type(self)):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            words.append(field.name if value is True else f"{field.name}={_show(value)}")
+        return f"{self.name}{{{','.join(words)}}}" if words else self.name
+
+
+def options(kind: type[Pass]) -> list[dataclasses.Field[Any]]:
+    """A pass's options: its own fields first, the common ones last."""
+    fields = list(dataclasses.fields(kind))
+    return [f for f in fields if f.name != "allow_empty"] + [f for f in fields if f.name == "allow_empty"]
+
+
+def document(kind: type[Pass]) -> str:
+    """The documentation page of a pass: its module's docstring, or its own."""
+    import sys
+
+    module = sys.modules.get(kind.__module__)
+    own = kind.__doc__ or ""
+    page = (module.__doc__ if module is not None and module.__doc__ else "") or own
+    return page.strip()
+
+
+def build(kind: type[Pass], texts: dict[str, str | bool]) -> Pass:
+    """A pass from its options' text values.
+
+    Raises:
+        UserError: for an unknown option or a value that does not fit, with the nearest valid one.
+    """
+    hints = typing.get_type_hints(kind)
+    valid = {f.name: hints[f.name] for f in options(kind)}
+    values: dict[str, Any] = {}
+    for name, text in texts.items():
+        if name not in valid:
+            raise UserError(f"pass '{kind.name}' has no option '{name}'{nearest(name, valid)}")
+        values[name] = _read(kind.name, name, valid[name], text)
+    return kind(**values)
+
+
+def _read(owner: str, name: str, kind: Any, text: str | bool) -> Any:
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        members = [k for k in typing.get_args(kind) if k is not type(None)]
+        if text == "none":
+            return None
+        kind = members[0]
+    if kind is bool:
+        if isinstance(text, bool) or text in ("true", "false"):
+            return text is True or text == "true"
+        raise UserError(f"option '{name}' of '{owner}' is true or false, not '{text}'")
+    if isinstance(text, bool):
+        raise UserError(f"option '{name}' of '{owner}' needs a value", remedy=f"{owner}{{{name}=…}}")
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        valid = {str(m.value): m for m in kind}
+        if text not in valid:
+            raise UserError(f"option '{name}' of '{owner}' cannot be '{text}'{nearest(text, valid)}")
+        return valid[text]
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            noun = "a whole number" if kind is int else "a number"
+            raise UserError(f"option '{name}' of '{owner}' is {noun}, not '{text}'") from None
+    if typing.get_origin(kind) is tuple:
+        return tuple(part for part in text.split("|") if part)
+    return text
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, enum.Enum):
+        return str(value.value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return "|".join(map(str, value))
+    text = str(value)
+    return f'"{text}"' if any(c in text for c in ',{}"= ') else text

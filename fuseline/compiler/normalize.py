@@ -1,0 +1,237 @@
+"""From any FX graph to normal form: run it under a tracer, then turn state into weight nodes and clean up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from . import compat
+from .errors import CaptureError
+from .expressions import Constant, Param
+from .program import Program, Source
+from .provenance import source_line
+
+aten = torch.ops.aten
+LARGEST_CONSTANT = 65536
+_ASSERTIONS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range"}
+
+
+class Inliner(Interpreter):
+    """Runs a graph node by node; the bodies of wrapper higher-order ops run in line."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = getattr(target, "__name__", "")
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            if name == "wrap_with_set_grad_enabled":
+                with torch.set_grad_enabled(args[0]):
+                    return args[1](*args[2:])
+            if name == "wrap_with_autocast":
+                device, dtype, enabled, cache, body, *rest = args
+                with torch.autocast(device, dtype, enabled, cache):
+                    return body(*rest)
+            if name == "tag_activation_checkpoint":
+                body, *rest = args
+                return Inliner(body).run(*rest) if isinstance(body, GraphModule) else body(*rest)
+        return super().call_function(target, args, kwargs)
+
+
+def normalize(
+    module: GraphModule,
+    fakes: Sequence[Any],
+    mode: Any,
+    states: dict[int, Source],
+    *,
+    names: dict[int, str],
+    training: bool,
+    examples: Sequence[Any] | None = None,
+    call: Callable[..., Any] | None = None,
+    runner: Callable[..., Any] | None = None,
+) -> Program:
+    """Traces `module` on fake inputs; those listed in `states` become weight nodes.
+
+    Args:
+        fakes: one fake value for each placeholder; SymInts where sizes are symbolic.
+        states: placeholder position → the parameter it is.
+        names: readable names for the other placeholders.
+        runner: how to run the module when it is not enough to interpret its graph.
+    """
+    run = runner or (lambda *inputs: Inliner(module).run(*inputs))
+    try:
+        with torch.enable_grad() if training else torch.no_grad():
+            traced = compat.trace(run, fakes, mode)
+    except Exception as error:
+        raise CaptureError(
+            f"the graph could not be brought to normal form: {type(error).__name__}",
+            [line for line in str(error).splitlines() if line.strip()][:6],
+            "find the line with TORCH_LOGS=graph_code; replace data-dependent control flow by torch.where",
+        ) from error
+    graph = traced.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    body = next(n for n in graph.nodes if n.op != "placeholder")
+    mutated = {n.name for n in _mutated_placeholders(graph, placeholders)}
+    kept: list[int] = []
+    used = set(names.values())
+    renamed: dict[str, str] = {}
+    for position, node in enumerate(placeholders):
+        source = states.get(position)
+        if source is None or node.name in mutated:
+            before = node.name
+            node._rename(names.get(position, node.name))
+            node.meta.setdefault("val", fakes[position])
+            node.target = node.name
+            renamed[before] = node.name
+            kept.append(position)
+            continue
+        attribute = source.name.replace(".", "_")
+        while attribute in used or hasattr(traced, attribute):
+            attribute += "_"
+        used.add(attribute)
+        traced.register_buffer(attribute, node.meta["val"], persistent=False)
+        if node.users:
+            with graph.inserting_before(body):
+                weight = graph.get_attr(attribute)
+            weight.meta = {**node.meta, "weight": Param(source.name)}
+            node.replace_all_uses_with(weight)
+        graph.erase_node(node)
+    _write_constants_down(traced)
+    clean(graph, training)
+    functionalize(graph)
+    clean(graph, training)
+    traced.recompile()
+    return Program(
+        traced,
+        mode,
+        kept,
+        {s.name: s for p, s in states.items() if placeholders[p].name not in mutated},
+        frozenset(renamed[n] for n in mutated),
+        training,
+        examples,
+        call=call,
+    )
+
+
+def clean(graph: torch.fx.Graph, training: bool) -> None:
+    """Drops what means nothing: casts to a value's own dtype and device, aliases, assertions, dead code."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        packet = getattr(node.target, "_opname", "")
+        if packet in _ASSERTIONS and not node.users:
+            graph.erase_node(node)
+        elif (
+            (packet in ("to", "alias") and _is_identity(node))
+            or (packet == "slice" and _is_whole_slice(node))
+            or (packet == "lift_fresh_copy" and _is_private(node))
+            or (packet in ("detach", "detach_") and not training)
+        ):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _is_identity(node: Node) -> bool:
+    """A node that returns its input: the same dtype, device, shape and strides, no copy asked for."""
+    source = node.args[0]
+    if not isinstance(source, Node):
+        return False
+    before, after = source.meta.get("val"), node.meta.get("val")
+    copies = node.kwargs.get("copy") or (node.target._opname == "to" and any(a is True for a in node.args[2:]))
+    return (
+        not copies
+        and isinstance(before, torch.Tensor)
+        and isinstance(after, torch.Tensor)
+        and before.dtype == after.dtype
+        and before.device == after.device
+        and before.dim() == after.dim()
+    )
+
+
+def _is_private(node: Node) -> bool:
+    """Neither written to nor handed out, so that sharing a constant's storage cannot be seen."""
+    return not node.meta.get("written") and all(u.op == "call_function" for u in node.users)
+
+
+def _write_constants_down(module: GraphModule) -> None:
+    """Tensors that tracing left as attributes become constants of the weight grammar."""
+    for node in module.graph.nodes:
+        if node.op != "get_attr" or "weight" in node.meta:
+            continue
+        tensor = getattr(module, str(node.target))
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.numel() > LARGEST_CONSTANT:
+            raise CaptureError(
+                f"the model's code builds a constant of {tensor.numel()} elements in its forward",
+                [f"at {source_line(node)}"],
+                "register it in __init__: self.register_buffer(name, tensor, persistent=False)",
+            )
+        with compat.real_tensors():
+            values = tuple(tensor.flatten().tolist())
+        node.meta["weight"] = Constant(values, tuple(tensor.shape), tensor.dtype, str(tensor.device))
+
+
+def _is_whole_slice(node: Node) -> bool:
+    """`x[:]` along some dimension."""
+    _, _, start, end, step = (*node.args, *(0, 0, None, None, 1)[len(node.args) :])
+    return start in (0, None) and (end is None or (isinstance(end, int) and end >= 2**62)) and step == 1
+
+
+def functionalize(graph: torch.fx.Graph) -> None:
+    """In-place ops on fresh intermediates become their functional twins; where an alias exists, the nodes are marked.
+
+    A node whose storage is written while other names for it exist carries `meta["written"]`; rules leave it alone.
+    Writes to inputs (a KV cache) are the program's declared state and stay as they are.
+    """
+    roots, writes = _storage(graph, [n for n in graph.nodes if n.op != "output"])
+    for root, writers in writes.items():
+        aliases = [n for n, r in roots.items() if r is root and n is not root and n not in writers]
+        twins = [_functional(w) for w in writers]
+        if root.op == "call_function" and not aliases and all(twins) and all(w.args[0] in roots for w in writers):
+            for writer, twin in zip(writers, twins, strict=True):
+                operand = writer.args[0]
+                for user in [u for u in operand.users if u > writer]:
+                    user.replace_input_with(operand, writer)
+                writer.target = twin
+        else:
+            for node, owner in roots.items():
+                if owner is root:
+                    node.meta["written"] = True
+
+
+def _functional(node: Node) -> Any:
+    """The functional overload of an in-place op (`relu_` → `relu`), or None."""
+    name = getattr(node.target, "_opname", "")
+    if not name.endswith("_") or name.endswith("__") or node.target.namespace != "aten":
+        return None
+    packet = getattr(aten, name[:-1], None)
+    return getattr(packet, node.target._overloadname, None) if packet is not None else None
+
+
+def _mutated_placeholders(graph: torch.fx.Graph, placeholders: list[Node]) -> list[Node]:
+    """Inputs that some node writes to, directly or through a view."""
+    _, writes = _storage(graph, placeholders)
+    return [n for n in writes if n in placeholders]
+
+
+def _storage(graph: torch.fx.Graph, owners: list[Node]) -> tuple[dict[Node, Node], dict[Node, list[Node]]]:
+    """Which node's storage each node shares, judged by schemas, and who writes to each storage."""
+    roots: dict[Node, Node] = {}
+    writes: dict[Node, list[Node]] = {}
+    known = set(owners)
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None:
+            for position, argument in enumerate(schema.arguments):
+                info = argument.alias_info
+                value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+                if info is None or not isinstance(value, Node) or value not in roots:
+                    continue
+                if info.is_write:
+                    writes.setdefault(roots[value], []).append(node)
+                roots[node] = roots[value]
+        if node in known and node not in roots:
+            roots[node] = node
+    return roots, writes

@@ -1,0 +1,214 @@
+"""Pipeline: passes in the order given, from text, a TOML file or objects; and the runner, which knows no pass.
+
+    pipeline  = pass ("," pass)*
+    pass      = name [ "{" option ("," option)* "}" ]
+    option    = name | name "=" value         a bare name means true; quote a value that holds , { } = or a space
+"""
+
+from __future__ import annotations
+
+import time
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from . import registry
+from .action import Observer
+from .errors import EmptyPassError, FuselineError, PassError, UserError
+from .framework import Level, Pass, Tier, build
+from .program import Program
+from .report import PassReport, Report
+from .rewriter import Rewriter
+from .structure import structural_hash
+from .verifier import Verify
+
+DEFAULT = "raise{allow_empty},fuse{allow_empty}"
+"""Exact passes only; a graph in which they find nothing stays as it is."""
+
+
+class Pipeline:
+    """A sequence of passes. `str(Pipeline(text))` is the text in its shortest form, and parses to an equal pipeline."""
+
+    def __init__(self, passes: str | Path | Iterable[Pass] | Pipeline = DEFAULT):
+        if isinstance(passes, Pipeline):
+            self.passes: tuple[Pass, ...] = passes.passes
+        elif isinstance(passes, Path):
+            self.passes = _from_toml(passes)
+        elif isinstance(passes, str):
+            path = Path(passes) if passes.endswith(".toml") else None
+            self.passes = _from_toml(path) if path else tuple(_parse(passes))
+        else:
+            self.passes = tuple(passes)
+        self._check_order()
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.passes))
+
+    def __repr__(self) -> str:
+        return f"Pipeline({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pipeline) and self.passes == other.passes
+
+    def __hash__(self) -> int:
+        return hash(self.passes)
+
+    @property
+    def lossy(self) -> tuple[Pass, ...]:
+        """The passes that approximate."""
+        return tuple(p for p in self.passes if p.tier is Tier.LOSSY)
+
+    def run(
+        self, program: Program, observers: Sequence[Observer] = (), verification: str = "quick"
+    ) -> tuple[Program, Report]:
+        """Runs the passes over a copy of `program`.
+
+        Args:
+            observers: watch passes and rewrites, and may skip rewrites.
+            verification: "off", "quick" (structure, types, the modified flag) or "full" (fake values recomputed too).
+
+        Raises:
+            EmptyPassError: a pass matched nothing and does not allow that.
+            PassError, VerificationError: a pass refused the program, or broke it.
+        """
+        watching: list[Observer] = list(observers)
+        if verification != "off":
+            watching.append(Verify(verification))
+        program = program.copy()
+        report = Report(str(self))
+        for observer in watching:
+            observer.pipeline_starts(self, program)
+        for step in self.passes:
+            self._run_pass(step, program, watching, report)
+        program.module.recompile()
+        for observer in watching:
+            observer.pipeline_ends(program, report)
+        return program, report
+
+    def _run_pass(self, step: Pass, program: Program, observers: list[Observer], report: Report) -> None:
+        if step.level is not Level.NORMAL:
+            raise UserError(
+                f"pass '{step.name}' works at the {step.level.value} level, on forward and backward in one graph",
+                ["this program was captured before autograd"],
+                'train under torch.compile(model, backend="fuseline"), or drop the pass',
+            )
+        missing = step.requires - program.state
+        if missing:
+            raise PassError(f"pass '{step.name}' needs {', '.join(sorted(missing))}", remedy=_who_ensures(missing))
+        record = PassReport(step.name, str(step), step.tier.value, nodes_before=len(program))
+        rewriter = Rewriter(program, step.name, observers, report.rewrites + 1)
+        before = structural_hash(program)
+        for observer in observers:
+            observer.pass_starts(step, program)
+        started = time.perf_counter()
+        try:
+            step.run(program, rewriter)
+        except Exception as error:
+            for observer in observers:
+                observer.failed(step, program, error)
+            if isinstance(error, FuselineError):
+                raise
+            raise PassError(
+                f"pass '{step.name}' failed: {type(error).__name__}: {error}",
+                [f"after {rewriter.next_number - report.rewrites - 1} rewrites"],
+            ) from error
+        record.ms = (time.perf_counter() - started) * 1e3
+        record.rules, record.refused = rewriter.matched, rewriter.refused
+        record.matched = sum(rewriter.matched.values())
+        record.nodes_after = len(program)
+        report.rewrites = rewriter.next_number - 1
+        changed = structural_hash(program) != before
+        if changed and not record.matched:
+            raise PassError(f"pass '{step.name}' changed the graph outside the rewriter")
+        if not record.matched and not rewriter.skipped and not step.allow_empty:
+            raise _nothing_matched(step, program, record)
+        program.state |= step.ensures
+        report.passes.append(record)
+        for observer in observers:
+            observer.pass_ends(step, program, record)
+
+    def _check_order(self) -> None:
+        joint: Pass | None = None
+        for step in self.passes:
+            if not isinstance(step, Pass):
+                raise UserError(f"a pipeline holds Pass objects, not {type(step).__name__}: {step!r}")
+            if step.level is Level.JOINT:
+                joint = step
+            elif joint is not None:
+                raise UserError(
+                    f"pass '{step.name}' works before autograd and cannot follow '{joint.name}', which works after it",
+                    remedy=f"put '{step.name}' first",
+                )
+
+
+def _nothing_matched(step: Pass, program: Program, record: PassReport) -> EmptyPassError:
+    details = [*step.nothing_matched(program)]
+    details += [f"refused: {count} x {reason}" for count, reason in record.reasons()[:5]]
+    return EmptyPassError(
+        f"pass '{step.name}' matched no site",
+        details or ["nothing in this program has the shape that the pass looks for"],
+        f"drop '{step.name}' from the pipeline, or allow it: {step.name}{{allow_empty}}",
+    )
+
+
+def _who_ensures(missing: frozenset[str]) -> str | None:
+    names = [name for name, kind in registry.available().items() if kind.ensures & missing]
+    return f"put '{names[0]}' before it" if names else None
+
+
+def _from_toml(path: Path) -> tuple[Pass, ...]:
+    """Passes from a file: `[[pass]]` tables with `name` and the options."""
+    try:
+        tables = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no pipeline file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
+    found = []
+    for table in tables.get("pass", []):
+        values = {k: v if isinstance(v, bool) else str(v) for k, v in table.items() if k != "name"}
+        if "name" not in table:
+            raise UserError(f"a [[pass]] of {path} has no name", remedy='[[pass]]\nname = "raise"')
+        found.append(build(registry.find(table["name"]), values))
+    if not found:
+        raise UserError(f"{path} holds no [[pass]] table", remedy='[[pass]]\nname = "raise"')
+    return tuple(found)
+
+
+def _parse(text: str) -> Iterable[Pass]:
+    for item in _split(text, text):
+        name, brace, rest = item.partition("{")
+        if brace and not rest.endswith("}"):
+            raise UserError(f"text after the closing brace in '{item}'")
+        values: dict[str, str | bool] = {}
+        for option in _split(rest[:-1], text) if rest[:-1].strip() else ():
+            key, equals, value = option.partition("=")
+            value = value.strip()
+            if len(value) > 1 and value[0] == value[-1] == '"':
+                value = value[1:-1]
+            if key.strip() in values:
+                raise UserError(f"option '{key.strip()}' is given twice in '{item}'")
+            values[key.strip()] = value if equals else True
+        yield build(registry.find(name.strip()), values)
+
+
+def _split(text: str, whole: str) -> list[str]:
+    """Splits at commas outside braces and quotes."""
+    parts, depth, quoted, start = [], 0, False, 0
+    for position, character in enumerate(text):
+        if character == '"':
+            quoted = not quoted
+        elif not quoted and character in "{}":
+            depth += 1 if character == "{" else -1
+            if depth < 0:
+                raise UserError(f"a '}}' without its '{{' in '{whole}'")
+        elif character == "," and not depth and not quoted:
+            parts.append(text[start:position])
+            start = position + 1
+    if depth or quoted:
+        raise UserError(f"{'a quote' if quoted else 'a brace'} is not closed in '{whole}'")
+    parts.append(text[start:])
+    stripped = [part.strip() for part in parts]
+    if not all(stripped):
+        raise UserError(f"an empty item in '{whole}'", remedy="raise,fuse")
+    return stripped

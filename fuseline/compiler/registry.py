@@ -1,0 +1,61 @@
+"""Which passes there are: those of this package, and those that other packages offer.
+
+A third-party package adds a pass by an entry point:
+
+    [project.entry-points."fuseline.passes"]
+    my-pass = "my_package.my_pass:MyPass"
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from .errors import UserError, nearest
+from .framework import Pass
+
+GROUP = "fuseline.passes"
+_known: dict[str, type[Pass]] = {}
+_loaded_entry_points = False
+
+
+def register(kind: type[Pass]) -> type[Pass]:
+    """Adds a pass under its name; also a class decorator."""
+    if not kind.name:
+        raise ValueError(f"{kind.__name__} has no name")
+    known = _known.setdefault(kind.name, kind)
+    if known is not kind and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise ValueError(f"two passes are called '{kind.name}': {known.__module__} and {kind.__module__}")
+    _known[kind.name] = kind
+    return kind
+
+
+def available() -> dict[str, type[Pass]]:
+    """All passes by name."""
+    global _loaded_entry_points
+    if not _loaded_entry_points:
+        _loaded_entry_points = True
+        for point in entry_points(group=GROUP):
+            try:
+                kind = point.load()
+            except Exception as error:
+                raise UserError(
+                    f"the pass '{point.name}' of package '{point.dist.name if point.dist else '?'}' cannot be loaded",
+                    [f"{point.value}: {type(error).__name__}: {error}"],
+                    "repair or uninstall that package",
+                ) from error
+            if not (isinstance(kind, type) and issubclass(kind, Pass)):
+                raise UserError(f"the entry point '{point.name}' ({point.value}) is not a fuseline.Pass")
+            register(kind)
+    return dict(sorted(_known.items()))
+
+
+def find(name: str) -> type[Pass]:
+    """The pass of that name.
+
+    Raises:
+        UserError: if there is none, with the nearest names.
+    """
+    passes = available()
+    if name not in passes:
+        raise UserError(f"unknown pass '{name}'{nearest(name, passes)}", remedy="fuseline passes")
+    return passes[name]

@@ -1,0 +1,207 @@
+"""Rewriter: the only way to add, replace or erase nodes.
+
+It computes `val` for what it creates, passes provenance on, and opens an Action for each rewrite.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from . import sites as _sites
+from .action import Action, Observer
+from .errors import VerificationError
+from .expressions import Expression, Param
+from .outline import Cut
+from .pattern import Match
+from .program import Program
+from .provenance import inherit, source_line
+from .rule import Rule
+from .structure import describe_value
+
+
+class Builder:
+    """Creates the nodes of one rewrite. Calling it makes a node: `new(torch.ops.aten.add.Tensor, a, b)`."""
+
+    def __init__(self, program: Program, before: Node, origins: Sequence[Node], maker: str):
+        self._program, self._before, self._origins, self._maker = program, before, origins, maker
+        self.created: list[Node] = []
+
+    def at(self, node: Node) -> Builder:
+        """From here on, nodes are created before `node`."""
+        self._before = node
+        return self
+
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """A call of `target`; its fake value is computed from its arguments'."""
+        target = getattr(target, "overload", target)
+        with self._inserting():
+            node = self._program.graph.call_function(target, args, kwargs)
+        node.meta["val"] = fake_call(self._program, target, args, kwargs)
+        return self._finish(node)
+
+    def weight(self, expression: Expression) -> Node:
+        """A weight node for an expression over the program's parameters."""
+        program = self._program
+        for node in program.weights():
+            if node.meta["weight"] == expression and (node < self._before):
+                return node
+        base = "_".join([*(p.replace(".", "_") for p in expression.parameters()[:1]), _label(expression)])
+        name, serial = base, 1
+        while hasattr(program.module, name):
+            name, serial = f"{base}_{serial}", serial + 1
+        value = fake_weight(program, expression)
+        program.module.register_buffer(name, value, persistent=False)
+        with self._inserting():
+            node = program.graph.get_attr(name)
+        node.meta.update(val=value, weight=expression)
+        return self._finish(node)
+
+    def region(self, name: str, region: Cut) -> dict[Node, Node]:
+        """A call of a region, under a fresh name that starts with `name`; what replaces each of its outputs."""
+        values = [n.meta["val"] for n in region.outputs]
+        call = self._call_module(name, region.module, region.inputs, values[0] if len(values) == 1 else tuple(values))
+        if len(region.outputs) == 1:
+            return {region.outputs[0]: call}
+        return {old: self(operator.getitem, call, i) for i, old in enumerate(region.outputs)}
+
+    def _call_module(self, name: str, module: GraphModule, args: Sequence[Node], val: Any) -> Node:
+        target, serial = f"{name}_0", 0
+        while hasattr(self._program.module, target):
+            serial += 1
+            target = f"{name}_{serial}"
+        self._program.module.add_submodule(target, module)
+        with self._inserting():
+            node = self._program.graph.call_module(target, tuple(args))
+        node.meta["val"] = val
+        return self._finish(node)
+
+    def _inserting(self) -> AbstractContextManager[Any]:
+        return self._program.graph.inserting_before(self._before)
+
+    def _finish(self, node: Node) -> Node:
+        inherit(node, self._origins, self._maker)
+        self.created.append(node)
+        return node
+
+
+class Rewriter:
+    """Applies rules to one program on behalf of one pass."""
+
+    def __init__(self, program: Program, pass_name: str, observers: Sequence[Observer] = (), first_number: int = 1):
+        self.program, self.pass_name, self.observers = program, pass_name, observers
+        self.next_number = first_number
+        self.matched: dict[str, int] = {}
+        self.refused: dict[str, str] = {}
+        self.skipped = 0
+        self.site_of: dict[Node, str] = _sites.sites(program.graph)
+
+    def apply_all(self, rules: Iterable[Rule]) -> None:
+        """Applies each rule everywhere it fits, in order."""
+        for rule in rules:
+            for match in rule.matches(self.program):
+                if any(node._erased for node in match.nodes):
+                    continue
+                reason = rule.refuse(match)
+                if reason is not None:
+                    self.refuse(match.root, reason)
+                else:
+                    self.apply(rule, match)
+
+    def apply(self, rule: Rule, match: Match) -> bool:
+        """One rewrite by a rule."""
+        return self.rewrite(match.root, match.nodes, lambda new: rule.after(match, new), rule.name)
+
+    def refuse(self, node: Node, reason: str) -> None:
+        """Records why a site was left alone."""
+        self.refused[self._site(node)] = reason
+
+    def rewrite(
+        self,
+        root: Node,
+        origins: Sequence[Node],
+        build: Callable[[Builder], Node | dict[Node, Node]],
+        rule: str,
+    ) -> bool:
+        """Replaces `root` (or the keys of the mapping that `build` returns) and erases what becomes dead.
+
+        Returns False when an observer skipped the rewrite.
+
+        Raises:
+            VerificationError: the new value differs from the old in shape or dtype.
+        """
+        action = Action(self.next_number, self.pass_name, rule, self._site(root), tuple(origins))
+        self.next_number += 1
+        if not all(observer.allows(action) for observer in self.observers):
+            action.skipped = True
+            self.skipped += 1
+            return False
+        new = Builder(self.program, root, list(origins) or [root], f"{self.pass_name}/{rule}")
+        built = build(new)
+        replacements = built if isinstance(built, dict) else {root: built}
+        for old, replacement in replacements.items():
+            self._check(old, replacement, action)
+            old.replace_all_uses_with(replacement)
+            self.site_of.setdefault(replacement, self._site(old))
+        self._erase_dead([*replacements, *origins])
+        action.created = new.created
+        self.matched[rule] = self.matched.get(rule, 0) + 1
+        for observer in self.observers:
+            observer.rewritten(action, self.program)
+        return True
+
+    def _site(self, node: Node) -> str:
+        return self.site_of.get(node, node.name)
+
+    def _check(self, old: Node, new: Node, action: Action) -> None:
+        before, after = describe_value(old.meta.get("val")), describe_value(new.meta.get("val"))
+        if before != after:
+            raise VerificationError(
+                f"rewrite {action} changes a value's type",
+                [f"before: {before}  {old.format_node()}", f"after:  {after}", f"line:   {source_line(old)}"],
+            )
+
+    def _erase_dead(self, nodes: Iterable[Node]) -> None:
+        """Erases these nodes and then whatever only they used, pure nodes only."""
+        pending = list(nodes)
+        while pending:
+            node = pending.pop()
+            if node._erased or node.users or node.op in ("placeholder", "output") or node.is_impure():
+                continue
+            pending += node.all_input_nodes
+            self.program.graph.erase_node(node)
+
+
+def fake_call(program: Program, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The fake result of a call, from its arguments' fake values."""
+    fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    with program.fake_mode, torch.no_grad():
+        return target(*fake_args, **fake_kwargs)
+
+
+def fake_weight(program: Program, expression: Expression) -> torch.Tensor:
+    """The fake value of a weight expression."""
+    values = {n.meta["weight"].name: n.meta["val"] for n in program.weights() if isinstance(n.meta["weight"], Param)}
+    mode = program.fake_mode
+
+    def lookup(name: str) -> torch.Tensor:
+        if name in values:
+            return values[name].detach()
+        return mode.from_tensor(program.sources[name].tensor.detach(), static_shapes=True)
+
+    with mode, torch.no_grad():
+        return expression.evaluate(lookup)
+
+
+def _label(expression: Expression) -> str:
+    """A short word for what an expression does to its parameter: `codes`, `scale`, `cast`."""
+    for inner in expression.walk():
+        name = getattr(inner, "name", None)
+        if type(inner).__name__ == "Output" and isinstance(name, str):
+            return name
+    return type(expression).__name__.lower()

@@ -1,0 +1,108 @@
+"""Quantization schemes and their text form: `int8`, `int4:g64`, `int4:g64:sym`, `int8:channel:asym`, `int8:token`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import UserError, nearest
+from .ops import pack_nibbles
+
+_FORMATS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Integer quantization of a tensor whose last dimension is split in groups.
+
+    bits: 8 or 4; group: channels that share a scale (0: the whole last dimension, "channel" for weights and "token"
+    for activations); symmetric: without a zero point.
+    """
+
+    bits: int
+    group: int = 0
+    symmetric: bool = True
+
+    @staticmethod
+    def parse(text: str, *, weights: bool) -> Scheme:
+        """Reads `FORMAT[:gN|:channel|:token][:sym|:asym]`. Weights of 4 bits are asymmetric unless `sym` is given."""
+        word, *rest = text.split(":")
+        if word not in _FORMATS:
+            raise UserError(f"unknown number format '{word}' in '{text}'{nearest(word, _FORMATS)}")
+        bits, group = _FORMATS[word], 0
+        symmetric = not (weights and bits == 4)
+        whole = "channel" if weights else "token"
+        for part in rest:
+            if part in ("sym", "asym"):
+                symmetric = part == "sym"
+            elif part == whole:
+                group = 0
+            elif part[:1] == "g" and part[1:].isdigit() and int(part[1:]) > 0:
+                group = int(part[1:])
+            else:
+                raise UserError(f"unknown part '{part}' in '{text}'{nearest(part, ('sym', 'asym', whole, 'g64'))}")
+        return Scheme(bits, group, symmetric)
+
+    def __str__(self) -> str:
+        symmetry = "sym" if self.symmetric else "asym"
+        return ":".join([f"int{self.bits}", *([f"g{self.group}"] if self.group else []), symmetry])
+
+    def group_of(self, channels: int) -> int:
+        """The group size for a last dimension of `channels`."""
+        return self.group or channels
+
+    def refuse(self, channels: int) -> str | None:
+        """Why a dimension of `channels` cannot be quantized so, or None."""
+        if self.group and channels % self.group:
+            fitting = [g for g in range(16, channels // 2 + 1) if channels % g == 0 and g % 16 == 0]
+            near = sorted(sorted(fitting, key=lambda g: abs(g - self.group))[:5])
+            names = f" ({', '.join(map(str, near))} would)" if near else ""
+            return f"group size {self.group} does not divide {channels}{names}"
+        if self.bits == 4 and self.group_of(channels) % 2:
+            return f"two 4-bit codes share a byte, and a group of {self.group_of(channels)} is odd"
+        return None
+
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Round to nearest. weight: [..., n] → codes, scale [..., n/group] and, when asymmetric, zero (uint8).
+
+        Computed in float32 at least, the scale rounded to its stored type first so that codes fit what will be
+        multiplied back. Symmetric: scale = max|w| / (2^(b−1) − 1) over the codes' positive end for 8 bits;
+        for 4 bits max|w| / 7 with codes −8…7. Asymmetric: scale = (max(w, 0) − min(w, 0)) / (2^b − 1).
+        """
+        compute = torch.promote_types(weight.dtype, torch.float32)
+        groups = weight.to(compute).unflatten(-1, (-1, self.group_of(weight.shape[-1])))
+        stored = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
+        if self.symmetric:
+            top = 2 ** (self.bits - 1) - 1
+            scale = _safe_scale(groups.abs().amax(-1, keepdim=True) / top, stored)
+            codes = torch.round(groups / scale.to(compute)).clamp(-top - 1, top)
+            if self.bits == 4:
+                return {"codes": (codes + 8).to(torch.uint8).flatten(-2), "scale": scale.squeeze(-1)}
+            return {"codes": codes.to(torch.int8).flatten(-2), "scale": scale.squeeze(-1)}
+        top = 2**self.bits - 1
+        low = groups.amin(-1, keepdim=True).clamp(max=0)
+        high = groups.amax(-1, keepdim=True).clamp(min=0)
+        scale = _safe_scale((high - low) / top, stored)
+        zero = torch.round(-low / scale.to(compute)).clamp(0, top)
+        codes = torch.round(groups / scale.to(compute) + zero).clamp(0, top)
+        return {
+            "codes": codes.to(torch.uint8).flatten(-2),
+            "scale": scale.squeeze(-1),
+            "zero": zero.to(torch.uint8).squeeze(-1),
+        }
+
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [..., n] in the layout that `fuseline::dequantize` reads."""
+        return pack_nibbles(codes, self.group_of(codes.shape[-1])) if self.bits == 4 else codes
+
+    def bytes_per_weight(self, channels: int, scale_bytes: int = 4) -> float:
+        """Stored bytes a weight, scales and zero points included."""
+        per_group = scale_bytes + (0 if self.symmetric else 1)
+        return self.bits / 8 + per_group / self.group_of(channels)
+
+
+def _safe_scale(scale: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """In the stored type, and 1 where a group is all zeros or its scale would underflow."""
+    scale = scale.to(stored)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

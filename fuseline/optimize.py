@@ -1,0 +1,114 @@
+"""`fuseline.optimize`: on a model, or as a decorator of an `nn.Module` class.
+
+    model = fuseline.optimize(model, "raise,quantize{weights=int8},fuse")
+
+    @fuseline.optimize("raise,fuse")
+    class Net(torch.nn.Module): ...
+
+Either way the model is still the object its user had: parameters, `state_dict()`, hooks, `generate()` and
+`train()`/`eval()` are its own; only its forward is compiled, at its first call.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import torch
+
+from .backend import compile as backend_compile
+from .compile import TARGETS, Compilation
+from .compiler.action import Observer
+from .compiler.errors import UserError, nearest
+from .compiler.framework import Pass
+from .compiler.pipeline import DEFAULT, Pipeline
+from .compiler.weights import STORE, refresh as _refresh_binders
+
+Passes = str | Path | Iterable[Pass] | Pipeline
+Module = TypeVar("Module", bound=torch.nn.Module)
+_compilations: weakref.WeakKeyDictionary[torch.nn.Module, list[Compilation]] = weakref.WeakKeyDictionary()
+
+
+@overload
+def optimize(model: Module, pipeline: Passes = ..., **settings: Any) -> Module: ...
+@overload
+def optimize(model: Passes = ..., **settings: Any) -> Callable[[type[Module]], type[Module]]: ...
+def optimize(
+    model: Any = DEFAULT,
+    pipeline: Passes = DEFAULT,
+    *,
+    target: str | None = None,
+    observers: Sequence[Observer] = (),
+    verify: str = "quick",
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+) -> Any:
+    """Compiles a model's forward with a pipeline; returns the same model, or a class decorator.
+
+    Args:
+        model: a module; or, for a decorator, the pipeline.
+        pipeline: exact passes only when left out.
+        target: "auto" (default), "eager", "inductor" or "triton".
+        dynamic, fullgraph: as in torch.compile.
+
+    Raises:
+        UserError: at once for an unknown pass, option or target; nothing is changed then.
+    """
+    if target is not None and target not in TARGETS:
+        raise UserError(f"unknown target '{target}'{nearest(target, TARGETS)}")
+    settings = {
+        "target": target, "observers": observers, "verify": verify, "dynamic": dynamic, "fullgraph": fullgraph,
+    }  # fmt: skip
+    if isinstance(model, type) and issubclass(model, torch.nn.Module):
+        raise UserError("the decorator takes a pipeline", remedy='@fuseline.optimize("raise,fuse")')
+    if not isinstance(model, torch.nn.Module):
+        return functools.partial(_decorate, pipeline=Pipeline(model), settings=settings)
+    return _compile_in_place(model, Pipeline(pipeline), settings)
+
+
+def _compile_in_place(model: torch.nn.Module, pipeline: Pipeline, settings: dict[str, Any]) -> torch.nn.Module:
+    found: list[Compilation] = []
+    _compilations[model] = found
+    model.compile(
+        backend=backend_compile,
+        dynamic=settings["dynamic"],
+        fullgraph=settings["fullgraph"],
+        options={
+            "pipeline": pipeline,
+            "target": settings["target"],
+            "observers": tuple(settings["observers"]),
+            "verify": settings["verify"],
+            "record": found.append,
+        },
+    )
+    return model
+
+
+def _decorate(kind: type[torch.nn.Module], pipeline: Pipeline, settings: dict[str, Any]) -> type[torch.nn.Module]:
+    if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+        raise UserError(f"fuseline.optimize decorates nn.Module classes, not {kind!r}")
+    original = kind.__init__
+
+    @functools.wraps(original)
+    def initialise(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        _compile_in_place(self, pipeline, settings)
+
+    kind.__init__ = initialise  # type: ignore[method-assign]
+    return kind
+
+
+def reports(model: torch.nn.Module) -> list[Compilation]:
+    """What was compiled for a model so far, one entry a captured graph."""
+    if model not in _compilations:
+        raise UserError("this model was not optimized", remedy="fuseline.optimize(model, …)")
+    return list(_compilations[model])
+
+
+def refresh(model: torch.nn.Module) -> None:
+    """Has every weight of `model` looked at again, after edits that PyTorch does not version (`p.data.copy_()`)."""
+    STORE.forget([*model.parameters(), *model.buffers()])
+    _refresh_binders()

@@ -1,0 +1,68 @@
+"""Mark what becomes one kernel: `fuse`.
+
+Before                                       after  fuse
+    h = rms_norm(x, w)                           y = linear_0(x, w, Wg, Wu)      a region: norm → gate, up → SwiGLU
+    g = linear(h, Wg)                            z = linear_1(y, Wd, x)          a region: linear → residual add
+    u = linear(h, Wu)
+    y = glu(g, u, "silu")
+    z = x + linear(y, Wd)
+
+A region is a subgraph with an anchor (linears of one input, in any weight format) and what goes into its template's
+prologue (a norm) and epilogue (pointwise ops), or a cluster of pointwise and row operations without an anchor. Codegen
+turns a region into one kernel, or runs it through PyTorch and says why; in eager a region runs as it stands, so the
+program stays executable at this stage.
+
+Regions are convex: no value leaves one and comes back. Nodes that touch a storage which the graph writes to (a KV
+cache) and nodes in other grad modes stay outside.
+
+Exact: the same operations, grouped. Source: epilogue fusion as in CUTLASS and Inductor; the grouping is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...compiler.framework import Pass, Tier
+from ...compiler.order import Reachability, sort
+from ...compiler.outline import cut
+from ...compiler.program import Program
+from ...compiler.registry import register
+from ...compiler.rewriter import Rewriter
+from .clusters import clusters
+from .linear import Region, linear_regions
+
+
+@register
+@dataclass(frozen=True)
+class Fuse(Pass):
+    """Groups nodes into regions that become one kernel each."""
+
+    name = "fuse"
+    tier = Tier.EXACT
+    ensures = frozenset({"fused"})
+
+    linears: bool = True  # regions around linears
+    pointwise: bool = True  # clusters of pointwise and row operations
+
+    def run(self, program: Program, rewriter: Rewriter) -> None:
+        sort(program.graph)
+        reach = Reachability(program.graph)
+        regions: list[Region] = []
+        taken: set[object] = set()
+        if self.linears:
+            regions += linear_regions(program, reach)
+            taken = {n for r in regions for n in r.nodes}
+        if self.pointwise:
+            regions += clusters(program, reach, taken)
+        for region in regions:
+            piece = cut(program, region.nodes, region.kind)
+            rewriter.rewrite(
+                region.nodes[-1],
+                region.nodes,
+                lambda new, piece=piece, kind=region.kind: new.region(kind, piece),  # type: ignore[misc]
+                region.rule,
+            )
+        sort(program.graph)
+
+    def nothing_matched(self, program: Program) -> tuple[str, ...]:
+        return ("the program has no linear, and no two pointwise operations that follow each other",)

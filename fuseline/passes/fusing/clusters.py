@@ -1,0 +1,73 @@
+"""Clusters of pointwise and row operations: connected, convex, and over the same rows."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ...compiler.ops import Kind
+from ...compiler.order import Reachability, is_barrier, touches_written
+from ...compiler.program import Program
+from ...compiler.traits import is_view, kind
+from .linear import Region
+
+LARGEST = 24
+
+
+def clusters(program: Program, reach: Reachability, taken: set[object]) -> Iterator[Region]:
+    """Maximal clusters, grown along the graph; a lone pointwise op is left to PyTorch, a lone row operation is not."""
+    member_of: dict[Node, int] = {}
+    found: dict[int, set[Node]] = {}
+    for node in program.graph.nodes:
+        if node in taken or not _fusable(node):
+            continue
+        home = None
+        for source in node.all_input_nodes:
+            label = member_of.get(source)
+            if label is None or len(found[label]) >= LARGEST or _space(source) != _space(node):
+                continue
+            if reach.convex(found[label] | {node}):
+                home = label
+                break
+        if home is None:
+            home = len(found)
+            found[home] = set()
+        found[home].add(node)
+        member_of[node] = home
+    for nodes in found.values():
+        ordered = sorted(nodes, key=reach.index.__getitem__)
+        rows = [n for n in ordered if kind(n) is Kind.ROW]
+        if len(ordered) < 2 and not rows:
+            continue
+        yield Region("pointwise", "rows" if rows else "pointwise", ordered)
+
+
+def _fusable(node: Node) -> bool:
+    value = _first(node.meta.get("val"))
+    if node.target is operator.getitem:
+        return isinstance(node.args[0], Node) and kind(node.args[0]) is Kind.ROW
+    return (
+        node.op == "call_function"
+        and kind(node) in (Kind.POINTWISE, Kind.ROW)
+        and not is_view(node.target)
+        and bool(node.all_input_nodes)
+        and isinstance(value, torch.Tensor)
+        and value.dim() > 0
+        and not touches_written(node)
+        and not is_barrier(node)
+    )
+
+
+def _space(node: Node) -> tuple[object, ...]:
+    """The iteration space that a node's rows live in: its leading sizes, and its device."""
+    value = _first(node.meta["val"])
+    return (*value.shape[:-1], value.device)
+
+
+def _first(value: Any) -> Any:
+    """A value, or the first of several: all outputs of a row operation share their rows."""
+    return value[0] if isinstance(value, (tuple, list)) else value

@@ -1,0 +1,119 @@
+"""Regions around linears: a norm before, several weights of one input, pointwise operations after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from ...compiler import ops
+from ...compiler.ops import Kind
+from ...compiler.order import Reachability, touches_written
+from ...compiler.program import Program
+from ...compiler.traits import is_view, kind
+
+aten = torch.ops.aten
+LONGEST_EPILOGUE = 8
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes to become one subgraph, in graph order; `rule` names its shape for the statistics."""
+
+    kind: str
+    rule: str
+    nodes: list[Node]
+
+
+def linear_regions(program: Program, reach: Reachability) -> Iterator[Region]:
+    """Every linear belongs to exactly one region."""
+    by_input: dict[tuple[Node, str], list[Node]] = {}
+    for node in program.graph.nodes:
+        if node.target is aten.linear.default and not touches_written(node):
+            by_input.setdefault((node.args[0], _format(node)), []).append(node)
+    taken: set[Node] = set()
+    for linears in by_input.values():
+        for group in _gated_apart(linears):
+            nodes, rule = _grow(group, reach, taken)
+            taken |= nodes
+            yield Region("linear", rule, sorted(nodes, key=reach.index.__getitem__))
+
+
+def _format(linear: Node) -> str:
+    """What a template must agree on among sibling linears: how the weight is stored, and whether there is a bias."""
+    weight = linear.args[1]
+    if isinstance(weight, Node) and weight.target is ops.dequantize.overload:
+        codes, _, zero, bits, group, dtype = weight.args
+        return f"{codes.meta['val'].dtype} {zero is None} {bits} {group} {dtype}"  # type: ignore[union-attr]
+    return str(weight.meta["val"].dtype)  # type: ignore[union-attr]
+
+
+def _gated_apart(linears: list[Node]) -> Iterator[list[Node]]:
+    """Gate and up of one gated unit together; the others of the same input in one group."""
+    rest = list(linears)
+    for linear in linears:
+        users = list(linear.users)
+        if linear not in rest or len(users) != 1 or users[0].target is not ops.glu.overload:
+            continue
+        pair = [a for a in users[0].args[:2] if a in rest and len(a.users) == 1]  # type: ignore[union-attr]
+        if len(pair) == 2 and pair[0] is not pair[1]:
+            rest = [x for x in rest if x not in pair]
+            yield pair  # type: ignore[misc]
+    if rest:
+        yield rest
+
+
+def _grow(linears: list[Node], reach: Reachability, taken: set[Node]) -> tuple[set[Node], str]:
+    nodes = set(linears)
+    words = ["linear" if len(linears) == 1 else f"linear x{len(linears)}"]
+    for linear in linears:
+        weight = linear.args[1]
+        if isinstance(weight, Node) and weight.target is ops.dequantize.overload and len(weight.users) == 1:
+            nodes.add(weight)
+            if len(words) == 1:
+                words.insert(0, f"int{weight.args[3]}")
+    tail = _only_user_of_all(linears)
+    if tail is not None and tail.target is ops.glu.overload and _may_join(tail, nodes, reach, taken):
+        nodes.add(tail)
+        words.append("glu")
+    last: Node | None = tail if tail in nodes else (linears[0] if len(linears) == 1 else None)
+    while last is not None and len(words) < LONGEST_EPILOGUE and len(last.users) == 1:
+        user = next(iter(last.users))
+        if kind(user) is not Kind.POINTWISE or is_view(user.target) or not _may_join(user, nodes, reach, taken):
+            break
+        if not _same_shape(user, last) or user.target is ops.glu.overload:
+            break
+        nodes.add(user)
+        words.append(user.target._opname)  # type: ignore[union-attr]
+        last = user
+    source = linears[0].args[0]
+    if (
+        isinstance(source, Node)
+        and source.target in (ops.rms_norm.overload, ops.layer_norm.overload)
+        and all(user in nodes for user in source.users)
+        and _may_join(source, nodes, reach, taken)
+    ):
+        nodes.add(source)
+        words.insert(0, source.target._opname)  # type: ignore[union-attr]
+    return nodes, " + ".join(words)
+
+
+def _only_user_of_all(linears: list[Node]) -> Node | None:
+    users = {user for linear in linears for user in linear.users}
+    return next(iter(users)) if len(users) == 1 and len(linears) > 1 else None
+
+
+def _may_join(node: Node, nodes: set[Node], reach: Reachability, taken: set[Node]) -> bool:
+    return (
+        node.op == "call_function"
+        and node not in taken
+        and not touches_written(node)
+        and reach.convex(nodes | {node})
+    )
+
+
+def _same_shape(first: Node, second: Node) -> bool:
+    a, b = first.meta.get("val"), second.meta.get("val")
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape

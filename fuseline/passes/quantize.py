@@ -1,0 +1,241 @@
+"""Quantize weights and activations: `quantize`.
+
+Before                                  after  quantize{weights=int4:g64,activations=int8:token}
+    y = linear(x, W, b)                     q, s = quantize(x)                       one scale a token
+                                            y = linear(dequantize(q, s), dequantize(pack(Wq), Ws, Wz), b)
+
+`weights`       int8 or int4, `:gN` for groups of N input channels (else one scale an output channel), `:sym`/`:asym`;
+                4-bit weights are asymmetric unless said otherwise. Rounded to nearest.
+`activations`   int8:token, symmetric, scales computed at run time.
+`only`, `skip`  module paths to take or to leave, with `*`, separated by `|`: `only=*.mlp.*|*.o_proj`.
+
+Every linear whose weight is a parameter is a site, and so is a product with a parameter of the transposed layout
+(`addmm`, `mm`). The head, a linear over the vocabulary of an embedding of the same program, is quantized only when
+`only` names it, and so are embeddings. Codes, scales and zero points are weight expressions: computed once, shared by
+all graphs of the model, again when the parameter changes.
+
+Lossy. Source: ZeroQuant (Yao et al., 2022), group-wise weights and token-wise activations.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..compiler import ops
+from ..compiler.errors import UserError
+from ..compiler.expressions import Expression, Output, Pack, Param, Transpose
+from ..compiler.expressions import Quantize as QuantizeExpression
+from ..compiler.framework import Pass, Tier
+from ..compiler.order import Reachability
+from ..compiler.program import Program
+from ..compiler.provenance import module_path
+from ..compiler.registry import register
+from ..compiler.rewriter import Builder, Rewriter
+from ..compiler.schemes import Scheme
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Site:
+    """A product with a weight: x [..., in], the weight as an expression [out, in], an optional bias."""
+
+    node: Node
+    x: Node
+    weight: Expression
+    bias: Node | None
+    shape: tuple[int, int]
+    path: str
+
+
+@register
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Integer weights and activations, rounded to nearest."""
+
+    name = "quantize"
+    tier = Tier.LOSSY
+
+    weights: str | None = None  # int8, int4, with :gN, :sym, :asym
+    activations: str | None = None  # int8:token
+    only: tuple[str, ...] = ()  # module paths to take
+    skip: tuple[str, ...] = ()  # module paths to leave
+
+    def __post_init__(self) -> None:
+        if self.weights is None and self.activations is None:
+            raise UserError(
+                "pass 'quantize' needs to be told what to quantize",
+                remedy="quantize{weights=int8}, quantize{weights=int4:g64} or quantize{weights=int8,activations=int8}",
+            )
+        self.schemes()
+
+    def schemes(self) -> tuple[Scheme | None, Scheme | None]:
+        """The schemes of weights and activations."""
+        weights = Scheme.parse(self.weights, weights=True) if self.weights else None
+        activations = Scheme.parse(self.activations, weights=False) if self.activations else None
+        if activations and (activations.bits != 8 or not activations.symmetric or activations.group):
+            raise UserError(
+                f"activations cannot be '{self.activations}'",
+                ["they are quantized at run time, symmetrically, with one scale a token"],
+                "quantize{weights=…,activations=int8:token}",
+            )
+        return weights, activations
+
+    def run(self, program: Program, rewriter: Rewriter) -> None:
+        weights, activations = self.schemes()
+        quantized_inputs: dict[Node, Node] = {}
+        heads = _heads(program)
+        for site in linear_sites(program):
+            reason = self._refuse(program, site, weights, site.node in heads)
+            if reason is None:
+                rewriter.rewrite(
+                    site.node,
+                    [site.node],
+                    lambda new, site=site: _quantized(new, site, weights, activations, quantized_inputs),  # type: ignore[misc]
+                    "linear",
+                )
+            elif reason:
+                rewriter.refuse(site.node, reason)
+        for node in list(program.graph.nodes):
+            if node.target is aten.embedding.default and self._names(_path_of(program, node.args[0])) and weights:
+                self._embedding(program, rewriter, node, weights)
+
+    def _embedding(self, program: Program, rewriter: Rewriter, node: Node, scheme: Scheme) -> None:
+        """Gathers codes and scales by row, then dequantizes the gathered rows only."""
+        table, indices = node.args[:2]
+        expression = table.meta.get("weight") if isinstance(table, Node) else None
+        if not isinstance(expression, Param):
+            rewriter.refuse(node, "the embedding's table is computed, not a parameter")
+            return
+        channels = table.meta["val"].shape[1]  # type: ignore[union-attr]
+        reason = scheme.refuse(channels) or _needs_gradient(program, expression)
+        if reason:
+            rewriter.refuse(node, reason)
+            return
+
+        def build(new: Builder) -> Node:
+            parts = [
+                None if p is None else new(aten.embedding.default, p, indices)
+                for p in _parts(new, expression, scheme)
+            ]
+            dtype = node.meta["val"].dtype
+            return new(ops.dequantize, *parts, scheme.bits, scheme.group_of(channels), dtype)
+
+        rewriter.rewrite(node, [node], build, "embedding")
+
+    def _names(self, path: str) -> bool:
+        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.only)
+
+    def _refuse(self, program: Program, site: Site, weights: Scheme | None, head: bool) -> str | None:
+        """A reason; "" for a site that the options leave out without a word; None to go ahead."""
+        if any(fnmatch.fnmatchcase(site.path, pattern) for pattern in self.skip):
+            return ""
+        if self.only and not self._names(site.path):
+            return ""
+        if head and not self._names(site.path):
+            return f"the model's head over its vocabulary: name it to quantize it, only={site.path}"
+        if not site.node.meta["val"].dtype.is_floating_point:
+            return f"its result is {site.node.meta['val'].dtype}, not a floating-point type"
+        return (weights.refuse(site.shape[1]) if weights else None) or _needs_gradient(program, site.weight)
+
+    def nothing_matched(self, program: Program) -> tuple[str, ...]:
+        sites = list(linear_sites(program))
+        asked = ", ".join(f"{k}={v}" for k, v in (("weights", self.weights), ("activations", self.activations)) if v)
+        if not sites:
+            return (f"asked for: {asked}; the program has no product with a parameter",)
+        closest = sites[0]
+        return (f"asked for: {asked} on {len(sites)} linears, such as {closest.path} ({closest.shape[1]} inputs)",)
+
+
+def linear_sites(program: Program) -> Iterator[Site]:
+    """Every product of an activation with a weight, in graph order."""
+    for node in list(program.graph.nodes):
+        bias: Any = None
+        if node.target is aten.linear.default:
+            x, table, *rest = node.args
+            bias, transposed = (rest[0] if rest else None), False
+        elif node.target is aten.addmm.default and not node.kwargs:
+            bias, x, table = node.args
+            transposed = True
+        elif node.target in (aten.mm.default, aten.matmul.default):
+            x, table = node.args
+            transposed = True
+        else:
+            continue
+        expression = table.meta.get("weight") if isinstance(table, Node) else None
+        value = table.meta.get("val") if isinstance(table, Node) else None
+        if not isinstance(expression, Expression) or not isinstance(value, torch.Tensor) or value.dim() != 2:
+            continue
+        if any(isinstance(e, Output) for e in expression.walk()):
+            continue  # already codes
+        rows, columns = int(value.shape[0]), int(value.shape[1])
+        weight = Transpose(expression, 0, 1) if transposed else expression
+        shape = (columns, rows) if transposed else (rows, columns)
+        yield Site(node, x, weight, bias, shape, _path_of(program, table))  # type: ignore[arg-type]
+
+
+def _path_of(program: Program, table: Any) -> str:
+    """The module that owns a weight: the parameter's name without its last part."""
+    expression = table.meta.get("weight") if isinstance(table, Node) else None
+    if isinstance(expression, Expression) and expression.parameters():
+        return expression.parameters()[0].rpartition(".")[0]
+    return module_path(table) if isinstance(table, Node) else ""
+
+
+def _heads(program: Program) -> set[Node]:
+    """Linears over the vocabulary: as many outputs as an embedding has rows, and no other product downstream."""
+    rows = {
+        int(n.args[0].meta["val"].shape[0])
+        for n in program.graph.nodes
+        if n.target is aten.embedding.default and isinstance(n.args[0], Node)
+    }
+    sites = list(linear_sites(program))
+    candidates = [s for s in sites if s.shape[0] in rows]
+    if not candidates:
+        return set()
+    reach = Reachability(program.graph)
+    return {s.node for s in candidates if not any(reach.depends(o.node, s.node) for o in sites if o is not s)}
+
+
+def _needs_gradient(program: Program, weight: Expression) -> str | None:
+    if program.training and any(program.sources[n].trainable for n in weight.parameters()):
+        return (
+            "its weight wants a gradient, and rounding has none: freeze it (requires_grad_(False)) or compile under "
+            "torch.no_grad()"
+        )
+    return None
+
+
+def _parts(new: Builder, weight: Expression, scheme: Scheme) -> list[Node | None]:
+    quantized = QuantizeExpression(weight, scheme)
+    return [
+        new.weight(Pack(Output(quantized, "codes"), scheme)),
+        new.weight(Output(quantized, "scale")),
+        None if scheme.symmetric else new.weight(Output(quantized, "zero")),
+    ]
+
+
+def _quantized(
+    new: Builder, site: Site, weights: Scheme | None, activations: Scheme | None, inputs: dict[Node, Node]
+) -> Node:
+    x, (_, channels) = site.x, site.shape
+    dtype = x.meta["val"].dtype
+    if activations is not None:
+        if x not in inputs:
+            pair = new(ops.quantize, x, activations.bits, channels)
+            codes, scale = new(operator.getitem, pair, 0), new(operator.getitem, pair, 1)
+            inputs[x] = new(ops.dequantize, codes, scale, None, activations.bits, channels, dtype)
+        x = inputs[x]
+    if weights is not None:
+        parts = _parts(new, site.weight, weights)
+        table = new(ops.dequantize, *parts, weights.bits, weights.group_of(channels), dtype)
+    else:
+        table = new.weight(site.weight)
+    return new(aten.linear.default, x, table, site.bias)

@@ -1,0 +1,1 @@
+"""The runtime: what stands between a call and a compiled graph."""

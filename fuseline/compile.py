@@ -15,6 +15,7 @@ from .codegen.kernel import Kernel
 from .compiler import compat
 from .compiler.action import Observer
 from .compiler.errors import FuselineError, UserError, nearest
+from .compiler.expand import expand_weights
 from .compiler.flatten import anchors_only, flatten
 from .compiler.outline import inline
 from .compiler.pipeline import Pipeline
@@ -103,14 +104,14 @@ def compile_program(
         executable = Executable(run, program.arguments, program.binder(lowered.weights))
     else:
         module, weights = program.lift()
-        binder = program.binder(weights)
         kernels, refusals, path = (), {}, None
         if chosen == "inductor":
-            plain = flatten(program, module)
+            binder = program.binder(weights)
             bound = [*(inputs[i] for i in program.arguments), *binder(inputs)]
-            run = _inductor(plain, bound)
+            run = _inductor(flatten(program, module), bound)
         else:
             run = inline(module)
+            binder = program.binder(expand_weights(run, weights))
         executable = Executable(run, program.arguments, binder)
     if isinstance(executable, Executable):
         executable.binder(inputs)

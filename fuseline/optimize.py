@@ -25,7 +25,8 @@ from .compiler.action import Observer
 from .compiler.errors import UserError, nearest
 from .compiler.framework import Pass
 from .compiler.pipeline import DEFAULT, Pipeline
-from .compiler.weights import STORE, refresh as _refresh_binders
+from .compiler.weights import STORE
+from .compiler.weights import refresh as _refresh_binders
 
 Passes = str | Path | Iterable[Pass] | Pipeline
 Module = TypeVar("Module", bound=torch.nn.Module)

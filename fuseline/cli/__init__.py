@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from typing import NoReturn
 
 import typer
 
@@ -41,14 +42,22 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except KeyboardInterrupt:
         sys.exit(130)
-    except FuselineError as error:
-        _fail(str(error), error.exit_code, debug)
     except Exception as error:
+        ours = find_ours(error)
+        if ours is not None:
+            _fail(str(ours), ours.exit_code, debug)
         message = f"{type(error).__name__}: {error}\n  try: the same command with --debug, which shows where"
         _fail(message, 1, debug)
 
 
-def _fail(message: str, code: int, debug: bool) -> None:
+def find_ours(error: BaseException | None) -> FuselineError | None:
+    """The error of Fuseline in a chain of causes: what a backend raises, Dynamo wraps."""
+    while error is not None and not isinstance(error, FuselineError):
+        error = error.__cause__ or getattr(error, "inner_exception", None)
+    return error
+
+
+def _fail(message: str, code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
     print(f"error: {message}", file=sys.stderr)

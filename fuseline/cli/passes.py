@@ -11,12 +11,12 @@ import typer
 
 from fuseline.cli import options
 from fuseline.cli.output import Output
-from fuseline.cli.render import table
+from fuseline.cli.render import following, table
 from fuseline.compiler import framework, registry
 
 
 def passes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this pass's page.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this pass's page.")] = None,
     json: options.Json = None,
 ) -> None:
     """List the passes, or show one pass's page and options."""
@@ -29,9 +29,9 @@ def passes(
         output.write(page)
         return
     pages = [describe(kind) for kind in registry.available().values()]
-    rows = [[p["name"], p["tier"], p["level"], ", ".join(o["name"] for o in p["options"]), p["summary"]] for p in pages]
-    table(output, ["pass", "tier", "level", "options", "what it does"], rows)
-    output.line("\nnext: fuseline passes NAME    its page: before and after, options, source")
+    rows = [[p["name"], p["tier"], p["level"], p["summary"]] for p in pages]
+    table(output, ["pass", "tier", "level", "what it does"], rows)
+    following(output, "fuseline passes NAME", "its page: before and after, options, source")
     output.write({"passes": pages})
 
 
@@ -43,7 +43,7 @@ def describe(kind: type[framework.Pass]) -> dict[str, Any]:
         "name": kind.name,
         "tier": kind.tier.value,
         "level": kind.level.value,
-        "summary": page.splitlines()[0].rstrip(".") if page else "",
+        "summary": page.splitlines()[0].removesuffix(f": `{kind.name}`.").rstrip(".") if page else "",
         "options": [
             {
                 "name": field.name,
@@ -72,7 +72,7 @@ def show_page(page: dict[str, Any], output: Output) -> None:
     output.line(f"\ntier {page['tier']}, level {page['level']}")
     rows = [[o["name"], o["type"], str(o["default"]), o["help"]] for o in page["options"]]
     table(output, ["option", "values", "default", ""], rows)
-    output.line(f'\nnext: fuseline run demo:smollm2 -p "{page["name"]}"')
+    following(output, f'fuseline run demo:smollm2 -p "{page["name"]}"')
 
 
 def _plain(value: Any) -> Any:

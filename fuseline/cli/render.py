@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fuseline.cli.output import Output
+from fuseline.cli.output import WIDTH, Output
 
 NUMERIC = {"sites", "refused", "ms", "error", "times", "stage"}
 
@@ -24,6 +24,13 @@ def table(output: Output, headings: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
     output.console.print(drawn)
+
+
+def following(output: Output, command: str, purpose: str = "") -> None:
+    """The last line of a report: what to type next."""
+    line = f"next: {command}    {purpose}".rstrip()
+    output.console.print()
+    output.console.print(line if len(line) <= WIDTH else f"next: {purpose}\n  {command}", soft_wrap=True)
 
 
 def show_passes(output: Output, data: dict[str, Any]) -> None:

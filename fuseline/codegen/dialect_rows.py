@@ -167,7 +167,8 @@ def _quantized_codes(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) 
     term = element(tile, x, index, mask, compute)
     axes = term.axes | scale.axes
     ratio = tile.bind(f"{node.name}_ratio", divide(term.text, scale.text, compute), axes)
-    nearest = tile.bind(f"{node.name}_rounded", round_half_even(ratio.text, compute), axes)
+    down = tile.bind(f"{node.name}_floor", f"tl.floor({ratio.text})", axes)
+    nearest = tile.bind(f"{node.name}_rounded", round_half_even(ratio.text, compute, down.text), axes)
     top = literal(2 ** (given["bits"] - 1) - 1, compute)
     low = literal(-(2 ** (given["bits"] - 1) - 1), compute)
     text = f"tl.where({nearest.text} < {low}, {low}, tl.where({nearest.text} > {top}, {top}, {nearest.text}))"

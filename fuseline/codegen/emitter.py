@@ -26,7 +26,7 @@ from .expressions import Unsupported
 from .host import Host, Output
 from .indexing import reshape
 from .kernel import Kernel, Launcher, Refusal
-from .kernel_text import kernel_source
+from .kernel_text import call, kernel_source
 from .schedule import Domain, Schedule
 from .sizes import product, same, shape, size
 from .tile import Index, Mask, Term, Tile
@@ -124,9 +124,8 @@ def _store(tile: Tile, output: Output, index: Index, mask: Mask) -> None:
     dtype = expressions.dtype_of(node)
     text = expressions.cast(value.text, expressions.compute_dtype(dtype), dtype)
     conditions = [m.text for m in mask if m.axes <= axes]
-    guard = f", mask={' & '.join(conditions)}" if conditions else ""
-    scope = tile.scopes[-1]
-    scope.lines.append(f"tl.store({pointer}, {text}{guard})")
+    guard = [f"mask={' & '.join(conditions)}"] if conditions else []
+    tile.scopes[-1].lines += call("tl.store(", [pointer, text, *guard], ")")
 
 
 class _Operands(Mapping[torch.fx.Node, str]):

@@ -293,14 +293,17 @@ _logical("logical_or.default", "|")
 _logical("logical_xor.default", "!=")
 _bitwise("bitwise_and.Tensor bitwise_and.Scalar __and__.Tensor __and__.Scalar", "&")
 _bitwise("bitwise_or.Tensor bitwise_or.Scalar __or__.Tensor __or__.Scalar", "|")
-_bitwise("bitwise_xor.Tensor bitwise_xor.Scalar", "^")
+_bitwise("bitwise_xor.Tensor bitwise_xor.Scalar __xor__.Tensor __xor__.Scalar", "^")
 _bitwise("bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar __lshift__.Scalar", "<<")
 _bitwise("bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar __rshift__.Scalar", ">>")
 
 
 @rule("bitwise_not.default")
 def _bitwise_not(call: Call) -> str:
-    return f"{call.operand('self')} == 0" if call.dtype == torch.bool else f"~{call.operand('self')}"
+    x = call.operand("self")
+    if call.dtype == torch.uint8:
+        return f"{x} ^ {literal(255, torch.uint8)}"  # Triton's own mask is -1, which is no uint8
+    return f"{x} == 0" if call.dtype == torch.bool else f"~{x}"
 
 
 @rule("_to_copy.default to.dtype to.dtype_layout to.device to.other type_as.default")

@@ -126,10 +126,11 @@ def log1p(x: str, dtype: torch.dtype) -> str:
     )
 
 
-def round_half_even(x: str, dtype: torch.dtype) -> str:
+def round_half_even(x: str, dtype: torch.dtype, down: str | None = None) -> str:
+    """x to the nearest integer. `down` is the name of tl.floor(x), where the kernel has it."""
     if not dtype.is_floating_point:
         return x
-    down, half = f"tl.floor({x})", literal(0.5, dtype)
+    down, half = down or f"tl.floor({x})", literal(0.5, dtype)
     is_odd = f"({down} - 2 * tl.floor({half} * {down}) == 1)"
     return (
         f"tl.where(({x} - {down} > {half}) | (({x} - {down} == {half}) & {is_odd}), {down} + 1, {down})"

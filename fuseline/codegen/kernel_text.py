@@ -16,7 +16,7 @@ def kernel_source(name: str, tile: Tile, constants: Mapping[str, int]) -> tuple[
     lines = live(tile.scopes[0].lines)
     used = set(re.findall(r"\w+", "\n".join(lines)))
     signature = {a: kind for a, kind in sorted(tile.signature.items(), key=_order) if a in used}
-    signature |= {constant: "constexpr" for constant in constants}
+    signature |= dict.fromkeys(constants, "constexpr")
     # the number of rows types the row index (i32 or i64), so it must stay a value when it is 1
     decorator = '@triton.jit(do_not_specialize=["rows"])' if "rows" in signature else "@triton.jit"
     parameters = [f"{a}: tl.constexpr" if kind == "constexpr" else a for a, kind in signature.items()]

@@ -94,23 +94,27 @@ def lower(program: Program) -> Lowered:
         region = module.get_submodule(name)
         assert isinstance(region, GraphModule)
         regions[name] = region
-        launcher = emit(region, name)
+        launcher = emit(region, function_name(name))
         if isinstance(launcher, Refusal):
             refusals[name] = launcher.reason
-            eager.append(f"# runs through PyTorch: {launcher.reason}\n{_function(region, name)}")
+            eager.append(f"# runs through PyTorch: {launcher.reason}\n{_function(region, function_name(name))}")
         else:
             found.append(launcher)
     launchers = deduplicate(found)
     call = _function(module, "call")
-    source = render(launchers, "\n\n\n".join([*eager, call]))
+    source = f"{_header(program, launchers, refusals)}\n{render(launchers, chr(10).join([*eager, call]))}"
     kernels = {k.name: k for launcher in launchers for k in launcher.kernels}
     return Lowered(source, tuple(kernels.values()), tuple(launchers), refusals, tuple(weights), regions)
 
 
 def emit(region: GraphModule, name: str) -> Launcher | Refusal:
     """The kernels of one region, by its kind."""
-    launcher = emit_linear(region, name) if region.meta.get("kind") == "linear" else emit_region(region, name)
-    return launcher
+    return emit_linear(region, name) if region.meta.get("kind") == "linear" else emit_region(region, name)
+
+
+def function_name(region: str) -> str:
+    """The name of a region's host function; the region's own name is often that of a value."""
+    return f"run_{region}"
 
 
 def describe(region: GraphModule) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -120,12 +124,44 @@ def describe(region: GraphModule) -> tuple[tuple[str, ...], tuple[str, ...], tup
     return ops, source_lines(nodes), tuple(dict.fromkeys(m for n in nodes for m in makers(n)))
 
 
+_HEADER = '''"""A lowered program: {kernels} kernels for {regions} regions, {eager} regions run through PyTorch.
+
+Made by Fuseline from: {lines}
+by: {makers}
+`call` takes the graph's inputs, then its weights; see the manifest beside this file. It may be edited and run again.
+"""
+
+from math import inf, nan
+
+from torch import device
+
+import fuseline  # the dialect's ops
+'''
+
+
+def _header(program: Program, launchers: list[Launcher], refusals: dict[str, str]) -> str:
+    nodes = list(program.graph.nodes)
+    files = dict.fromkeys(line.rpartition(":")[0].rpartition("/")[2] for line in source_lines(nodes))
+    return _HEADER.format(
+        kernels=len({k.name for launcher in launchers for k in launcher.kernels}),
+        regions=len(launchers),
+        eager=len(refusals),
+        lines=", ".join(files) or "unknown",
+        makers=", ".join(dict.fromkeys(m for n in nodes for m in makers(n))) or "capture alone",
+    )
+
+
 def _function(module: GraphModule, name: str) -> str:
     """A graph as a plain function; calls of regions become calls of the module's functions."""
     source = module.graph.python_code("self").src
     source = source[source.index("def forward(self") :]
     source = re.sub(r"^def forward\(self(?:, )?", f"def {name}(", source)
-    return re.sub(r"\bself\.(\w+)\(", r"\1(", source).rstrip()
+    source = re.sub(r"\bself\.(\w+)\(", lambda m: f"{function_name(m[1])}(", source).rstrip()
+    head, _, body = source.partition("\n")
+    if len(head) > 120:  # one argument a line
+        inside = head[head.index("(") + 1 : head.rindex(")")]
+        head = f"def {name}(\n" + "".join(f"    {a.strip()},\n" for a in inside.split(",")) + "):"
+    return f"{head}\n{body}"
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -105,8 +105,10 @@ class Tile:
     # ---- names and lines -------------------------------------------------------------------------------------
 
     def bind(self, wish: str, text: str, axes: frozenset[str] = frozenset(), **extra: object) -> Term:
-        """A variable that holds `text`; the same text in reach gives the same variable."""
+        """A variable that holds `text`; the same text in reach gives the same variable, and so does a bare name."""
         scope = self._scope(axes)
+        if text.isidentifier():
+            return Term(text, axes)
         for reachable in (scope, self.scopes[0]):
             if text in reachable.texts:
                 return reachable.texts[text]
@@ -137,8 +139,11 @@ class Tile:
         body = [f"{columns.index.text} = {start} + tl.arange(0, {columns.block})[None, :]"]
         if columns.inside is not None:
             body.append(f"{columns.inside.text} = {columns.index.text} < {columns.size_text}")
-        head = f"for {start} in range(0, {columns.size_text}, {columns.block}):"
-        self.scopes[0].lines += [head, *("    " + line for line in body + scope.lines)]
+        body += [*scope.lines, f"{start} += {columns.block}"]
+        # the start has the type of the length, int32 or int64; a range over an argument is beyond the interpreter
+        zero = "0" if isinstance(columns.size, int) else f"0 * {columns.size_text}"
+        head = [f"{start} = {zero}", f"while {start} < {columns.size_text}:"]
+        self.scopes[0].lines += [*head, *("    " + line for line in body)]
 
     # ---- sizes and ranges ------------------------------------------------------------------------------------
 

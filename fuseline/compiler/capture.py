@@ -15,6 +15,7 @@ from . import compat
 from .errors import CaptureError
 from .normalize import normalize
 from .program import Program, Source
+from .provenance import is_ours
 
 
 def from_dynamo(module: GraphModule, inputs: Sequence[Any]) -> Program:
@@ -23,11 +24,15 @@ def from_dynamo(module: GraphModule, inputs: Sequence[Any]) -> Program:
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     states: dict[int, Source] = {}
     names: dict[int, str] = {}
+    taken: set[str] = set()
     for position, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
         source = compat.dynamo_source(node)
         is_state = isinstance(value, torch.nn.Parameter) or compat.is_state_source(source)
         if isinstance(value, torch.Tensor) and is_state:
             name = compat.qualified_name(source) if source else node.name
+            if name in taken:  # two modules in one graph, each the root of its own names
+                name = node.name
+            taken.add(name)
             states[position] = Source(name, position, value, value.requires_grad)
         else:
             names[position] = node.name
@@ -65,7 +70,7 @@ def _cannot_capture(model: torch.nn.Module, error: Exception) -> CaptureError:
     import traceback
 
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [f for f in frames if "/torch/" not in f.filename and "/fuseline/" not in f.filename]
+    theirs = [f for f in frames if not is_ours(f.filename)]
     where = [f"at {theirs[-1].filename}:{theirs[-1].lineno}: {theirs[-1].line}"] if theirs else []
     message = [line for line in str(error).splitlines() if line.strip()][:3]
     return CaptureError(
@@ -154,7 +159,9 @@ class CapturedModule(torch.nn.Module):
 def from_graph_module(module: GraphModule, args: Sequence[Any]) -> Program:
     """A program from any FX graph module and flat example inputs; its `get_attr` tensors become weights."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    named = list(_named_state(module))
+    named = _named_state(module)
+    first = {id(tensor): name for name, tensor in reversed(named)}
+    tied = {name: first[id(tensor)] for name, tensor in _named_state(module, remove_duplicate=False)}
     state_names = [name for name, _ in named]
     owners = [_owner(module, name) for name in state_names]
     fakes = [mode.from_tensor(t, static_shapes=True) for _, t in named]
@@ -168,7 +175,7 @@ def from_graph_module(module: GraphModule, args: Sequence[Any]) -> Program:
 
     def run(*flat: Any) -> Any:
         replaced = dict(zip(state_names, flat[: len(named)], strict=True))
-        interpreter = _WithState(module, replaced)
+        interpreter = _WithState(module, {name: replaced[owner] for name, owner in tied.items()})
         return interpreter.run(*flat[len(named) :])
 
     def with_live_state(flat_user: Sequence[Any]) -> list[Any]:
@@ -197,8 +204,11 @@ class _WithState(torch.fx.Interpreter):
         return torch.func.functional_call(self.fetch_attr(target), inside, args, kwargs)
 
 
-def _named_state(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
+def _named_state(module: torch.nn.Module, remove_duplicate: bool = True) -> list[tuple[str, torch.Tensor]]:
+    return [
+        *module.named_parameters(remove_duplicate=remove_duplicate),
+        *module.named_buffers(remove_duplicate=remove_duplicate),
+    ]
 
 
 def _owner(module: torch.nn.Module, name: str) -> Callable[[], torch.Tensor]:

@@ -103,6 +103,12 @@ def clear_tracing_context() -> contextlib.AbstractContextManager[Any]:
     return torch._guards.tracing(None)
 
 
+def storages(value: Any) -> tuple[int, ...]:
+    """What tells the storages of a value's tensors apart, fake ones too: two tensors with one in common are aliases."""
+    tensors = [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
+    return tuple(t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided)
+
+
 def dynamo_reset() -> None:
     """Forgets all compilations, as `torch.compiler.reset` does."""
     torch.compiler.reset()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .errors import FuselineError
+from .ops import dequantize
 from .schemes import Scheme
 
 Lookup = Callable[[str], torch.Tensor]
@@ -210,9 +211,25 @@ class Pack(Expression):
         return self.scheme.pack(values[0])
 
 
+@dataclass(frozen=True)
+class Dequantize(Expression):
+    """Packed codes expanded to floating point, as `fuseline::dequantize` does."""
+
+    codes: Expression
+    scale: Expression
+    zero: Expression | None
+    bits: int
+    group: int
+    dtype: torch.dtype
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        codes, scale, *zero = values
+        return dequantize.naive(codes, scale, zero[0] if zero else None, self.bits, self.group, self.dtype)
+
+
 GRAMMAR: dict[str, type[Expression]] = {
     kind.__name__.lower(): kind
-    for kind in (Param, Constant, Cast, Matmul, Scale, Slice, Concat, Transpose, Quantize, Output, Pack)
+    for kind in (Param, Constant, Cast, Matmul, Scale, Slice, Concat, Transpose, Quantize, Output, Pack, Dequantize)
 }
 
 
@@ -232,9 +249,7 @@ def _decode(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_decode(v) for v in value)
     if isinstance(value, dict):
-        if "dtype" in value:
-            return getattr(torch, value["dtype"])
-        if "scheme" in value:
-            return Scheme(**value["scheme"])
-        return Expression.from_json(value)
+        if "op" in value:  # an operand, whose own fields may be called dtype or scheme
+            return Expression.from_json(value)
+        return getattr(torch, value["dtype"]) if "dtype" in value else Scheme(**value["scheme"])
     return value

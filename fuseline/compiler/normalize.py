@@ -17,13 +17,31 @@ from .provenance import source_line
 aten = torch.ops.aten
 LARGEST_CONSTANT = 65536
 _ASSERTIONS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range"}
+_DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 
 
 class Inliner(Interpreter):
     """Runs a graph node by node; the bodies of wrapper higher-order ops run in line."""
 
+    def __init__(self, module: GraphModule):
+        super().__init__(module)
+        self._autocasts: list[torch.autocast] = []
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            while self._autocasts:  # an error in the middle of a region
+                self._autocasts.pop().__exit__(None, None, None)
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(target, "__name__", "")
+        if target is torch.amp.autocast_mode._enter_autocast:
+            # Under a tracer the bare function is recorded but not run: dtypes would be those without autocast.
+            self._autocasts.append(torch.autocast(*args))
+            return self._autocasts[-1].__enter__()
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return self._autocasts.pop().__exit__(None, None, None)
         if isinstance(target, torch._ops.HigherOrderOperator):
             if name == "wrap_with_set_grad_enabled":
                 with torch.set_grad_enabled(args[0]):
@@ -99,6 +117,7 @@ def normalize(
     _write_constants_down(traced)
     clean(graph, training)
     functionalize(graph)
+    _share_constants(graph)
     clean(graph, training)
     traced.recompile()
     return Program(
@@ -124,7 +143,7 @@ def clean(graph: torch.fx.Graph, training: bool) -> None:
         elif (
             (packet in ("to", "alias") and _is_identity(node))
             or (packet == "slice" and _is_whole_slice(node))
-            or (packet == "lift_fresh_copy" and _is_private(node))
+            or (packet in _DROPOUTS and (node.args[1] == 0 or node.args[2] is False))
             or (packet in ("detach", "detach_") and not training)
         ):
             node.replace_all_uses_with(node.args[0])
@@ -149,9 +168,15 @@ def _is_identity(node: Node) -> bool:
     )
 
 
-def _is_private(node: Node) -> bool:
-    """Neither written to nor handed out, so that sharing a constant's storage cannot be seen."""
-    return not node.meta.get("written") and all(u.op == "call_function" for u in node.users)
+def _share_constants(graph: torch.fx.Graph) -> None:
+    """Drops the fresh copy of a constant that is neither written to nor handed out: then sharing cannot be seen."""
+    roots, _ = _storage(graph, [n for n in graph.nodes if n.op != "output"])
+    seen_outside = {roots[n] for n in graph.output_node().all_input_nodes if n in roots}
+    for node in list(graph.nodes):
+        if getattr(node.target, "_opname", "") == "lift_fresh_copy" and not node.meta.get("written"):
+            if roots[node] not in seen_outside:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
 
 
 def _write_constants_down(module: GraphModule) -> None:
@@ -195,10 +220,26 @@ def functionalize(graph: torch.fx.Graph) -> None:
                 for user in [u for u in operand.users if u > writer]:
                     user.replace_input_with(operand, writer)
                 writer.target = twin
+                _keep_dtype(graph, writer)
         else:
             for node, owner in roots.items():
                 if owner is root:
                     node.meta["written"] = True
+
+
+def _keep_dtype(graph: torch.fx.Graph, node: Node) -> None:
+    """An in-place op keeps its operand's dtype where the functional one promotes: then a cast follows."""
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with torch.no_grad():
+        promoted = node.target(*args, **kwargs)
+    recorded = node.meta["val"]
+    if promoted.dtype == recorded.dtype:
+        return
+    with graph.inserting_after(node):
+        cast = graph.call_function(aten.to.dtype, (node, recorded.dtype))
+    cast.meta = dict(node.meta)
+    node.meta = {**node.meta, "val": promoted}
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
 
 
 def _functional(node: Node) -> Any:
@@ -217,12 +258,18 @@ def _mutated_placeholders(graph: torch.fx.Graph, placeholders: list[Node]) -> li
 
 
 def _storage(graph: torch.fx.Graph, owners: list[Node]) -> tuple[dict[Node, Node], dict[Node, list[Node]]]:
-    """Which node's storage each node shares, judged by schemas, and who writes to each storage."""
+    """Which node's storage each node shares, and who writes to each storage.
+
+    Judged by the storages of the fake values, since schemas leave out some aliases (`dropout` in evaluation, a part of
+    `chunk`) and declare others that a copy breaks (`reshape`, `to`); by the schema where there is no fake value.
+    """
     roots: dict[Node, Node] = {}
     writes: dict[Node, list[Node]] = {}
     known = set(owners)
+    holders: dict[int, Node] = {}
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
+        storages = compat.storages(node.meta.get("val")) if node.op != "output" else ()
         if node.op == "call_function" and schema is not None:
             for position, argument in enumerate(schema.arguments):
                 info = argument.alias_info
@@ -231,7 +278,14 @@ def _storage(graph: torch.fx.Graph, owners: list[Node]) -> tuple[dict[Node, Node
                     continue
                 if info.is_write:
                     writes.setdefault(roots[value], []).append(node)
-                roots[node] = roots[value]
+                if info.is_write or not (storages and compat.storages(value.meta.get("val"))):
+                    roots[node] = roots[value]
+        held = next((holders[s] for s in storages if s in holders), None)
+        if node not in roots and held is not None:
+            roots[node] = held
         if node in known and node not in roots:
             roots[node] = node
+        if node in roots:
+            for storage in storages:
+                holders.setdefault(storage, roots[node])
     return roots, writes

@@ -6,21 +6,31 @@ AOTAutograd, and `custom` is one of them.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import torch
 from torch.fx import Node
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
-_OURS = re.compile(r"[/\\](?:torch|fuseline)[/\\]")
+_HERE = [Path(torch.__file__).parent, Path(__file__).parent.parent]
+_OURS = tuple(f"{path}{os.sep}" for folder in _HERE for path in dict.fromkeys((folder, folder.resolve())))
 _INDEX = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\[(?:'([^']+)'|(\d+))\]")
 KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr")
+
+
+def is_ours(file: str) -> bool:
+    """Whether a file belongs to PyTorch or to this package: judged by where they lie, since a user's folder may be
+    called `torch` or `fuseline` too."""
+    return file.startswith(_OURS)
 
 
 def source_line(node: Node) -> str | None:
     """`file.py:174`, the innermost frame of the node's stack that is not PyTorch's or ours."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    theirs = [f for f in frames if not _OURS.search(f[0])] or frames
+    theirs = [f for f in frames if not is_ours(f[0])] or frames
     return f"{theirs[-1][0]}:{theirs[-1][1]}" if theirs else None
 
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from . import sites as _sites
 from .action import Action, Observer
 from .errors import VerificationError
-from .expressions import Expression, Param
+from .expressions import Expression
 from .outline import Cut
 from .pattern import Match
 from .program import Program
@@ -28,8 +28,17 @@ from .structure import describe_value
 class Builder:
     """Creates the nodes of one rewrite. Calling it makes a node: `new(torch.ops.aten.add.Tensor, a, b)`."""
 
-    def __init__(self, program: Program, before: Node, origins: Sequence[Node], maker: str):
+    def __init__(
+        self,
+        program: Program,
+        before: Node,
+        origins: Sequence[Node],
+        maker: str,
+        weights: dict[Expression, Node],
+        types: dict[Any, Any],
+    ):
         self._program, self._before, self._origins, self._maker = program, before, origins, maker
+        self._weights, self._types = weights, types
         self.created: list[Node] = []
 
     def at(self, node: Node) -> Builder:
@@ -46,20 +55,22 @@ class Builder:
         return self._finish(node)
 
     def weight(self, expression: Expression) -> Node:
-        """A weight node for an expression over the program's parameters."""
+        """A weight node for an expression over the program's parameters; the one there is, if there is one."""
+        known = self._weights.get(expression)
+        if known is not None and not known._erased:
+            return known
         program = self._program
-        for node in program.weights():
-            if node.meta["weight"] == expression and (node < self._before):
-                return node
         base = "_".join([*(p.replace(".", "_") for p in expression.parameters()[:1]), _label(expression)])
         name, serial = base, 1
         while hasattr(program.module, name):
             name, serial = f"{base}_{serial}", serial + 1
-        value = fake_weight(program, expression)
+        value = fake_weight(program, expression, self._types)
         program.module.register_buffer(name, value, persistent=False)
-        with self._inserting():
+        body = next(n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr"))
+        with program.graph.inserting_before(body):
             node = program.graph.get_attr(name)
         node.meta.update(val=value, weight=expression)
+        self._weights[expression] = node
         return self._finish(node)
 
     def region(self, name: str, region: Cut) -> dict[Node, Node]:
@@ -99,6 +110,8 @@ class Rewriter:
         self.matched: dict[str, int] = {}
         self.refused: dict[str, str] = {}
         self.skipped = 0
+        self._weights: dict[Expression, Node] = {n.meta["weight"]: n for n in program.weights()}
+        self._types: dict[Any, Any] = {}
         self.site_of: dict[Node, str] = _sites.sites(program.graph)
 
     def apply_all(self, rules: Iterable[Rule]) -> None:
@@ -141,7 +154,7 @@ class Rewriter:
             action.skipped = True
             self.skipped += 1
             return False
-        new = Builder(self.program, root, list(origins) or [root], f"{self.pass_name}/{rule}")
+        new = Builder(self.program, root, list(origins) or [root], f"{self.pass_name}/{rule}", self._weights, self._types)
         built = build(new)
         replacements = built if isinstance(built, dict) else {root: built}
         for old, replacement in replacements.items():
@@ -184,18 +197,16 @@ def fake_call(program: Program, target: Callable[..., Any], args: Any, kwargs: A
         return target(*fake_args, **fake_kwargs)
 
 
-def fake_weight(program: Program, expression: Expression) -> torch.Tensor:
-    """The fake value of a weight expression."""
-    values = {n.meta["weight"].name: n.meta["val"] for n in program.weights() if isinstance(n.meta["weight"], Param)}
+def fake_weight(program: Program, expression: Expression, known: dict[Any, Any]) -> torch.Tensor:
+    """The fake value of a weight expression; `known` remembers types, since a model's layers repeat the same ones."""
     mode = program.fake_mode
-
-    def lookup(name: str) -> torch.Tensor:
-        if name in values:
-            return values[name].detach()
-        return mode.from_tensor(program.sources[name].tensor.detach(), static_shapes=True)
-
+    tensors = {name: program.sources[name].tensor for name in expression.parameters()}
+    kinds = {name: f"{tuple(t.shape)} {t.dtype} {t.device}" for name, t in tensors.items()}
+    key = expression.rename(kinds)
     with mode, torch.no_grad():
-        return expression.evaluate(lookup)
+        if key not in known:
+            known[key] = expression.evaluate(lambda n: mode.from_tensor(tensors[n], static_shapes=True).detach())
+        return torch.empty(known[key].shape, dtype=known[key].dtype, device=known[key].device)
 
 
 def _label(expression: Expression) -> str:

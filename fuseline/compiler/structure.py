@@ -40,10 +40,13 @@ def _lines(module: GraphModule) -> list[str]:
     numbers: dict[Node, int] = {}
     lines: list[str] = []
 
+    def number(node: Node) -> str:
+        return f"%{numbers.get(node, '?')}"  # a broken graph has a hash as well; the verifier names what is wrong
+
     for node in module.graph.nodes:
         numbers[node] = len(numbers)
-        args = torch.fx.node.map_arg(node.args, lambda n: f"%{numbers[n]}")
-        kwargs = {k: torch.fx.node.map_arg(v, lambda n: f"%{numbers[n]}") for k, v in sorted(node.kwargs.items())}
+        args = torch.fx.node.map_arg(node.args, number)
+        kwargs = {k: torch.fx.node.map_arg(v, number) for k, v in sorted(node.kwargs.items())}
         if node.op == "get_attr":
             target = repr(node.meta.get("weight", node.target))
         elif node.op == "call_module":

@@ -36,6 +36,7 @@ POINTWISE = overloads("""
     logical_not.default logical_and.default logical_or.default logical_xor.default
     bitwise_not.default bitwise_and.Tensor bitwise_and.Scalar bitwise_or.Tensor bitwise_or.Scalar
     bitwise_xor.Tensor bitwise_xor.Scalar __and__.Tensor __and__.Scalar __or__.Tensor __or__.Scalar
+    __xor__.Tensor __xor__.Scalar
     bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar bitwise_right_shift.Tensor
     bitwise_right_shift.Tensor_Scalar __lshift__.Scalar __rshift__.Scalar
     _to_copy.default to.dtype to.dtype_layout to.device to.other type_as.default

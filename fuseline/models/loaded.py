@@ -49,6 +49,16 @@ class LoadedModel:
         except TypeError:
             return list(self.tokenizer.encode(text))
 
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids without special tokens, spaces as they were."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer")
+        try:
+            exact = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+            return self.tokenizer.decode(ids, **exact)  # type: ignore[call-arg]
+        except TypeError:
+            return self.tokenizer.decode(ids)
+
     def dynamic_shapes(self) -> dict[str, Any] | None:
         """`dynamic` as `torch.export` wants it: an entry for every argument; None if every size is static."""
         if not self.dynamic:
@@ -70,8 +80,11 @@ class LoadedModel:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
         def logits(ids: torch.Tensor) -> torch.Tensor:
+            ids = ids.to(device)
+            # One compiled graph for every length, instead of one for the first and another for all others.
+            torch._dynamo.maybe_mark_dynamic(ids, 1)
             with torch.no_grad():
-                return logits_of(self.model(ids.to(device), **self.example_kwargs)).cpu()
+                return logits_of(self.model(ids, **self.example_kwargs)).cpu()
 
         return logits
 

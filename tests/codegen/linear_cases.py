@@ -8,27 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fuseline.compiler.ops import dequantize, glu, layer_norm, pack_nibbles, rms_norm
+from tests.codegen.regions import region
 
 Weight = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-
-
-def region(function: Callable[..., Any], *tensors: torch.Tensor, dynamic: Sequence[int] = ()) -> GraphModule:
-    """The graph of `function`; the tensors at the positions `dynamic` get symbolic leading sizes."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = []
-    for position, tensor in enumerate(tensors):
-        sizes = [DimDynamic.STATIC] * tensor.dim()
-        if position in dynamic:
-            sizes = [DimDynamic.DUCK] * (tensor.dim() - 1) + [DimDynamic.STATIC]
-        fakes.append(mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
-    with mode:
-        return make_fx(function, tracing_mode="real", pre_dispatch=True, record_stack_traces=True)(*fakes)
 
 
 def quantized(n: int, k: int, bits: int, group: int, zero: bool, scale_dtype: torch.dtype = torch.float32) -> Weight:
@@ -38,8 +23,10 @@ def quantized(n: int, k: int, bits: int, group: int, zero: bool, scale_dtype: to
         codes = pack_nibbles(torch.randint(0, 16, (n, k), dtype=torch.uint8), group)
         return codes, scale, torch.randint(0, 16, (n, k // group), dtype=torch.uint8) if zero else None
     if zero:
-        return torch.randint(0, 256, (n, k), dtype=torch.uint8), scale / 16, torch.randint(
-            0, 256, (n, k // group), dtype=torch.uint8
+        return (
+            torch.randint(0, 256, (n, k), dtype=torch.uint8),
+            scale / 16,
+            torch.randint(0, 256, (n, k // group), dtype=torch.uint8),
         )
     return torch.randint(-127, 128, (n, k), dtype=torch.int8), scale / 16, None
 
@@ -120,21 +107,16 @@ class Case:
     def graph(self, m: int, dtype: torch.dtype) -> GraphModule:
         """The region with a symbolic number of rows."""
         tensors = self.inputs(m, dtype)
-        rowed = [0, *(len(tensors) - 1 - i for i, s in enumerate(reversed(self.extras(m))) if s[0] == m and len(s) > 1)]
-        return region(self.function(dtype), *tensors, dynamic=rowed)
+        extras = self.extras(m)
+        first = len(tensors) - len(extras)
+        rowed = [0, *(first + i for i, shape in enumerate(extras) if len(shape) == 2)]
+        return region(self.function(dtype), tensors, dict.fromkeys(rowed, (0,)))
 
     def exact(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What the region means: everything in float64, from the given inputs."""
         wide = [t.double() if t.is_floating_point() else t for t in inputs]
         result = self.function(torch.float64)(*wide)
         return result if isinstance(result, tuple) else (result,)
-
-
-def error(result: torch.Tensor, exact: torch.Tensor) -> float:
-    """max|Δ| / max|reference|; NaN where the result has one."""
-    if result.isnan().any():
-        return float("nan")
-    return ((result.double().cpu() - exact.double().cpu()).abs().max() / exact.abs().max()).item()
 
 
 def rms(**options: Any) -> Callable[..., torch.Tensor]:

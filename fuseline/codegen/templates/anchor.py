@@ -16,8 +16,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...compiler.ops import find
+from ...compiler.traits import arguments
 from ..dtypes import is_supported
 from ..kernel import Refusal
+from .naming import canonical_names
 from .weights import Weight
 
 aten = torch.ops.aten
@@ -72,6 +74,7 @@ class Anchor:
     placeholders: tuple[Node, ...]
     outputs: tuple[Node, ...]
     returns_tuple: bool
+    names: dict[Node, str]  # of every node that a kernel mentions
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -122,6 +125,8 @@ def _analyse(region: GraphModule) -> Anchor:
     returned = output.args[0]
     outputs = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
     for n in inner:
+        if not isinstance(value(n), torch.Tensor):
+            raise Refused(f"{n.name} ({n.target}) is not a tensor")
         for operand in n.all_input_nodes:
             if operand in prologue | weight_nodes and operand.op != "placeholder":
                 raise Refused(f"{n.name} reads {operand.name}, which is computed inside the product")
@@ -135,10 +140,15 @@ def _analyse(region: GraphModule) -> Anchor:
         for n in section.outputs:
             if not same_shape(value(n).shape, (*value(x).shape[:-1], section.n)):
                 raise Refused(f"the output {n.name} has shape {_shape(n)}, not the input's rows by {section.n}")
-    return Anchor(
-        x, k, dtype, norm, sections, tuple(n for n in nodes if n.op == "placeholder"), outputs,
-        isinstance(returned, (tuple, list)),
-    )  # fmt: skip
+            if not _is_contiguous(value(n)):
+                raise Refused(f"the output {n.name} is not contiguous in the graph")
+    placeholders = tuple(n for n in nodes if n.op == "placeholder")
+    devices = {value(n).device for n in placeholders if isinstance(value(n), torch.Tensor)}
+    if len(devices) > 1:
+        raise Refused(f"its inputs lie on several devices: {', '.join(sorted(map(str, devices)))}")
+    names = canonical_names(x, norm, sections, placeholders)
+    tupled = isinstance(returned, (tuple, list))
+    return Anchor(x, k, dtype, norm, sections, placeholders, outputs, tupled, names)
 
 
 def _prologue(h: Node) -> tuple[Node, Norm | None, set[Node]]:
@@ -156,25 +166,22 @@ def _prologue(h: Node) -> tuple[Node, Norm | None, set[Node]]:
 
 def _norm(node: Node) -> Norm:
     op = find(node.target)
-    arguments: dict[str, Any] = {}
-    if op is not None and op.name in ("rms_norm", "layer_norm"):
-        arguments = {a.name: a.default_value for a in node.target._schema.arguments}
-        arguments |= dict(zip(arguments, node.args)) | node.kwargs
-    else:
+    if op is None or op.name not in ("rms_norm", "layer_norm"):
         raise Refused(f"the input goes through {node.target} before the linear; only one norm can stand there")
-    if arguments.get("accumulate") is torch.float64:
+    given = arguments(node)
+    if given.get("accumulate") is torch.float64:
         raise Refused("float64 statistics of the norm")
-    weight, bias = arguments["weight"], arguments.get("bias")
+    weight, bias = given["weight"], given.get("bias")
     for n in (weight, bias):
         if n is not None and n.op != "placeholder":
             raise Refused(f"the norm's parameter {n.name} is computed in the region")
-    offset = 1.0 if arguments.get("unit_offset") else 0.0
-    return Norm(op.name == "rms_norm", weight, bias, arguments["eps"], offset, node)
+    offset = 1.0 if given.get("unit_offset") else 0.0
+    return Norm(op.name == "rms_norm", weight, bias, given["eps"], offset, node)
 
 
 def _linear(node: Node, k: int) -> Linear:
     source, inside = _through_casts(node.args[1])
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    bias = arguments(node)["bias"]
     if bias is not None and bias.op != "placeholder":
         raise Refused(f"the bias of {node.name} is computed in the region")
     shape = value(node.args[1]).shape
@@ -189,7 +196,7 @@ def _linear(node: Node, k: int) -> Linear:
     op = find(source.target)
     if op is None or op.name != "dequantize":
         raise Refused(f"the weight of {node.name} is computed by {source.target}")
-    codes, scale, zero, bits, group, _ = source.args
+    codes, scale, zero, bits, group, _ = arguments(source).values()
     for name, operand in (("codes", codes), ("scale", scale), ("zero point", zero)):
         if operand is not None and operand.op != "placeholder":
             raise Refused(f"the {name} of {node.name}'s weight are computed in the region")
@@ -229,9 +236,8 @@ def _sections(linears: dict[Node, Linear], inner: list[Node], outputs: tuple[Nod
             raise Refused("an output does not depend on any linear")
         if len({m.n for m in members}) > 1:
             raise Refused(f"linears of {sorted({m.n for m in members})} columns meet in one epilogue")
-        sections.append(
-            Section(members, tuple(n for n in inner if n in group), tuple(dict.fromkeys(n for n in outputs if n in group)))
-        )
+        results = tuple(dict.fromkeys(n for n in outputs if n in group))
+        sections.append(Section(members, tuple(n for n in inner if n in group), results))
     return tuple(sections)
 
 
@@ -239,6 +245,8 @@ def _through_casts(node: Any) -> tuple[Node, set[Node]]:
     """The node behind changes of dtype, and those changes: kernels compute in float32 whatever stood between."""
     inside: set[Node] = set()
     while isinstance(node, Node) and node.op == "call_function" and node.target in CASTS:
+        if value(node).device != value(node.args[0]).device:
+            break
         inside.add(node)
         node = node.args[0]
     return node, inside
@@ -252,6 +260,17 @@ def value(node: Node) -> Any:
 def same_shape(a: Any, b: Any) -> bool:
     """Equal for every value of the symbolic sizes."""
     return len(a) == len(b) and all(statically_known_true(i == j) for i, j in zip(a, b))
+
+
+def _is_contiguous(tensor: torch.Tensor) -> bool:
+    """Row-major for every value of the symbolic sizes."""
+    expected: Any = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
+        if not statically_known_true(size == 1):
+            if not statically_known_true(stride == expected):
+                return False
+            expected = expected * size
+    return True
 
 
 def _static(size: Any, what: str) -> int:

@@ -44,8 +44,11 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class Tiling:
+    """Tile sizes of both kernels; up to `row_max` rows are served by the one-row kernel."""
+
     row: RowConfig
     tile: TileConfig
+    row_max: int = ROW_KERNEL_MAX
 
 
 def tiling(anchor: Anchor) -> Tiling:

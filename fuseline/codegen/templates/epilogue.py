@@ -10,24 +10,12 @@ from collections.abc import Mapping
 
 from torch.fx import Node
 
-from ..dtypes import cast, compute_dtype
+from ..dtypes import cast, compute_dtype, is_supported
 from ..expressions import emit
 from ..kernel import Refusal
 from .anchor import Anchor, Linear, Refused, Section, same_shape, value
+from .naming import loaded_name
 from .text import Text, joined, load
-
-_RESERVED = frozenset(
-    "tl triton libdevice row m block pid pids first height n inside x h k j k0 j0 piece group live squares total mean "
-    "rstd acc w codes scale zero magic".split()
-)
-_RESERVED_ENDINGS = ("_ptr", "_out")
-
-
-def local(node: Node, tag: str = "") -> str:
-    """The variable that holds a node's value. Names that the kernels use for themselves get an underscore."""
-    name = node.name
-    reserved = name.split("_")[0] in _RESERVED or name.endswith(_RESERVED_ENDINGS) or name.isupper()
-    return f"{name}{'_' if reserved else ''}{tag}"
 
 
 def layout(node: Node, anchor: Anchor, n: int) -> str:
@@ -50,6 +38,17 @@ def layout(node: Node, anchor: Anchor, n: int) -> str:
     raise Refused(f"{node.name}, [{', '.join(map(str, shape))}], does not lie over the input's rows by {n} columns")
 
 
+def check_operands(anchor: Anchor) -> None:
+    """Raises Refused for a placeholder that an epilogue cannot read."""
+    for section in anchor.sections:
+        for node in (*section.pointwise, *(linear.bias for linear in section.linears if linear.bias is not None)):
+            for operand in [node] if node.op == "placeholder" else node.all_input_nodes:
+                if operand.op == "placeholder":
+                    layout(operand, anchor, section.n)
+                    if not is_supported(value(operand).dtype):
+                        raise Refused(f"{operand.name} is {value(operand).dtype}, which kernels do not hold")
+
+
 class Epilogue:
     """Writes one section's epilogue.
 
@@ -60,7 +59,7 @@ class Epilogue:
     def __init__(
         self, anchor: Anchor, section: Section, *, columns: str, rows: str, inside: str | None, tile: bool, tag: str
     ) -> None:
-        self.anchor, self.section, self.tag = anchor, section, tag
+        self.anchor, self.section, self.names, self.tag = anchor, section, anchor.names, tag
         self.n = f"{columns}[None, :]" if tile else columns
         self.row = f"{rows}[:, None]" if tile else rows
         self.inside_n = inside and (f"{inside}[None, :]" if tile else inside)
@@ -70,7 +69,7 @@ class Epilogue:
         """`products`: the expression of h·Wᵀ for each linear, in float32."""
         values: dict[Node, str] = {}
         for linear in self.section.linears:
-            name = values[linear.node] = local(linear.node, self.tag)
+            name = values[linear.node] = f"{self.names[linear.node]}{self.tag}"
             product = products[linear]
             if linear.bias is not None:
                 product += f" + {self._loaded(linear.bias)}"
@@ -78,17 +77,18 @@ class Epilogue:
         for node in self.section.pointwise:
             for operand in node.all_input_nodes:
                 if operand not in values:
-                    values[operand] = local(operand, self.tag)
+                    values[operand] = loaded_name(f"{self.names[operand]}{self.tag}")
                     text.add(f"{values[operand]} = {self._loaded(operand)}")
             expression = emit(node, values)
             if isinstance(expression, Refusal):
                 raise Refused(expression.reason)
-            values[node] = local(node, self.tag)
+            values[node] = f"{self.names[node]}{self.tag}"
             text.add(f"{values[node]} = {expression}")
         for node in self.section.outputs:
             dtype = value(node).dtype
             stored = cast(values[node], compute_dtype(dtype), dtype)
-            text.add(f"tl.store({self._pointer(f'{node.name}_out')}, {stored}{joined((self.inside_m, self.inside_n))})")
+            pointer = self._pointer(f"{self.names[node]}_out")
+            text.add(f"tl.store({pointer}, {stored}{joined((self.inside_m, self.inside_n))})")
 
     def _pointer(self, pointer: str) -> str:
         return f"{pointer} + {self.row}.to(tl.int64) * {self.section.n} + {self.n}"
@@ -98,7 +98,7 @@ class Epilogue:
         if node.op != "placeholder":
             raise Refused(f"{node.name} is not available in the kernel")
         kind = layout(node, self.anchor, self.section.n)
-        pointer = f"{node.name}_ptr"
+        pointer = f"{self.names[node]}_ptr"
         if kind == "scalar":
             loaded = load(pointer)
         elif kind == "columns":

@@ -25,10 +25,10 @@ def tile_kernel(anchor: Anchor, name: str, config: TileConfig) -> str:
     """The kernel's source; grid: ceil(rows / BLOCK_M) times the sum of ceil(n / BLOCK_N) over the sections."""
     text = Text()
     blocks = " + ".join(f"tl.cdiv({section.n}, BLOCK_N)" for section in anchor.sections)
-    text.add(DECORATOR)
-    with text.block(signature_line(name, arguments(anchor), CONSTANTS)):
+    text.add(DECORATOR, *signature_line(name, arguments(anchor), CONSTANTS))
+    with text.indented():
         text.add(
-            f"pids_in_group = GROUP_M * ({blocks})",
+            f"pids_in_group = GROUP_M * {blocks if len(anchor.sections) == 1 else f'({blocks})'}",
             "pid = tl.program_id(0)",
             "first_m = pid // pids_in_group * GROUP_M",
             "height = min(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)",
@@ -48,86 +48,97 @@ def tile_kernel(anchor: Anchor, name: str, config: TileConfig) -> str:
 
 def _section(text: Text, anchor: Anchor, section: Section, tag: str, first: str, config: TileConfig) -> None:
     n = f"n{tag}"
-    text.add(f"{n} = ({first}) * BLOCK_N + tl.arange(0, BLOCK_N)")
+    text.add(f"{n} = {first} * BLOCK_N + tl.arange(0, BLOCK_N)")
     inside = f"inside_n{tag}" if section.n % config.block_n else None
     if inside:
         text.add(f"{inside} = {n} < {section.n}")
     results = {}
     for number, linears in enumerate(by_format(section)):
-        _product(text, anchor, linears, f"{tag}_{number}" if number else tag, n, inside, config)
+        Product(anchor, linears, f"{tag}_{number}" if number else tag, n, inside, config).write(text)
         for linear in linears:
             weight = linear.weight
-            results[linear] = f"acc_{linear.node.name}"
+            results[linear] = f"acc_{anchor.names[linear.node]}"
             if weight.bits and weight.groups == 1:
-                scale = load(f"{weight.scale.name}_ptr + {n}", (inside,))
+                scale = load(f"{anchor.names[weight.scale]}_ptr + {n}", (inside,))
                 results[linear] += f" * {scale}.to(tl.float32)[None, :]"
     Epilogue(anchor, section, columns=n, inside=inside, rows="m", tile=True, tag=tag).write(text, results)
 
 
-def _product(
-    text: Text, anchor: Anchor, linears: list[Linear], tag: str, n: str, inside: str | None, config: TileConfig
-) -> None:
-    """The loop over stored elements, shared by linears of one weight format; fills `acc_<linear>`."""
-    weight = linears[0].weight
-    grouped = weight.bits and weight.groups > 1
-    whole = grouped and weight.run % config.block_k == 0  # a tile lies in one group: its number is a scalar
-    ragged = weight.stored % config.block_k != 0
-    j, live, group = f"j{tag}", f"live{tag}" if ragged else None, f"group{tag}"
-    for linear in linears:
-        text.add(f"acc_{linear.node.name} = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)")
-        if linear.weight.zero is not None and not grouped:
-            zero = load(f"{linear.weight.zero.name}_ptr + {n}", (inside,), "0")
-            text.add(f"zero_{linear.node.name} = {zero}.to(tl.float32)[None, :]")
-    with text.block(f"for j0{tag} in range(0, {weight.stored}, BLOCK_K):"):
-        text.add(f"{j} = j0{tag} + tl.arange(0, BLOCK_K)")
-        if live:
-            text.add(f"{live} = {j} < {weight.stored}")
-        if grouped:
-            text.add(f"{group} = j0{tag} // {weight.run}" if whole else f"{group} = ({j} // {weight.run})[:, None]")
-        k = j
-        if weight.bits == 4 and grouped:
-            k = f"k{tag}"
-            text.add(f"{k} = {j} + {group} * {weight.run}" if whole else f"{k} = {j} + {j} // {weight.run} * {weight.run}")
+class Product:
+    """The loop over stored elements that linears of one weight format share; it fills `acc_<linear>`.
+
+    n, inside: the kernel's column index and its mask, or None where every column exists. Where BLOCK_K divides a run
+    of inputs with one scale, a tile's group is a number and its scales are a row; otherwise the group is a column of
+    BLOCK_K and every weight of the tile looks up its own.
+    """
+
+    def __init__(
+        self, anchor: Anchor, linears: list[Linear], tag: str, n: str, inside: str | None, config: TileConfig
+    ) -> None:
+        self.anchor, self.linears, self.tag, self.n = anchor, linears, tag, n
+        self.inside, self.inside_row = inside, inside and f"{inside}[None, :]"
+        self.weight = weight = linears[0].weight
+        self.grouped = weight.bits > 0 and weight.groups > 1
+        self.whole = weight.run % config.block_k == 0
+        self.live = f"live{tag}" if weight.stored % config.block_k else None
+
+    def write(self, text: Text) -> None:
+        tag, weight, names = self.tag, self.weight, self.anchor.names
+        for linear in self.linears:
+            name = names[linear.node]
+            text.add(f"acc_{name} = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)")
+            if linear.weight.zero is not None and not self.grouped:
+                zero = load(f"{names[linear.weight.zero]}_ptr + {self.n}", (self.inside,), "0")
+                text.add(f"zero_{name} = {zero}.to(tl.float32)[None, :]")
+        with text.block(f"for j0{tag} in range(0, {weight.stored}, BLOCK_K):"):
+            text.add(f"j{tag} = j0{tag} + tl.arange(0, BLOCK_K)")
+            if self.live:
+                text.add(f"{self.live} = j{tag} < {weight.stored}")
+            k = f"j{tag}"
+            if self.grouped:
+                text.add(f"group{tag} = {f'j0{tag}' if self.whole else k} // {weight.run}")
+            if self.grouped and weight.bits == 4:
+                k = f"k{tag}"
+                text.add(f"{k} = j{tag} + group{tag} * {weight.run}")
+            for half in range(weight.halves):
+                self._activation(text, half, f"({k} + {weight.run})[None, :]" if half else f"{k}[None, :]")
+            for linear in self.linears:
+                self._accumulate(text, linear)
+
+    def _activation(self, text: Text, half: int, k: str) -> None:
+        """Loads a tile of x for one half of the bytes, normalises it, and rounds it to the product's dtype."""
+        name, dtype = f"h{self.tag}_{half}", triton_type(self.anchor.dtype)
+        live = self.live and f"{self.live}[None, :]"
+        loaded = load(f"x_rows + {k}", ("inside_m", live))
+        if self.anchor.norm is None:
+            text.add(f"{name} = {loaded}.to({dtype})")
+        else:
+            text.add(f"{name} = {loaded}.to(tl.float32)")
+            text.add(f"{name} = ({normalised(self.anchor, name, k, live)}).to({dtype})")
+
+    def _accumulate(self, text: Text, linear: Linear) -> None:
+        weight, name, tag = linear.weight, self.anchor.names[linear.node], self.tag
+        dtype = triton_type(self.anchor.dtype)
+        precision = ', input_precision="ieee"' if self.anchor.dtype is torch.float32 else ""
+        masks = (self.live and f"{self.live}[:, None]", self.inside_row)
+        pointer = f"{self.anchor.names[weight.tensor]}_ptr + {column_offset(self.n, linear)}[None, :] + j{tag}[:, None]"
+        if not weight.bits:
+            text.add(f"w_{name} = {load(pointer, masks)}.to({dtype})")
+            text.add(f"acc_{name} = tl.dot(h{tag}_0, w_{name}, acc_{name}{precision})")
+            return
+        text.add(f"codes_{name} = {load(pointer, masks, '0')}")
+        text.add(f"codes_{name} = {weight.integer(f'codes_{name}')}")
+        if self.grouped:
+            at = f"({self.n} * {weight.groups})[None, :] + group{tag}{'' if self.whole else '[:, None]'}"
+            masks = masks[1:] if self.whole else masks
+            scale = load(f"{self.anchor.names[weight.scale]}_ptr + {at}", masks)
+            text.add(f"scale_{name} = {scale}.to(tl.float32)")
+            if weight.zero is not None:
+                zero = load(f"{self.anchor.names[weight.zero]}_ptr + {at}", masks, "0")
+                text.add(f"zero_{name} = {zero}.to(tl.float32)")
         for half in range(weight.halves):
-            _activation(text, anchor, f"h{tag}_{half}", k + (f" + {weight.run}" if half else ""), live)
-        for linear in linears:
-            _accumulate(text, anchor, linear, tag, n, inside, live, grouped, group, whole)
-
-
-def _activation(text: Text, anchor: Anchor, name: str, k: str, live: str | None) -> None:
-    """Loads a tile of x, normalises it, and rounds it to the product's dtype."""
-    column = f"({k})[None, :]" if " " in k else f"{k}[None, :]"
-    live = live and f"{live}[None, :]"
-    text.add(f"{name} = {load(f'x_rows + {column}', ('inside_m', live))}")
-    if anchor.norm is not None:
-        text.add(f"{name} = {name}.to(tl.float32)", f"{name} = {normalised(anchor.norm, name, column, live)}")
-    text.add(f"{name} = {name}.to({triton_type(anchor.dtype)})")
-
-
-def _accumulate(
-    text: Text, anchor: Anchor, linear: Linear, tag: str, n: str, inside: str | None, live: str | None,
-    grouped: bool, group: str, whole: bool,
-) -> None:  # fmt: skip
-    weight, name, dtype = linear.weight, linear.node.name, triton_type(anchor.dtype)
-    inside = inside and f"{inside}[None, :]"
-    live = live and f"{live}[:, None]"
-    precision = ', input_precision="ieee"' if anchor.dtype is torch.float32 else ""
-    pointer = f"{weight.tensor.name}_ptr + {column_offset(n, linear)}[None, :] + j{tag}[:, None]"
-    if not weight.bits:
-        text.add(f"w_{name} = {load(pointer, (live, inside))}.to({dtype})")
-        text.add(f"acc_{name} = tl.dot(h{tag}_0, w_{name}, acc_{name}{precision})")
-        return
-    text.add(f"codes_{name} = {load(pointer, (live, inside), '0')}")
-    text.add(f"codes_{name} = {weight.integer(f'codes_{name}')}")
-    zero = f"zero_{name}" if weight.zero is not None else None
-    if grouped:
-        at = f"({n} * {weight.groups})[None, :] + {group}"
-        masks = (inside,) if whole else (live, inside)
-        text.add(f"scale_{name} = {load(f'{weight.scale.name}_ptr + {at}', masks)}.to(tl.float32)")
-        if weight.zero is not None:
-            text.add(f"{zero} = {load(f'{weight.zero.name}_ptr + {at}', masks, '0')}.to(tl.float32)")
-    for half in range(weight.halves):
-        w = f"({weight.decode(f'codes_{name}', half, weight.centre(half, zero))})"
-        factors = (["0.0625"] if half else []) + ([f"scale_{name}"] if grouped else [])
-        text.add(f"w_{name} = ({' * '.join([w, *factors])}).to({dtype})")
-        text.add(f"acc_{name} = tl.dot(h{tag}_{half}, w_{name}, acc_{name}{precision})")
+            factors = (["0.0625"] if half else []) + ([f"scale_{name}"] if self.grouped else [])
+            w = " * ".join([f"q{half}_{name}", *factors])
+            text.add(f"q{half}_{name} = {weight.decode(f'codes_{name}', half, f'zero_{name}')}")
+            text.add(f"w_{name} = {f'({w})' if factors else w}.to({dtype})")
+            text.add(f"acc_{name} = tl.dot(h{tag}_{half}, w_{name}, acc_{name}{precision})")

@@ -10,13 +10,17 @@ value as the graph, which rounds after every op.
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 from torch.fx import GraphModule, Node
 
 from ...compiler.provenance import makers, source_lines
 from ..kernel import Kernel, Launcher, Refusal
+from ..kernel_text import call
 from . import gemm, gemv
 from .anchor import Anchor, Refused, analyse, value
-from .config import FEW_ROWS_BLOCK_M, FEW_ROWS_MAX, ROW_KERNEL_MAX, RowConfig, TileConfig, Tiling, tiling
+from .config import FEW_ROWS_BLOCK_M, FEW_ROWS_MAX, RowConfig, TileConfig, Tiling, tiling
+from .epilogue import check_operands
 from .signature import arguments, operands, outputs, signature
 from .text import Names, Text
 
@@ -35,6 +39,7 @@ def emit_linear(region: GraphModule, name: str, tiles: Tiling | None = None) -> 
         return anchor
     tiles = tiles or tiling(anchor)
     try:
+        check_operands(anchor)
         kernels = (_row(anchor, f"{name}_row", tiles.row), _tile(anchor, f"{name}_tile", tiles.tile))
         return Launcher(name, _host(anchor, name, tiles, kernels), kernels)
     except Refused as refused:
@@ -64,8 +69,8 @@ def _kernel(
         "".join(f"# {line}\n" for line in header(anchor)) + source,
         signature(arguments(anchor), tuple(constants)),
         dict(constants),
-        tuple(str(n.target) for n in nodes),
-        source_lines(nodes),
+        tuple(dict.fromkeys(str(n.target) for n in nodes)),
+        tuple(dict.fromkeys(PurePath(line).name for line in source_lines(nodes))),
         tuple(dict.fromkeys(maker for n in nodes for maker in makers(n))),
         num_warps,
         num_stages,
@@ -94,32 +99,28 @@ def _bytes(count: int) -> str:
 def _host(anchor: Anchor, name: str, tiles: Tiling, kernels: tuple[Kernel, Kernel]) -> str:
     """The host function. Each kind of launch is one branch on the row count."""
     text = Text()
-    given = [n.name for n in anchor.placeholders]
-    names = Names([*given, "torch", "triton", name, *(k.name for k in kernels)])
+    given = [anchor.names[n] for n in anchor.placeholders]
+    row, tile = kernels
+    names = Names([*given, "torch", "triton", name, row.name, tile.name])
     rows, m, block_m = names.new("rows"), names.new("m"), names.new("block_m")
-    out = {n: names.new(f"{n.name}_out") for n in outputs(anchor)}
-    tensors = ", ".join([rows, *(f"{n.name}.contiguous()" for n in operands(anchor)), *out.values(), m])
-    with text.block(f"def {name}({', '.join(given)}):"):
-        text.add(f"{rows} = {anchor.x.name}.reshape(-1, {anchor.k}).contiguous()", f"{m} = {rows}.shape[0]")
-        for section in anchor.sections:
-            for n in section.outputs:
-                text.add(f"{out[n]} = torch.empty(({m}, {section.n}), dtype={value(n).dtype}, device={rows}.device)")
-        row, tile = kernels
-        with text.block(f"if {m} <= {ROW_KERNEL_MAX}:"):
-            blocks = sum(-(-section.n // tiles.row.block_n) for section in anchor.sections)
-            text.add(f"{row.name}[({m} * {blocks},)](", f"    {tensors},", f"    {_constants(row)},", ")")
-        with text.block("else:"):
-            few = min(FEW_ROWS_BLOCK_M, tiles.tile.block_m)
-            text.add(f"{block_m} = {few} if {m} <= {FEW_ROWS_MAX} else {tiles.tile.block_m}")
-            blocks = sum(-(-section.n // tiles.tile.block_n) for section in anchor.sections)
-            text.add(
-                f"{tile.name}[(triton.cdiv({m}, {block_m}) * {blocks},)](",
-                f"    {tensors},",
-                f"    {_constants(tile, BLOCK_M=block_m)},",
-                ")",
-            )
-        widths = {n: section.n for section in anchor.sections for n in section.outputs}
-        results = [f"{out[n]}.view(*{anchor.x.name}.shape[:-1], {widths[n]})" for n in anchor.outputs]
+    out = {n: names.new(f"{anchor.names[n]}_out") for n in outputs(anchor)}
+    tensors = [rows, *(f"{anchor.names[n]}.contiguous()" for n in operands(anchor)), *out.values(), m]
+    text.add(*call(f"def {name}(", given, "):"))
+    with text.indented():
+        text.add(f"{rows} = x.reshape(-1, {anchor.k}).contiguous()", f"{m} = {rows}.shape[0]")
+        for n, width in _widths(anchor).items():
+            text.add(f"{out[n]} = torch.empty(({m}, {width}), dtype={value(n).dtype}, device=x.device)")
+        with text.block("with torch.cuda.device_of(x):"):
+            with text.block(f"if {m} <= {tiles.row_max}:"):
+                grid = f"{m} * {_blocks(anchor, tiles.row.block_n)}"
+                text.add(*call(f"{row.name}[({grid},)](", [*tensors, *_constants(row)], ")"))
+            with text.block("else:"):
+                few = min(FEW_ROWS_BLOCK_M, tiles.tile.block_m)
+                text.add(f"{block_m} = {few} if {m} <= {FEW_ROWS_MAX} else {tiles.tile.block_m}")
+                grid = f"triton.cdiv({m}, {block_m}) * {_blocks(anchor, tiles.tile.block_n)}"
+                text.add(*call(f"{tile.name}[({grid},)](", [*tensors, *_constants(tile, BLOCK_M=block_m)], ")"))
+        widths = _widths(anchor)
+        results = [f"{out[n]}.view(*x.shape[:-1], {widths[n]})" for n in anchor.outputs]
         if anchor.returns_tuple:
             text.add(f"return ({', '.join(results)}{',' if len(results) == 1 else ''})")
         else:
@@ -127,6 +128,16 @@ def _host(anchor: Anchor, name: str, tiles: Tiling, kernels: tuple[Kernel, Kerne
     return str(text)
 
 
-def _constants(kernel: Kernel, **chosen: str) -> str:
+def _widths(anchor: Anchor) -> dict[Node, int]:
+    """The columns of each output."""
+    return {n: section.n for section in anchor.sections for n in section.outputs}
+
+
+def _blocks(anchor: Anchor, block_n: int) -> int:
+    """Programs along the columns of all sections."""
+    return sum(-(-section.n // block_n) for section in anchor.sections)
+
+
+def _constants(kernel: Kernel, **chosen: str) -> list[str]:
     constants = {**kernel.constants, **chosen, "num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
-    return ", ".join(f"{key}={setting}" for key, setting in constants.items())
+    return [f"{key}={setting}" for key, setting in constants.items()]

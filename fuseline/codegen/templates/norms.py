@@ -9,7 +9,7 @@ and the many-row kernel rounds h to the product's dtype; there a first pass over
 
 from __future__ import annotations
 
-from .anchor import Anchor, Norm
+from .anchor import Anchor
 from .config import next_power_of_two
 from .text import Text, load
 
@@ -40,18 +40,22 @@ def statistics(text: Text, anchor: Anchor, tile: bool) -> None:
     text.add(f"rstd = tl.rsqrt({reduced} / {k} + {norm.eps!r})")
 
 
-def scaled(norm: Norm, x: str, k: str, live: str | None) -> str:
+def scaled(anchor: Anchor, x: str, k: str, live: str | None) -> str:
     """x times the norm's weight: what is left of RMSNorm in a row's product once `rstd` is taken out."""
+    norm = anchor.norm
+    assert norm is not None
     if norm.weight is None:
         return x
-    weight = f"{load(f'{norm.weight.name}_ptr + {k}', (live,))}.to(tl.float32)"
+    weight = f"{load(f'{anchor.names[norm.weight]}_ptr + {k}', (live,))}.to(tl.float32)"
     return f"{x} * ({norm.offset} + {weight})" if norm.offset else f"{x} * {weight}"
 
 
-def normalised(norm: Norm, x: str, k: str, live: str | None) -> str:
+def normalised(anchor: Anchor, x: str, k: str, live: str | None) -> str:
     """A loaded float32 tile, normalised by `rstd` and `mean`; lanes outside of the row stay 0."""
+    norm = anchor.norm
+    assert norm is not None
     h = f"{x} * rstd" if norm.rms else f"({x} - mean) * rstd"
-    h = scaled(norm, h, k, live)
+    h = scaled(anchor, h, k, live)
     if norm.bias is not None:
-        h += f" + {load(f'{norm.bias.name}_ptr + {k}', (live,))}.to(tl.float32)"
+        h += f" + {load(f'{anchor.names[norm.bias]}_ptr + {k}', (live,))}.to(tl.float32)"
     return f"tl.where({live}, {h}, 0.0)" if live and not norm.rms else h

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from ..dtypes import pointer_type
+from ..kernel_text import call
 from .anchor import Anchor, Linear, Section, value
 
-# The row count differs between launches: a kernel for M = 1 and another for multiples of 16 would only cost compile time.
+# A kernel for M = 1 and another for multiples of 16 would only cost compile time; and M has to stay a value that no
+# compiler knows (`weights.MAGIC_VARIABLE`).
 DECORATOR = '@triton.jit(do_not_specialize=["M"])'
 
 
@@ -44,16 +46,14 @@ def outputs(anchor: Anchor) -> list[Node]:
 def arguments(anchor: Anchor) -> list[Argument]:
     """Pointers in order: x, the operands, the outputs. The row count `M` follows them."""
     pointers = [Argument("x_ptr", pointer_type(value(anchor.x).dtype))]
-    pointers += [Argument(f"{n.name}_ptr", pointer_type(value(n).dtype)) for n in operands(anchor)]
-    return pointers + [Argument(f"{n.name}_out", pointer_type(value(n).dtype)) for n in outputs(anchor)]
+    pointers += [Argument(f"{anchor.names[n]}_ptr", pointer_type(value(n).dtype)) for n in operands(anchor)]
+    return pointers + [Argument(f"{anchor.names[n]}_out", pointer_type(value(n).dtype)) for n in outputs(anchor)]
 
 
-def signature_line(name: str, pointers: list[Argument], constants: tuple[str, ...]) -> str:
+def signature_line(name: str, pointers: list[Argument], constants: tuple[str, ...]) -> list[str]:
+    """The kernel's `def`, on as many lines as it needs."""
     names = [p.name for p in pointers] + ["M"] + [f"{c}: tl.constexpr" for c in constants]
-    one_line = f"def {name}({', '.join(names)}):"
-    if len(one_line) <= 120:
-        return one_line
-    return f"def {name}(\n    " + ",\n    ".join(names) + ",\n):"
+    return call(f"def {name}(", names, "):")
 
 
 def signature(pointers: list[Argument], constants: tuple[str, ...]) -> dict[str, str]:
@@ -68,7 +68,7 @@ def branches(anchor: Anchor) -> Iterator[tuple[Section, str, str | None, str]]:
     before: list[str] = []
     for number, section in enumerate(anchor.sections):
         blocks = f"tl.cdiv({section.n}, BLOCK_N)"
-        first = f"block - ({' + '.join(before)})" if before else "block"
+        first = f"(block - {' - '.join(before)})" if before else "block"
         before.append(blocks)
         if len(anchor.sections) == 1:
             yield section, "", None, first

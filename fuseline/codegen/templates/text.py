@@ -23,6 +23,11 @@ class Text:
             yield
             return
         self.add(head)
+        with self.indented():
+            yield
+
+    @contextmanager
+    def indented(self) -> Iterator[None]:
         self._depth += 1
         yield
         self._depth -= 1
@@ -32,16 +37,18 @@ class Text:
 
 
 class Names:
-    """Hands out identifiers; a name that is taken gets underscores."""
+    """Hands out identifiers; a name that is taken gets a number."""
 
     def __init__(self, taken: Iterable[str]) -> None:
         self._taken = set(taken)
 
     def new(self, wish: str) -> str:
-        while wish in self._taken:
-            wish += "_"
-        self._taken.add(wish)
-        return wish
+        name, number = wish, 0
+        while name in self._taken:
+            number += 1
+            name = f"{wish}_{number}"
+        self._taken.add(name)
+        return name
 
 
 def joined(conditions: Iterable[str | None]) -> str:

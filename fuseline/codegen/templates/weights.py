@@ -75,26 +75,24 @@ class Weight:
         tensors = ((self.tensor, self.stored), (self.scale, self.groups), (self.zero, self.groups))
         return sum(node.meta["val"].dtype.itemsize * length for node, length in tensors if node is not None)
 
-    def centre(self, half: int, zero: str | None) -> str:
-        """What to subtract from the float made of a code, for the low (0) or high (1) half of a byte."""
-        factor = 16 if half else 1
-        offset = 128 if self.bits == 8 and self.signed else 8 if self.bits == 4 and self.zero is None else 0
-        constant = f"{MAGIC + factor * offset}.0"
-        if zero is None:
-            return constant
-        return f"({constant} + {zero})" if factor == 1 else f"({constant} + {factor}.0 * {zero})"
-
     def integer(self, loaded: str) -> str:
         """A loaded tile of codes as int32, each between 0 and 255."""
         if self.bits == 8 and self.signed:
             return f"({loaded}.to(tl.int32) & 255) ^ 128"
         return f"{loaded}.to(tl.int32)"
 
-    def decode(self, codes: str, half: int, centre: str) -> str:
-        """An int32 tile of codes → (q − zero), times 16 for the high half, as float32."""
-        if self.bits == 4:
-            codes = f"({codes} & {240 if half else 15})"
-        return f"({codes} | magic).to(tl.float32, bitcast=True) - {centre}"
+    def decode(self, codes: str, half: int, zero: str) -> str:
+        """An int32 tile of codes → (q − zero) in the low half of a byte, 16·(q − zero) in the high one, as float32.
+
+        zero: the float32 zero points' name, for weights that have them; others are centred by their format.
+        """
+        factor = 16 if half else 1
+        offset = 128 if self.signed else 8 if self.bits == 4 and self.zero is None else 0
+        centre = f"{MAGIC + factor * offset}.0"
+        if self.zero is not None:
+            centre = f"({centre} + {'16.0 * ' if half else ''}{zero})"
+        nibble = f"({codes} & {240 if half else 15})" if self.bits == 4 else codes
+        return f"({nibble} | magic).to(tl.float32, bitcast=True) - {centre}"
 
 
 def power_of_two_divisor(n: int, limit: int) -> int:

@@ -54,7 +54,7 @@ def _fusable(node: Node) -> bool:
         node.op == "call_function"
         and kind(node) in (Kind.POINTWISE, Kind.ROW)
         and not is_view(node.target)
-        and bool(node.all_input_nodes)
+        and any(isinstance(_first(n.meta.get("val")), torch.Tensor) for n in node.all_input_nodes)
         and isinstance(value, torch.Tensor)
         and value.dim() > 0
         and not touches_written(node)

@@ -1,0 +1,89 @@
+"""`fuseline run MODEL -p PIPELINE`: what a pipeline does to a model, measured."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fuseline.cli import options
+from fuseline.cli.compiling import rewrite
+from fuseline.cli.data import report_data
+from fuseline.cli.environment import choose_target, versions
+from fuseline.cli.measure import continue_text, measure
+from fuseline.cli.offline import describe_kernels
+from fuseline.cli.output import Output
+from fuseline.cli.render import following, number, show_kernels, show_measurements, show_passes
+from fuseline.compiler.pipeline import DEFAULT, Pipeline
+
+PROMPT = "A compiler is a program that"
+
+
+def run(
+    model: options.Model,
+    pipeline: options.PipelineText = DEFAULT,
+    target: options.Target = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = None,
+    verify: options.Verification = None,
+    dump: Annotated[str | None, typer.Option(metavar="DIR", help="Write the program after each pass.")] = None,
+    windows: Annotated[int, typer.Option(metavar="N", help="Windows of 256 tokens to compare on.")] = 8,
+    tokens: Annotated[int, typer.Option(metavar="N", help="How many tokens to continue with.")] = 24,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")] = PROMPT,
+    json: options.Json = None,
+) -> None:
+    """Run a pipeline over a model and report what it did."""
+    from fuseline import optimize
+    from fuseline.codegen.lower import lower
+    from fuseline.compiler.observe import Dump
+    from fuseline.models import load, parse_dtype
+
+    passes = Pipeline(pipeline)
+    chosen, notes = choose_target(target, device)
+    output = Output(json)
+    loaded = load(model, parse_dtype(dtype)).to(device)
+    _progress("capturing")
+    rewritten = rewrite(loaded, passes, verify, [Dump(Path(dump))] if dump is not None else [])
+    data: dict[str, Any] = {
+        "model": model,
+        "target": chosen,
+        "device": device,
+        "versions": versions(),
+        **report_data(rewritten),
+    }
+    captured = data["captured"]
+    noise = number(captured["error"])
+    output.line(f"{model}: {captured['nodes']} nodes captured, rounding noise {noise}, target {chosen}\n")
+    show_passes(output, data)
+
+    _progress("measuring")
+    optimize(loaded.model, passes, target=chosen)
+    data["metrics"] = measure(loaded, windows)
+    output.line()
+    show_measurements(output, data)
+
+    lowered = lower(rewritten.program)
+    _progress(f"compiling {len(lowered.kernels)} kernels")
+    data["kernels"] = describe_kernels(lowered)
+    data["eager"] = [{"region": name, "reason": reason} for name, reason in lowered.refusals.items()]
+    if data["kernels"]:
+        output.line()
+        show_kernels(output, data)
+
+    data["prompt"], data["generated"] = None, None
+    if loaded.tokenizer is not None and tokens > 0:
+        data["prompt"], data["generated"] = prompt, continue_text(loaded, prompt, tokens)
+        output.line(f"\ntext: {data['generated']}")
+    data["notes"] = notes
+    for note in notes:
+        output.line(f"note: {note}")
+    following(output, f'fuseline kernels {model} -p "{passes}"', "the kernels, with their source lines")
+    output.write(data)
+
+
+def _progress(what: str) -> None:
+    """A line on a terminal, where a minute of silence would look like a fault; nothing in a log."""
+    if sys.stderr.isatty():
+        print(f"{what} …", file=sys.stderr)

@@ -1,0 +1,18 @@
+"""Tests that run kernels in Triton's interpreter. They need TRITON_INTERPRET=1 before triton is imported, so they are
+collected only in a process that was started with it: `TRITON_INTERPRET=1 pytest tests/interpreted`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+
+
+@pytest.fixture
+def seeded() -> int:
+    """Fresh data in each run; the seed is printed with a failure."""
+    import torch
+
+    return torch.seed()

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from .compiler.pipeline import DEFAULT, Pipeline
 
 OPTIONS = ("pipeline", "target", "verify", "observers", "record")
 recent: deque[Compilation] = deque(maxlen=8)
-"""The last compilations of this process, newest last."""
+"""The last compilations of this process, newest last; they keep no model's tensors alive."""
 
 
 def compile(
@@ -52,7 +54,14 @@ def compile(
     compilation = compile_program(
         program, inputs, pipeline, settings.get("target"), observers, settings.get("verify", "quick")
     )
-    recent.append(compilation)
+    recent.append(
+        replace(
+            compilation,
+            captured=compilation.captured.without_tensors(),
+            program=compilation.program.without_tensors(),
+            executable=weakref.proxy(compilation.executable),
+        )
+    )
     if "record" in settings:
         settings["record"](compilation)
     return compilation.executable

@@ -71,8 +71,14 @@ def optimize(
 
 
 def _compile_in_place(model: torch.nn.Module, pipeline: Pipeline, settings: dict[str, Any]) -> torch.nn.Module:
-    found: list[Compilation] = []
-    _compilations[model] = found
+    _compilations[model] = []
+    weak = weakref.ref(model)  # Dynamo keeps what it is given here, beyond the model's life
+
+    def record(compilation: Compilation) -> None:
+        compiled = weak()
+        if compiled is not None:
+            _compilations[compiled].append(compilation)
+
     model.compile(
         backend=backend_compile,
         dynamic=settings["dynamic"],
@@ -82,7 +88,7 @@ def _compile_in_place(model: torch.nn.Module, pipeline: Pipeline, settings: dict
             "target": settings["target"],
             "observers": tuple(settings["observers"]),
             "verify": settings["verify"],
-            "record": found.append,
+            "record": record,
         },
     )
     return model

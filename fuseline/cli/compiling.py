@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +45,21 @@ def capture_model(loaded: LoadedModel) -> Program:
         device = loaded.example_args[0].device
         ids = windows(evaluation_text(), loaded.encode, CAPTURE_TOKENS, 1)[0]
         loaded.example_args = (ids.to(device), *loaded.example_args[1:])
-    return capture(loaded.model, loaded.example_args, loaded.example_kwargs, dynamic=loaded.dynamic_shapes())
+    with silent_export():
+        return capture(loaded.model, loaded.example_args, loaded.example_kwargs, dynamic=loaded.dynamic_shapes())
+
+
+@contextlib.contextmanager
+def silent_export() -> Iterator[None]:
+    """torch.export prints the graph and warnings before it raises; the error that it raises says what matters."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _owners(loaded: LoadedModel) -> dict[str, Callable[[], torch.Tensor]]:

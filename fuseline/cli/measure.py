@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fuseline import reports
+from fuseline.compiler.errors import FuselineError
 from fuseline.compiler.observe.numerics import error
 from fuseline.models import LoadedModel, logits_of
 from fuseline.models.metrics import compare
@@ -32,6 +34,9 @@ def measure(loaded: LoadedModel, count: int) -> dict[str, Any]:
 
     Returns the fields of `Metrics` over `count` windows of held-out text (None where the model reads no text) and
     `error`, max|Δ|/max|reference| of the outputs on the example inputs in the model's own precision.
+
+    Raises:
+        FuselineError: no graph of the model was compiled; its figures would be those of the original.
     """
     if loaded.tokenizer is not None:
         logits = loaded.logits_fn()
@@ -39,7 +44,14 @@ def measure(loaded: LoadedModel, count: int) -> dict[str, Any]:
     else:
         call = lambda: logits_of(loaded.model(*loaded.example_args, **loaded.example_kwargs))
     with torch.no_grad():
-        found: dict[str, Any] = {"error": error(call(), original(call)())}
+        outputs = call()
+        if not reports(loaded.model):
+            raise FuselineError(
+                f"Dynamo compiled no graph of {type(loaded.model).__name__}: the optimized model is the original",
+                ["it skips forwards that are PyTorch's own code, such as that of nn.Sequential"],
+                "wrap the model in an nn.Module of yours whose forward calls it",
+            )
+        found: dict[str, Any] = {"error": error(outputs, original(call)())}
     if loaded.tokenizer is None or count < 1:
         return {**EMPTY, **found}
     text = windows(evaluation_text(), loaded.encode, WINDOW, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -73,23 +74,27 @@ def show_measurements(output: Output, data: dict[str, Any]) -> None:
 
 
 def show_kernels(output: Output, data: dict[str, Any], limit: int | None = 12) -> None:
-    """One row a distinct kernel: how often it is launched, where it compiles, its ops and its first source line."""
+    """One row a distinct kernel: launches, the lines it comes from, its ops; then where they compile."""
     kernels = data["kernels"]
     if not kernels:
         return
-    rows = []
-    for kernel in kernels[:limit]:
-        where = ",".join(name for name, result in kernel["targets"].items() if result == "ok") or "not compiled"
-        lines = kernel["lines"]
-        place = f"\n{lines[0]}{f' and {len(lines) - 1} more' if len(lines) > 1 else ''}" if lines else ""
-        rows.append([kernel["name"], str(kernel["count"]), where, shorten_ops(kernel["ops"]) + place])
-    table(output, ["kernel", "times", "compiles for", "ops"], rows)
+    rows = [[k["name"], str(k["count"]), place(k["lines"]), shorten_ops(k["ops"])] for k in kernels[:limit]]
+    table(output, ["kernel", "times", "from", "ops"], rows)
     if limit is not None and len(kernels) > limit:
-        output.line(f"… and {len(kernels) - limit} more kernels")
-    for kernel in kernels:
-        for target, result in kernel["targets"].items():
-            if result != "ok":
-                output.line(f"  {kernel['name']} does not compile for {target}: {result}")
+        output.line(f"… and {len(kernels) - limit} more")
+    for target in kernels[0]["targets"]:
+        failed = {k["name"]: k["targets"][target] for k in kernels if k["targets"][target] != "ok"}
+        output.line(f"{len(kernels) - len(failed)} of {len(kernels)} kernels compile for {target}")
+        for name, reason in failed.items():
+            output.line(f"  {name} does not: {reason}")
+
+
+def place(lines: Sequence[str]) -> str:
+    """`modeling_llama.py:174 +2`: the first source line without its folder, and how many more."""
+    if not lines:
+        return "-"
+    first = re.split(r"[/\\]", lines[0])[-1]
+    return first if len(lines) == 1 else f"{first} +{len(lines) - 1}"
 
 
 def shorten_ops(ops: Sequence[str]) -> str:

@@ -7,24 +7,24 @@ from typing import Any
 import torch
 
 from ..compiler.traits import arguments, overloads
+from .call import Unsupported, dtype_of
 from .dtypes import cast, compute_dtype, literal, rounded, triton_type
-from .expressions import Unsupported, dtype_of
 from .rows import Rule
 from .sizes import size
-from .tile import Index, Mask, Term, Tile
+from .tile import Tile
+from .values import Index, Mask, Term
 
 RULES: dict[Any, Rule] = {}
 
 
 def _scalar(tile: Tile, value: Any, dtype: torch.dtype) -> str:
-    """A number, or a size known at run time, as an expression of exactly the type `dtype`."""
+    """A number, or a size known at run time, as a [1, 1] block of exactly the type `dtype`."""
     if isinstance(value, torch.fx.Node):
         if not isinstance(value.meta["val"], (int, torch.SymInt)):
             raise Unsupported(f"{value.name} is not a size")
-        text = f"tl.full((), {tile.size(size(value.meta['val']))}, tl.int64)"
+        text = f"tl.full([1, 1], {tile.size(size(value.meta['val']))}, tl.int64)"
         return cast(text, torch.int64, dtype)
-    text = literal(value, dtype)
-    return text if text.startswith("tl.full") else f"tl.full((), {text}, {triton_type(dtype)})"
+    return f"tl.full([1, 1], {literal(value, dtype)}, {triton_type(dtype)})"
 
 
 def _constant(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:

@@ -11,13 +11,14 @@ import torch
 
 from ..compiler.ops import dequantize, layer_norm, quantize, rms_norm, rotary
 from ..compiler.traits import arguments, is_last_dim_reduction
+from .call import Unsupported, dtype_of
 from .dtypes import cast, compute_dtype, literal, rounded
-from .expressions import Unsupported, dtype_of
 from .formulas import divide, round_half_even
 from .indexing import flatten, split
 from .rows import Row, Rule, element
 from .sizes import Size, same, shape, size
-from .tile import ZERO, Index, Mask, Term, Tile
+from .tile import Tile
+from .values import ZERO, Index, Mask, Term
 
 RULES: dict[Any, Rule] = {}
 RESULTS: dict[Any, tuple[Rule, ...]] = {}

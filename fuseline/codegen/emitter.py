@@ -22,14 +22,16 @@ from ..compiler.ops import layer_norm, quantize, rms_norm
 from ..compiler.provenance import makers, source_lines
 from ..compiler.traits import NORMS, REDUCTIONS
 from . import creations, dialect_rows, expressions, rearrangements, rows
-from .expressions import Unsupported
+from .call import Unsupported, dtype_of
+from .dtypes import cast, compute_dtype
 from .host import Host, Output
 from .indexing import reshape
 from .kernel import Kernel, Launcher, Refusal
 from .kernel_text import call, kernel_source
 from .schedule import Domain, Schedule
 from .sizes import product, same, shape, size
-from .tile import Index, Mask, Term, Tile
+from .tile import Tile
+from .values import Index, Mask, Term
 
 ROW_RULES = {**rows.RULES, **dialect_rows.RULES}
 RULES = {**rearrangements.RULES, **creations.RULES, **ROW_RULES}
@@ -117,12 +119,10 @@ def _store(tile: Tile, output: Output, index: Index, mask: Mask) -> None:
     node = output.node
     value = tile.value(node, index, mask)
     pointer, axes = tile.pointer(node, output.name, index)
-    if not axes:
-        pointer += " + tl.zeros([1, 1], tl.int32)"  # a block of one: a reduced value is no scalar
     if not value.axes <= axes:
         raise Unsupported(f"{node.name} varies more than its index")
-    dtype = expressions.dtype_of(node)
-    text = expressions.cast(value.text, expressions.compute_dtype(dtype), dtype)
+    dtype = dtype_of(node)
+    text = cast(value.text, compute_dtype(dtype), dtype)
     conditions = [m.text for m in mask if m.axes <= axes]
     guard = [f"mask={' & '.join(conditions)}"] if conditions else []
     tile.scopes[-1].lines += call("tl.store(", [pointer, text, *guard], ")")
@@ -175,11 +175,29 @@ def _evaluate(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term
             return RULES[node.target](tile, node, index, mask)
         except Unsupported as reason:
             raise _named(node, reason) from None
+    _from_the_start(tile, node, index, mask)
     operands = _Operands(tile, node, index, mask)
     text = expressions.emit(node, operands)
     if isinstance(text, Refusal):
         raise Unsupported(text.reason)
     return tile.bind(node.name, text, operands.axes)
+
+
+def _from_the_start(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> None:
+    """Evaluates the pointwise ops before `node` in order, so that a chain's length is not the depth of recursion."""
+    key = (*(term.text for term in index), *(term.text for term in mask))
+    if key in tile.in_order:
+        return
+    pending, before = [node], set[torch.fx.Node]()
+    while pending:
+        for operand in pending.pop().all_input_nodes:
+            if operand.target in expressions.RULES and operand not in before:
+                before.add(operand)
+                pending.append(operand)
+    tile.in_order.add(key)
+    for operand in sorted(before):
+        tile.broadcast(operand, index, mask)
+    tile.in_order.discard(key)
 
 
 def _named(node: torch.fx.Node, reason: Unsupported) -> Unsupported:

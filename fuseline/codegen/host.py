@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .expressions import Unsupported
+from .call import Unsupported
 from .kernel import Kernel, Launcher
 from .kernel_text import call
 from .schedule import Domain, Launch
 from .sizes import SizeReader, product, same, shape, size
-from .tile import Names
+from .values import Names
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Host:
         self.names = Names()
         self.names.taken |= {"torch", "triton", "rows", "n", "min", "max", name, f"{name}_kernel"}
         self.placeholders = [n for n in nodes if n.op == "placeholder"]
-        self.parameters = [self.names.new(n.name) for n in self.placeholders]
+        self.parameters = [self.names.new(_role(n.name)) for n in self.placeholders]
         self.sizes = SizeReader(self.placeholders, self.parameters)
         pairs = zip(self.placeholders, self.parameters, strict=True)
         self.inputs = {n: text for n, text in pairs if isinstance(n.meta.get("val"), torch.Tensor)}
@@ -117,6 +117,11 @@ class Host:
         if not self.is_tuple:
             return texts[0]
         return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
+
+
+def _role(name: str) -> str:
+    """`model_layers_3_input_layernorm_weight` → `weight`: which weight it is does not make it another kernel."""
+    return re.sub(r".*_(weight|bias|codes|scale|zero)$", r"\1", name)
 
 
 def _bare(text: str) -> str:

@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .expressions import Unsupported
+from .call import Unsupported
 from .sizes import Size, product, same
-from .tile import ZERO, Index, Term, Tile
+from .tile import Tile
+from .values import ZERO, Index, Term
 
 INT32 = 2**31
 
@@ -83,7 +84,9 @@ def split(tile: Tile, term: Term, inner: Size) -> tuple[Term, Term]:
     if term.text.isdigit() and isinstance(inner, int):
         return Term(str(int(term.text) // inner)), Term(str(int(term.text) % inner))
     size = tile.size(inner)
-    return tile.bind("index", f"{term.text} // {size}", term.axes), tile.bind("index", f"{term.text} % {size}", term.axes)
+    return tile.bind("index", f"{term.text} // {size}", term.axes), tile.bind(
+        "index", f"{term.text} % {size}", term.axes
+    )
 
 
 def reshape(tile: Tile, index: Sequence[Term], shape: Sequence[Size], source: Sequence[Size]) -> Index:

@@ -1,8 +1,8 @@
 """Emitted modules: kernels and host functions in one Python file that can be read, edited and run again.
 
-    render(launchers)        the module's text
-    write_module(path, …)    that text in a file, replaced in one step
-    load_module(path)        the file as a module, by the import system
+render(launchers)        the module's text
+write_module(path, …)    that text in a file, replaced in one step
+load_module(path)        the file as a module, by the import system
 """
 
 from __future__ import annotations

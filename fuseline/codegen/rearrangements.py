@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from ..compiler.traits import arguments, overloads
-from .expressions import Unsupported
+from .call import Unsupported
 from .indexing import offset, reshape, split
 from .sizes import Size, same, shape, size
-from .tile import ZERO, Index, Mask, Term, Tile
+from .tile import Tile
+from .values import ZERO, Index, Mask, Term
 
 Rule = Callable[[Tile, torch.fx.Node, Index, Mask], Term]
 RULES: dict[Any, Rule] = {}

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from ..compiler.traits import arguments, is_last_dim_reduction, overloads
+from .call import Unsupported, dtype_of
 from .dtypes import cast, compute_dtype, literal
-from .expressions import Unsupported, dtype_of
 from .formulas import divide
 from .sizes import Size, shape
-from .tile import Index, Mask, Term, Tile
+from .tile import Tile
+from .values import Index, Mask, Term
 
 Rule = Callable[[Tile, torch.fx.Node, Index, Mask], Term]
 RULES: dict[Any, Rule] = {}

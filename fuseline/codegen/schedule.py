@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from .indexing import INT32, unflatten
 from .sizes import Size, product, same
-from .tile import ROW, Index, Mask, Range, Term, Tile
+from .tile import Tile
+from .values import ROW, Index, Mask, Range, Term
 
 ELEMENTS = 1024  # of one program without reductions: eight a thread at four warps
 ROW_ELEMENTS = 2048  # of one program with reductions, where rows are shorter than that
@@ -110,7 +111,9 @@ class Schedule:
         for columns in used:
             length = columns.size
             if isinstance(length, int):
-                block = _block(length) if not self.reduces else min(_power(length), LOOP_BLOCK if columns.looped else 2**14)
+                block = (
+                    _block(length) if not self.reduces else min(_power(length), LOOP_BLOCK if columns.looped else 2**14)
+                )
                 constants[columns.block], samples[columns.block] = str(block), block
             else:
                 limit = LOOP_BLOCK if self.reduces else ELEMENTS

@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 import torch
 
-from .expressions import Unsupported
+from .call import Unsupported
 
 Size = Any  # int | sympy.Expr
 
@@ -20,9 +20,19 @@ Size = Any  # int | sympy.Expr
 def size(value: int | torch.SymInt) -> Size:
     """The size behind an int or a SymInt."""
     if isinstance(value, torch.SymInt):
-        expression = value.node.expr
+        expression = _without_exact_divisions(value.node.expr)
         return int(expression) if expression.is_Integer else expression
     return int(value)
+
+
+def _without_exact_divisions(expression: sympy.Expr) -> sympy.Expr:
+    """(s·t) // s → t, as a view with an inferred size leaves behind: without it equal shapes look different."""
+    divisions = {a for a in sympy.preorder_traversal(expression) if type(a).__name__ in ("FloorDiv", "CleanDiv")}
+    for division in sorted(divisions, key=lambda a: a.count_ops()):
+        quotient = sympy.cancel(division.args[0] / division.args[1])
+        if quotient.is_Integer or quotient.is_polynomial() and all(c.is_Integer for c in sympy.Poly(quotient).coeffs()):
+            expression = expression.xreplace({division: quotient})
+    return expression
 
 
 def shape(node: torch.fx.Node) -> tuple[Size, ...]:

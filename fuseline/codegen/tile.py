@@ -10,82 +10,17 @@ loop's columns go into its body, all others before it: the loop is appended to t
 
 from __future__ import annotations
 
-import keyword
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 
+from .call import Unsupported, dtype_of
 from .dtypes import cast, compute_dtype, is_supported, literal, pointer_type, triton_type
-from .expressions import Unsupported, dtype_of
 from .sizes import Size, SizeReader, same, shape
+from .values import ROW, ZERO, Index, Mask, Names, Range, Scope, Term
 
-ROW = "row"
-
-
-@dataclass(frozen=True)
-class Term:
-    """A value or an index in the kernel: its text (a name or a number) and the axes along which it varies.
-
-    An index that counts through several dimensions remembers them in `parts`, so that a view that splits them again
-    finds them. `("", ())` where it does not.
-    """
-
-    text: str
-    axes: frozenset[str] = frozenset()
-    parts: tuple[tuple[Term, Size], ...] = ()
-
-
-ZERO = Term("0")
-Index = tuple[Term, ...]
-Mask = tuple[Term, ...]
-
-
-@dataclass
-class Range:
-    """A run of columns: its axis, length, index variable, the condition that a column exists, and its block."""
-
-    axis: str
-    size: Size
-    size_text: str
-    block: str
-    looped: bool
-    index: Term
-    inside: Term | None
-
-
-@dataclass
-class Scope:
-    """Lines under construction: the kernel's body, or the body of a loop over the columns of `axis`."""
-
-    axis: str | None = None
-    lines: list[str] = field(default_factory=list)
-    texts: dict[str, Term] = field(default_factory=dict)
-    values: dict[object, Term] = field(default_factory=dict)
-
-
-class Names:
-    """Names for the kernel's variables, after the graph's nodes but without their running numbers.
-
-    Layers of a model differ in those numbers only, and equal text is what lets them share one kernel.
-    """
-
-    RESERVED = frozenset({"tl", "triton", "float", "range", "pid", *keyword.kwlist})
-
-    def __init__(self) -> None:
-        self.taken: set[str] = set(self.RESERVED)
-
-    def new(self, wish: str) -> str:
-        base = re.sub(r"\W", "_", wish).strip("_")
-        base = re.sub(r"(_\d+)+(?=_|$)", "", base) or "value"
-        base = f"v{base}" if base[0].isdigit() else base
-        name, k = base, 1
-        while name in self.taken or name.isupper():
-            name, k = f"{base}_{k}", k + 1
-        self.taken.add(name)
-        return name
+DEEPEST = 60  # of nested evaluations, well below Python's limit of recursion
 
 
 class Tile:
@@ -101,6 +36,7 @@ class Tile:
         self.arguments: dict[str, str] = {}  # kernel argument → its text on the host
         self.size_names: dict[Size, str] = {}
         self.depth = 0
+        self.in_order: set[tuple[str, ...]] = set()  # where a chain of ops is being evaluated from its start
 
     # ---- names and lines -------------------------------------------------------------------------------------
 
@@ -200,8 +136,8 @@ class Tile:
             if key in scope.values:
                 return scope.values[key]
         self.depth += 1
-        if self.depth > 120:
-            raise Unsupported("a chain of more than 120 ops")
+        if self.depth > DEEPEST:
+            raise Unsupported(f"views and reductions nested more than {DEEPEST} deep")
         term = self.evaluate(self, node, index, mask)
         self.depth -= 1
         self._scope(term.axes).values[key] = term
@@ -218,14 +154,14 @@ class Tile:
         conditions = [m.text for m in mask if m.axes <= axes]
         guard = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
         text, dtype = f"tl.load({pointer}{guard})", dtype_of(node)
-        return self.bind(node.name, cast(text, dtype, compute_dtype(dtype)), axes)
+        return self.bind(self.pointers[node], cast(text, dtype, compute_dtype(dtype)), axes)
 
     def pointer(self, node: torch.fx.Node, name: str, index: Index) -> tuple[str, frozenset[str]]:
         """Address arithmetic in int64, with the strides that the tensor has at run time."""
-        dtype = dtype_of(node)
+        dtype, axes = dtype_of(node), frozenset[str]()
         if not is_supported(dtype):
             raise Unsupported(f"kernels do not hold {dtype}")
-        text, axes = f"{name}_ptr", frozenset[str]()
+        text = f"{name}_ptr"
         self.signature[text], self.arguments[text] = pointer_type(dtype), name
         for k, (term, length) in enumerate(zip(index, shape(node), strict=True)):
             if term.text == "0" or same(length, 1):
@@ -236,7 +172,8 @@ class Tile:
             wide = f"tl.full((), {term.text}, tl.int64)" if term.text.isdigit() else f"{term.text}.to(tl.int64)"
             text += f" + {self.bind('i', wide, term.axes).text} * {stride}"
             axes |= term.axes
-        return text, axes
+        # a block of one where nothing varies: values are two-dimensional throughout
+        return text if axes else f"{text} + tl.zeros([1, 1], tl.int32)", axes
 
     def reserve(self, node: torch.fx.Node, name: str) -> None:
         """Keeps `<name>_ptr` and `<name>_stride_<k>` for a tensor that the host calls `name`."""

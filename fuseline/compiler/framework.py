@@ -127,18 +127,21 @@ def _read(owner: str, name: str, kind: Any, text: str | bool) -> Any:
             noun = "a whole number" if kind is int else "a number"
             raise UserError(f"option '{name}' of '{owner}' is {noun}, not '{text}'") from None
     if typing.get_origin(kind) is tuple:
-        return tuple(part for part in text.split("|") if part)
+        element = (*typing.get_args(kind), str)[0]
+        return tuple(_read(owner, name, element, part) for part in text.split("|") if part)
     return text
 
 
 def _show(value: Any) -> str:
+    text = "|".join(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
+    if text != text.strip() or any(c in text for c in ',{}"=\\ '):
+        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return text
+
+
+def _plain(value: Any) -> str:
     if isinstance(value, enum.Enum):
         return str(value.value)
     if isinstance(value, bool):
         return str(value).lower()
-    if value is None:
-        return "none"
-    if isinstance(value, tuple):
-        return "|".join(map(str, value))
-    text = str(value)
-    return f'"{text}"' if any(c in text for c in ',{}"= ') else text
+    return "none" if value is None else str(value)

@@ -49,40 +49,6 @@ def _constant(reader: Reader, node: Node, given: dict[str, Any], index: Index) -
     return reader.cast(number, node.meta["val"].dtype)
 
 
-@reads("lift_fresh_copy")
-def _literal(reader: Reader, node: Node, given: dict[str, Any], index: Index) -> Value:
-    """`torch.tensor(0.0)` in a model: a literal that tracing keeps as a tensor."""
-    number = literal(reader.program, node)
-    if isinstance(number, Node):
-        raise Opaque
-    return reader.operand(number, ())
-
-
-def literal(program: Any, node: Any) -> Any:
-    """The Python number that a node stands for, when it is a constant of no dimensions; the node itself otherwise."""
-    if not isinstance(node, Node):
-        return node
-    name = getattr(node.target, "_opname", "")
-    if name in ("detach", "alias", "clone") or (name in ("to", "_to_copy") and node.meta["val"].is_floating_point()):
-        inner = literal(program, node.args[0])
-        return node if isinstance(inner, Node) else inner
-    if name in ("full", "scalar_tensor") and node.meta["val"].dim() == 0:
-        number = node.args[-1]
-        return number if isinstance(number, (bool, int, float)) else node
-    if name == "lift_fresh_copy":
-        tensor = _constant_tensor(program, node.args[0])
-        if tensor is not None and tensor.dim() == 0 and not isinstance(tensor, torch._subclasses.FakeTensor):
-            return tensor.item()
-    return node
-
-
-def _constant_tensor(program: Any, node: Any) -> torch.Tensor | None:
-    weight = program.parameter(node)
-    if weight is not None:
-        return program.sources[weight.name].tensor
-    return getattr(program.module, node.target, None) if node.op == "get_attr" else None
-
-
 # Arithmetic and logic
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from .expressions import Constant
 from .index_algebra import (
     FALSE,
     TRUE,
@@ -93,6 +94,9 @@ class Reader:
     def _read(self, node: Node, index: Index) -> Value:
         if node.meta.get("written") or node.name in self.program.mutated:
             raise Unreadable(node.name)
+        number = literal(node)
+        if not isinstance(number, Node):
+            return self.operand(number, ())
         handler = HANDLERS.get(getattr(node.target, "_opname", "")) if node.op == "call_function" else None
         if handler is not None:
             try:
@@ -143,6 +147,26 @@ class Reader:
     def cast(self, value: Value, dtype: torch.dtype) -> Value:
         """A value in another dtype, where that keeps it exact or rounds it the same way."""
         return apply(lambda v: _cast(v, dtype), value)
+
+
+def literal(node: Any) -> Any:
+    """The Python number that a node stands for, when it is a constant of no dimensions; the argument itself otherwise.
+
+    `torch.tensor(0.0)` and `torch.full([], 8.0)` in a model are such constants.
+    """
+    if not isinstance(node, Node):
+        return node
+    constant = node.meta.get("weight")
+    if isinstance(constant, Constant) and constant.shape == ():
+        return constant.values[0]
+    name = getattr(node.target, "_opname", "") if node.op == "call_function" else ""
+    if name in ("detach", "alias", "clone", "lift_fresh_copy") and not node.meta.get("written"):
+        inner = literal(node.args[0])
+        return node if isinstance(inner, Node) else inner
+    if name in ("full", "scalar_tensor") and node.meta["val"].dim() == 0 and node.meta["val"].is_floating_point():
+        number = node.args[-1]
+        return number if isinstance(number, (int, float)) and not node.meta.get("written") else node
+    return node
 
 
 def is_one(size: Any) -> bool:

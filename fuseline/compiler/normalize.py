@@ -87,20 +87,20 @@ def normalize(
             "find the line with TORCH_LOGS=graph_code; replace data-dependent control flow by torch.where",
         ) from error
     graph = traced.graph
+    clean(graph, training)  # first of all: what it drops can hide an alias
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     body = next(n for n in graph.nodes if n.op != "placeholder")
-    mutated = {n.name for n in _mutated_placeholders(graph, placeholders)}
+    written = _mutated_placeholders(graph, placeholders)
     kept: list[int] = []
     used = set(names.values())
-    renamed: dict[str, str] = {}
     for position, node in enumerate(placeholders):
         source = states.get(position)
-        if source is None or node.name in mutated:
-            before = node.name
-            node._rename(names.get(position, node.name))
+        if source is None or node in written:
+            readable = source.name.replace(".", "_") if source else names.get(position, node.name)
+            node._rename(readable)
             node.meta.setdefault("val", fakes[position])
             node.target = node.name
-            renamed[before] = node.name
+            used.add(node.name)
             kept.append(position)
             continue
         attribute = source.name.replace(".", "_")
@@ -115,17 +115,17 @@ def normalize(
             node.replace_all_uses_with(weight)
         graph.erase_node(node)
     _write_constants_down(traced)
-    clean(graph, training)
     functionalize(graph)
     _share_constants(graph)
     clean(graph, training)
+    _mark_autocast(graph)
     traced.recompile()
     return Program(
         traced,
         mode,
         kept,
-        {s.name: s for p, s in states.items() if placeholders[p].name not in mutated},
-        frozenset(renamed[n] for n in mutated),
+        {s.name: s for p, s in states.items() if placeholders[p] not in written},
+        frozenset(n.name for n in written),
         training,
         examples,
         call=call,
@@ -166,6 +166,18 @@ def _is_identity(node: Node) -> bool:
         and before.device == after.device
         and before.dim() == after.dim()
     )
+
+
+def _mark_autocast(graph: torch.fx.Graph) -> None:
+    """Notes on each node the autocast regions it is in (`meta["autocast"]`), so that types there can be computed."""
+    regions: list[tuple[Any, ...]] = []
+    for node in graph.nodes:
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            regions.append(node.args)
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            regions.pop()
+        elif regions:
+            node.meta["autocast"] = tuple(regions)
 
 
 def _share_constants(graph: torch.fx.Graph) -> None:

@@ -7,6 +7,7 @@ touch a storage which the graph writes to therefore keep their order.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 
 from torch.fx import Graph, Node
 
@@ -14,6 +15,12 @@ from torch.fx import Graph, Node
 def touches_written(node: Node) -> bool:
     """Whether a node writes to, or reads from, a storage that the graph writes to."""
     return bool(node.meta.get("written")) or any(n.meta.get("written") for n in node.all_input_nodes)
+
+
+def writes(node: Node) -> bool:
+    """Whether a node writes in place."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
 
 def is_barrier(node: Node) -> bool:
@@ -44,7 +51,7 @@ def dependencies(graph: Graph) -> dict[Node, list[Node]]:
 
 
 class Reachability:
-    """Which nodes lie downstream of which, kept as bit sets; for the convexity of regions."""
+    """Which nodes lie downstream of which, kept as bit sets."""
 
     def __init__(self, graph: Graph):
         self.index = {node: i for i, node in enumerate(graph.nodes)}
@@ -60,16 +67,46 @@ class Reachability:
         """Whether `node` needs `on`, at any distance."""
         return bool(self.ancestors[node] >> self.index[on] & 1)
 
-    def convex(self, nodes: set[Node]) -> bool:
-        """Whether no path leaves `nodes` and comes back: they can run as one."""
-        members = 0
+    def bits(self, nodes: Iterable[Node]) -> int:
+        """A set of nodes as a bit set."""
+        found = 0
         for node in nodes:
-            members |= 1 << self.index[node]
+            found |= 1 << self.index[node]
+        return found
+
+
+class Partition:
+    """Sets of nodes that will run as one each. What it keeps free of cycles is the graph of those sets: two sets that
+    are convex on their own can still wait for each other."""
+
+    def __init__(self, reach: Reachability):
+        self.reach = reach
+        self._groups: dict[object, tuple[int, int]] = {}  # members, and all that they need
+
+    def fits(self, nodes: set[Node], name: object = None) -> bool:
+        """Whether `nodes` can run as one beside the other sets; `name` is the set that they would replace."""
+        reach, members, needed = self.reach, self.reach.bits(nodes), 0
         for node in nodes:
-            for source in self.before[node]:
-                if source not in nodes and self.ancestors[source] & members:
-                    return False
-        return True
+            for source in reach.before[node]:
+                if source not in nodes:
+                    needed |= reach.ancestors[source] | 1 << reach.index[source]
+        others = [group for key, group in self._groups.items() if key != name]
+        while not needed & members:
+            waiting = [group for group in others if not group[0] & needed]
+            if len(waiting) == len(others):
+                return True
+            for inside, before in others:
+                if inside & needed:
+                    needed |= inside | before
+            others = waiting
+        return False
+
+    def put(self, name: object, nodes: set[Node]) -> None:
+        """Adds a set that fits, or replaces the one of that name."""
+        needed = 0
+        for node in nodes:
+            needed |= self.reach.ancestors[node]
+        self._groups[name] = (self.reach.bits(nodes), needed)
 
 
 def sort(graph: Graph) -> None:

@@ -1,16 +1,19 @@
-"""Pipeline: passes in the order given, from text, a TOML file or objects; and the runner, which knows no pass.
+r"""Pipeline: passes in the order given, from text, a TOML file or objects; and the runner, which knows no pass.
 
     pipeline  = pass ("," pass)*
     pass      = name [ "{" option ("," option)* "}" ]
-    option    = name | name "=" value         a bare name means true; quote a value that holds , { } = or a space
+    option    = name | name "=" value         a bare name means true; quote a value that holds , { } = or a space,
+                                              and write \" for a quote in it
 """
 
 from __future__ import annotations
 
+import re
 import time
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import registry
 from .action import Observer
@@ -165,14 +168,24 @@ def _from_toml(path: Path) -> tuple[Pass, ...]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
     found = []
-    for table in tables.get("pass", []):
-        values = {k: v if isinstance(v, bool) else str(v) for k, v in table.items() if k != "name"}
+    listed = tables.get("pass", [])
+    if not isinstance(listed, list) or not all(isinstance(table, dict) for table in listed):
+        raise UserError(f"'pass' in {path} is not a list of tables", remedy='[[pass]]\nname = "raise"')
+    for table in listed:
         if "name" not in table:
             raise UserError(f"a [[pass]] of {path} has no name", remedy='[[pass]]\nname = "raise"')
-        found.append(build(registry.find(table["name"]), values))
+        values = {k: _toml_text(v) for k, v in table.items() if k != "name"}
+        found.append(build(registry.find(str(table["name"])), values))
     if not found:
         raise UserError(f"{path} holds no [[pass]] table", remedy='[[pass]]\nname = "raise"')
     return tuple(found)
+
+
+def _toml_text(value: Any) -> str | bool:
+    """A TOML value as the textual pipeline would write it."""
+    if isinstance(value, list):
+        return "|".join(map(str, value))
+    return value if isinstance(value, bool) else str(value)
 
 
 def _parse(text: str) -> Iterable[Pass]:
@@ -185,7 +198,7 @@ def _parse(text: str) -> Iterable[Pass]:
             key, equals, value = option.partition("=")
             value = value.strip()
             if len(value) > 1 and value[0] == value[-1] == '"':
-                value = value[1:-1]
+                value = re.sub(r"\\(.)", r"\1", value[1:-1], flags=re.DOTALL)
             if key.strip() in values:
                 raise UserError(f"option '{key.strip()}' is given twice in '{item}'")
             values[key.strip()] = value if equals else True
@@ -194,9 +207,11 @@ def _parse(text: str) -> Iterable[Pass]:
 
 def _split(text: str, whole: str) -> list[str]:
     """Splits at commas outside braces and quotes."""
-    parts, depth, quoted, start = [], 0, False, 0
+    parts, depth, quoted, escaped, start = [], 0, False, False, 0
     for position, character in enumerate(text):
-        if character == '"':
+        if escaped or (quoted and character == "\\"):
+            escaped = not escaped
+        elif character == '"':
             quoted = not quoted
         elif not quoted and character in "{}":
             depth += 1 if character == "{" else -1

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
+from .compat import real_tensors
 from .expressions import Expression, Param
 from .weights import STORE, Binder, WeightStore
 
@@ -80,6 +81,12 @@ class Program:
             module, self.fake_mode, list(self.arguments), dict(self.sources), self.mutated, self.training,
             self.examples, self.state, self.call,
         )  # fmt: skip
+
+    def without_tensors(self) -> Program:
+        """The same graph to keep and read later: it holds neither parameters nor inputs, so it keeps no model alive."""
+        with real_tensors():
+            sources = {n: replace(s, tensor=torch.empty_like(s.tensor, device="meta")) for n, s in self.sources.items()}
+        return replace(self, sources=sources, examples=None, call=None)
 
     @staticmethod
     def from_fx(module: GraphModule, args: Sequence[Any]) -> Program:

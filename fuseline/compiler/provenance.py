@@ -18,7 +18,7 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
 _HERE = [Path(torch.__file__).parent, Path(__file__).parent.parent]
 _OURS = tuple(f"{path}{os.sep}" for folder in _HERE for path in dict.fromkeys((folder, folder.resolve())))
 _INDEX = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\[(?:'([^']+)'|(\d+))\]")
-KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr")
+KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr", "autocast")
 
 
 def is_ours(file: str) -> bool:
@@ -55,9 +55,9 @@ def module_path(node: Node) -> str:
 
 def clean_path(path: str) -> str:
     """`L['self']._modules['model'].layers[0]` → `model.layers.0`; slices of module lists are dropped."""
-    path = re.sub(r"\.slice\([^)]*\)", "", path)
+    path = re.sub(r"^[LG]\['[^']*'\]", "", re.sub(r"\.slice\([^)]*\)", "", path))
     path = _INDEX.sub(lambda m: "." + next(g for g in m.groups() if g is not None), path)
-    path = re.sub(r"^L\.self\.?|^L\['self'\]\.?|^self\.?", "", path)
+    path = re.sub(r"^L\.self\.?|^self\.?", "", path)
     return re.sub(r"\.{2,}", ".", path).strip(".")
 
 

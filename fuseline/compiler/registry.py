@@ -33,7 +33,6 @@ def available() -> dict[str, type[Pass]]:
     """All passes by name."""
     global _loaded_entry_points
     if not _loaded_entry_points:
-        _loaded_entry_points = True
         for point in entry_points(group=GROUP):
             try:
                 kind = point.load()
@@ -46,6 +45,7 @@ def available() -> dict[str, type[Pass]]:
             if not (isinstance(kind, type) and issubclass(kind, Pass)):
                 raise UserError(f"the entry point '{point.name}' ({point.value}) is not a fuseline.Pass")
             register(kind)
+        _loaded_entry_points = True
     return dict(sorted(_known.items()))
 
 

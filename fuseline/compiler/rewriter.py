@@ -5,6 +5,7 @@ It computes `val` for what it creates, passes provenance on, and opens an Action
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from . import sites as _sites
 from .action import Action, Observer
 from .errors import VerificationError
 from .expressions import Expression
+from .order import touches_written, writes
 from .outline import Cut
 from .pattern import Match
 from .program import Program
@@ -51,7 +53,7 @@ class Builder:
         target = getattr(target, "overload", target)
         with self._inserting():
             node = self._program.graph.call_function(target, args, kwargs)
-        node.meta["val"] = fake_call(self._program, target, args, kwargs)
+        node.meta["val"] = fake_call(self._program, target, args, kwargs, self._before.meta.get("autocast", ()))
         return self._finish(node)
 
     def weight(self, expression: Expression) -> Node:
@@ -120,7 +122,7 @@ class Rewriter:
             for match in rule.matches(self.program):
                 if any(node._erased for node in match.nodes):
                     continue
-                reason = rule.refuse(match)
+                reason = rule.refuse(match) or _overtaken(match)
                 if reason is not None:
                     self.refuse(match.root, reason)
                 else:
@@ -190,10 +192,28 @@ class Rewriter:
             self.program.graph.erase_node(node)
 
 
-def fake_call(program: Program, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """The fake result of a call, from its arguments' fake values."""
+def _overtaken(match: Match) -> str | None:
+    """Why a match must stay: it reads, before its root, a storage that is written to on the way to the root.
+
+    What replaces a match runs at the root's place, so such a read would come after the write.
+    """
+    readers = [n for n in match.nodes if n is not match.root and touches_written(n)]
+    node = min(readers, default=match.root)
+    while node is not match.root:
+        node = node.next
+        if node is not match.root and writes(node):
+            return f"what it reads is written to before its result is used, by {node.target} at {source_line(node) or node.name}"
+    return None
+
+
+def fake_call(program: Program, target: Callable[..., Any], args: Any, kwargs: Any, autocast: Any = ()) -> Any:
+    """The fake result of a call, from its arguments' fake values, inside these regions of autocast."""
     fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    with program.fake_mode, torch.no_grad():
+    with contextlib.ExitStack() as regions:
+        regions.enter_context(program.fake_mode)
+        regions.enter_context(torch.no_grad())
+        for region in autocast:
+            regions.enter_context(torch.autocast(*region))
         return target(*fake_args, **fake_kwargs)
 
 

@@ -54,7 +54,11 @@ class Rule:
 
     def matches(self, program: Program) -> Iterator[Match]:
         """All places where the pattern fits, in graph order; nodes replaced meanwhile are skipped."""
-        term = self.pattern()
+        yield from self.find_all(program, self.pattern())
+
+    @staticmethod
+    def find_all(program: Program, term: Term) -> Iterator[Match]:
+        """All places where one pattern fits, for rules that have several."""
         ops = root_ops(term)
         for node in list(program.graph.nodes):
             if node.op == "call_function" and getattr(node.target, "_opname", "") in ops and not node._erased:

@@ -70,8 +70,12 @@ def propagation(program: Program) -> Iterator[Finding]:
     """Recomputed fake values have the recorded shape and dtype."""
     recorded = {n: describe_value(n.meta.get("val")) for n in program.graph.nodes}
     interpreter = _Recompute(program)
-    with program.fake_mode, torch.no_grad():
-        interpreter.run(*[n.meta["val"] for n in program.placeholders])
+    try:
+        with program.fake_mode, torch.no_grad():
+            interpreter.run(*[n.meta["val"] for n in program.placeholders])
+    except Exception as error:
+        failed = next(n for n in program.graph.nodes if n not in interpreter.found)
+        yield failed, f"cannot run on values of the recorded types: {type(error).__name__}: {error}"
     for node, described in interpreter.found.items():
         if node.op in ("call_function", "call_module") and "val" in node.meta and described != recorded[node]:
             yield node, f"is recorded as {recorded[node]} and computes {described}"

@@ -7,6 +7,7 @@ needs of them. A parameter that was replaced, or edited in place, is noticed by 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from .compat import real_tensors
+from .compat import real_tensors, storages
 from .errors import UserError
 from .expressions import Expression, Memo, Param
 
@@ -63,6 +64,8 @@ class WeightStore:
                         "check the checkpoint; quantizing or folding such a weight would spread them",
                     )
             value = expression.evaluate(by_name.__getitem__, {} if memo is None else memo).contiguous()
+            if set(storages(value)) & set(storages(list(tensors))):
+                value = value.clone()  # a view would keep its parameter alive, and its entry with it
         others = tuple(TensorWeakRef(t) for t in tensors[1:])
         per_parameter[(key, tuple(id(t) for t in tensors[1:]))] = Entry(states, others, value)
         return value
@@ -100,7 +103,7 @@ def _no_parameter(name: str) -> torch.Tensor:
 
 @dataclass
 class _Bound:
-    sources: list[TensorWeakRef]
+    sources: list[weakref.ref[torch.Tensor]]
     states: list[State]
     values: list[torch.Tensor]
     epoch: int
@@ -159,7 +162,15 @@ class Binder:
         values = self._evaluate(arguments)
         while len(self.bound) >= self.LIMIT:
             self.bound.pop(next(iter(self.bound)))
-        self.bound[key] = _Bound([TensorWeakRef(t) for t in watched], [state_of(t) for t in watched], values, _epoch)
+        me = weakref.ref(self)
+
+        def drop(_: Any) -> None:  # a parameter died or was replaced: nothing will ask for these values again
+            binder = me()
+            if binder is not None:
+                binder.bound.pop(key, None)
+
+        sources = [weakref.ref(t, drop) for t in watched]
+        self.bound[key] = _Bound(sources, [state_of(t) for t in watched], values, _epoch)
         return values
 
     def _evaluate(self, arguments: Sequence[Any]) -> list[torch.Tensor]:

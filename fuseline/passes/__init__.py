@@ -2,5 +2,6 @@
 
 from .fusing import Fuse
 from .quantize import Quantize
+from .raising import Raise
 
-__all__ = ["Fuse", "Quantize"]
+__all__ = ["Fuse", "Quantize", "Raise"]

@@ -238,4 +238,6 @@ def _quantized(
         table = new(ops.dequantize, *parts, weights.bits, weights.group_of(channels), dtype)
     else:
         table = new.weight(site.weight)
+    if site.bias is not None and site.bias.meta["val"].dim() != 1:  # `addmm` adds anything that broadcasts
+        return new(aten.add.Tensor, new(aten.linear.default, x, table, None), site.bias)
     return new(aten.linear.default, x, table, site.bias)

@@ -8,12 +8,27 @@ from pathlib import Path
 
 import pytest
 
+from fuseline import Tier
+from fuseline.compiler import registry
+
 QUANTIZE = "quantize{weights=int8}"
 MODELS = """
 import torch
 from torch import nn
 
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
 def classifier():
+    torch.manual_seed(0)
+    return Classifier(), (torch.randn(3, 16),)
+
+def sequential():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), (torch.randn(3, 16),)
 """
@@ -64,6 +79,16 @@ def test_json_on_stdout_leaves_the_tables_to_stderr(cli: Callable, classifier: s
     assert data["passes"][0]["error"] == pytest.approx(data["metrics"]["error"], rel=0.05)
 
 
+def test_sequential_is_compiled_or_refused(cli: Callable, classifier: str) -> None:
+    """Dynamo skips nn.Sequential's forward when it is the outermost; that must never look like a perfect result."""
+    result = cli("run", classifier.replace("classifier:classifier", "classifier:sequential"), "-p", QUANTIZE)
+    assert "SyntaxError" not in result.err, "parameters named 0.weight are parameters like any other"
+    if result.code == 0:
+        assert "quantize  lossy      2" in result.out
+    else:
+        assert "Dynamo compiled no graph of Sequential: the optimized model is the original" in result.err
+
+
 def test_fuse_leads_to_kernels_that_compile(cli: Callable, classifier: str) -> None:
     pytest.importorskip("triton")
     result = cli("run", classifier, "-p", "fuse", "--json", "-", "--verify")
@@ -76,8 +101,10 @@ def test_fuse_leads_to_kernels_that_compile(cli: Callable, classifier: str) -> N
         assert kernel["ops"]
 
 
-def test_verify_holds_exact_passes_to_their_bound(cli: Callable, classifier: str, monkeypatch) -> None:
-    monkeypatch.setattr("fuseline.passes.quantize.Quantize.tier", __import__("fuseline").Tier.EXACT)
+def test_verify_holds_exact_passes_to_their_bound(
+    cli: Callable, classifier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry.find("quantize"), "tier", Tier.EXACT)
     result = cli("run", classifier, "-p", QUANTIZE, "--verify")
     assert result.code == 1
     assert "pass 'quantize' is exact and changed the results" in result.err
@@ -96,6 +123,7 @@ def test_a_pass_that_matches_nothing(cli: Callable, classifier: str) -> None:
     assert "pass 'raise' matched no site" in result.err and "allow_empty" in result.err
 
 
+@pytest.mark.slow
 def test_tiny_llama_generates_with_its_cache(cli: Callable) -> None:
     result = cli("run", "demo:tiny-llama", "-p", QUANTIZE, "--windows", "1", "--tokens", "3", "--json", "-")
     assert result.code == 0, result.err

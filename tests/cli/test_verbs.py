@@ -33,7 +33,7 @@ def test_a_pass_page_has_its_options(cli: Callable) -> None:
     assert "Before" in result.err and "weights" in result.err
 
 
-@pytest.mark.parametrize("model", ["demo:tiny-decoder", "demo:tiny-llama"])
+@pytest.mark.parametrize("model", ["demo:tiny-decoder", pytest.param("demo:tiny-llama", marks=pytest.mark.slow)])
 def test_opt_writes_a_program_that_computes_the_same(cli: Callable, tmp_path: Path, model: str) -> None:
     out = tmp_path / "out.pt2"
     result = cli("opt", model, "-p", "quantize{weights=int8}", "-o", str(out), "--json", "-")

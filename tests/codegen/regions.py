@@ -91,17 +91,22 @@ def check(
     dynamic: Mapping[int, Sequence[int]] | None = None,
     run: Sequence[Sequence[Any]] = (),
     bound: float | None = None,
+    least: float = 1e-30,
 ) -> Launcher:
     """Emits `function`, runs it on `inputs` and on each of `run`, and compares with eager in float64."""
     launcher = emitted(function, *inputs, dynamic=dynamic)
     call = loaded(launcher, folder)
     for given in (inputs, *run):
-        compare(function, call, given, bound)
+        compare(function, call, given, bound, least)
     return launcher
 
 
 def compare(
-    function: Callable[..., Any], call: Callable[..., Any], inputs: Sequence[Any], bound: float | None = None
+    function: Callable[..., Any],
+    call: Callable[..., Any],
+    inputs: Sequence[Any],
+    bound: float | None = None,
+    least: float = 1e-30,
 ) -> None:
     """Shapes, dtypes and strides as eager's; values as eager's in float64, within the bound of the result's dtype."""
     kept = [v.clone() if isinstance(v, torch.Tensor) else v for v in inputs]
@@ -114,7 +119,7 @@ def compare(
             continue
         assert (result.shape, result.dtype) == (eager.shape, eager.dtype)
         if result.is_floating_point():
-            assert error(result, reference) <= (bound or BOUNDS[result.dtype])
+            assert error(result, reference, least) <= (bound or BOUNDS[result.dtype])
         else:
             assert torch.equal(result, eager), (result, eager)
     for before, after in zip(kept, inputs, strict=True):
@@ -129,8 +134,8 @@ def _wide(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def error(result: torch.Tensor, reference: torch.Tensor) -> float:
-    """max|Δ| / max|reference|; infinite where one is not finite and the other differs."""
+def error(result: torch.Tensor, reference: torch.Tensor, least: float = 1e-30) -> float:
+    """max|Δ| / max(|reference|, least); infinite where one is not finite and the other differs."""
     result, reference = result.double(), reference.double()
     finite = reference.isfinite()
     if not torch.equal(result.nan_to_num(7, 8, 9)[~finite], reference.nan_to_num(7, 8, 9)[~finite]):
@@ -138,4 +143,4 @@ def error(result: torch.Tensor, reference: torch.Tensor) -> float:
     if not finite.any():
         return 0.0
     gap = (result[finite] - reference[finite]).abs().max()
-    return float("inf") if gap.isnan() else float(gap / reference[finite].abs().max().clamp(min=1e-30))
+    return float("inf") if gap.isnan() else float(gap / reference[finite].abs().max().clamp(min=least))

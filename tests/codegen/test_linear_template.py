@@ -244,6 +244,10 @@ class TestRefusals:
         answer = reason(lambda x, w: F.linear(x, w) * x.shape[0], self.x, self.w, dynamic={0: (0,)})
         assert "sym_size" in answer and "is not a tensor" in answer
 
+    def test_size_as_an_input_of_the_epilogue(self) -> None:
+        graph = region(lambda x, w, s: F.linear(x, w) * s, (self.x, self.w, 5))
+        assert emit_linear(graph, "fused") == Refusal("s_1 is not a tensor")
+
 
 def test_gate_and_up_share_a_section_with_an_extra_output() -> None:
     def block(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, q: torch.Tensor) -> Any:

@@ -5,14 +5,4 @@ from __future__ import annotations
 
 import os
 
-import pytest
-
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
-
-
-@pytest.fixture
-def seeded() -> int:
-    """Fresh data in each run; the seed is printed with a failure."""
-    import torch
-
-    return torch.seed()

@@ -24,7 +24,8 @@ BINARY: list[Op] = [
     torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum, lambda a, b: torch.where(a < b, a, b + 0.1),
 ]  # fmt: skip
 ROW: list[Op] = [
-    lambda x: torch.softmax(x, -1), lambda x: x - x.mean(-1, keepdim=True), lambda x: x.sum(-1, keepdim=True) / x.shape[-1],
+    lambda x: torch.softmax(x, -1), lambda x: x - x.mean(-1, keepdim=True),
+    lambda x: x.sum(-1, keepdim=True) / x.shape[-1],
     lambda x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 0.1), lambda x: x.amax(-1, keepdim=True) + x,
 ]  # fmt: skip
 MOVE: list[Op] = [
@@ -60,7 +61,7 @@ def program(seed: int, moves: bool) -> Op:
     return run
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False)
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False)
 @given(
     seed=st.integers(0, 2**31),
     shape=st.tuples(st.integers(2, 5), st.integers(2, 5), st.sampled_from((1, 2, 7, 16, 33, 130))),
@@ -74,9 +75,13 @@ def test_random_regions(
 ) -> None:
     a, b, n = shape
     x = torch.randn(a, b, n, dtype=dtype)
-    y = {"contiguous": torch.randn(a, b, n, dtype=dtype), "transposed": torch.randn(b, a, n, dtype=dtype).transpose(0, 1),
-         "expanded": torch.randn(b, 1, dtype=dtype).expand(a, b, n)}[layout]  # fmt: skip
+    y = {
+        "contiguous": torch.randn(a, b, n, dtype=dtype),
+        "transposed": torch.randn(b, a, n, dtype=dtype).transpose(0, 1),
+        "expanded": torch.randn(b, 1, dtype=dtype).expand(a, b, n),
+    }[layout]
     dynamic = {0: (0, 1), 1: (0, 1)} if symbolic and layout != "expanded" else {}
+    w, bound = torch.randn(n, dtype=dtype), 1e-4 if dtype == torch.float32 else 1e-11
     with tempfile.TemporaryDirectory() as folder:
-        bound = 1e-4 if dtype == torch.float32 else 1e-11
-        check(program(seed, moves), x, y, torch.randn(n, dtype=dtype), folder=Path(folder), dynamic=dynamic, bound=bound)
+        # values are of order one, so a result that cancels to zero is measured against that
+        check(program(seed, moves), x, y, w, folder=Path(folder), dynamic=dynamic, bound=bound, least=1.0)

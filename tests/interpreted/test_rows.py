@@ -115,7 +115,9 @@ def test_norm_after_a_residual_sum_before_a_quantization(tmp_path: Path) -> None
         h = x + r
         return h, *quantize(rms_norm(h, w, 1e-6), 8, 96)
 
-    launcher = emitted(function, torch.randn(2, 5, 96), torch.randn(2, 5, 96), torch.randn(96), dynamic={0: (0, 1), 1: (0, 1)})
+    launcher = emitted(
+        function, torch.randn(2, 5, 96), torch.randn(2, 5, 96), torch.randn(96), dynamic={0: (0, 1), 1: (0, 1)}
+    )
     call = loaded(launcher, tmp_path)
     for shape in ((2, 5, 96), (1, 1, 96), (3, 70, 96)):
         x, r, w = torch.randn(shape), torch.randn(shape), torch.randn(96)
@@ -219,5 +221,7 @@ def test_norm_of_strided_rows(tmp_path: Path) -> None:
 
 
 def test_norm_of_a_mean_of_rows_reads_a_row_once(tmp_path: Path) -> None:
-    source = check(lambda x, w: rms_norm(x, w, 1e-6), torch.randn(4, 48), torch.randn(48), folder=tmp_path).kernels[0].source
+    source = (
+        check(lambda x, w: rms_norm(x, w, 1e-6), torch.randn(4, 48), torch.randn(48), folder=tmp_path).kernels[0].source
+    )
     assert source.count("tl.load(") == 2

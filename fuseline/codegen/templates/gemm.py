@@ -120,7 +120,7 @@ class Product:
         weight, name, tag = linear.weight, self.anchor.names[linear.node], self.tag
         dtype = triton_type(self.anchor.dtype)
         precision = ', input_precision="ieee"' if self.anchor.dtype is torch.float32 else ""
-        masks = (self.live and f"{self.live}[:, None]", self.inside_row)
+        masks: tuple[str | None, ...] = (self.live and f"{self.live}[:, None]", self.inside_row)
         pointer = f"{self.anchor.names[weight.tensor]}_ptr + {column_offset(self.n, linear)}[None, :] + j{tag}[:, None]"
         if not weight.bits:
             text.add(f"w_{name} = {load(pointer, masks)}.to({dtype})")

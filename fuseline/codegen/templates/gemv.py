@@ -49,7 +49,7 @@ def _section(text: Text, anchor: Anchor, section: Section, tag: str, first: str,
         takes_squares = norm is not None and norm.rms and number == 0
         product = Product(anchor, linears, f"{tag}_{number}" if number else tag, n, inside, config)
         product.write(text, takes_squares)
-        if takes_squares:
+        if norm is not None and takes_squares:
             text.add(f"rstd{tag} = tl.rsqrt(tl.sum(tl.sum(squares{tag}, 1), 0) / {anchor.k} + {norm.eps!r})")
         for linear in linears:
             total = f"tl.sum(tl.sum(acc_{anchor.names[linear.node]}, 2), 1)"

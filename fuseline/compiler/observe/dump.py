@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pprint
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,8 +119,7 @@ def _method(module: GraphModule, name: str) -> str:
 
 
 def _literal(value: Any) -> str:
-    text = json.dumps(value, indent=4)
-    return text.replace("true", "True").replace("false", "False").replace("null", "None")
+    return pprint.pformat(value, indent=1, width=110, compact=True, sort_dicts=False)
 
 
 def _is_ours(path: Path) -> bool:
@@ -134,7 +134,12 @@ def _save_inputs(directory: Path, program: Program) -> None:
     flat = list(program.examples or ())
     tensors = {f"argument_{i}": x.detach().clone().contiguous() for i, x in enumerate(flat) if torch.is_tensor(x)}
     save_file(tensors, directory / "inputs.safetensors")
-    rest = {str(i): int(x) for i, x in enumerate(flat) if not torch.is_tensor(x) and x is not None}
+    plain = (bool, int, float, str)
+    rest = {
+        str(i): x if isinstance(x, plain) else int(x)
+        for i, x in enumerate(flat)
+        if isinstance(x, (*plain, torch.SymInt))
+    }
     (directory / "inputs.json").write_text(json.dumps({"count": len(flat), "numbers": rest}))
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...compiler.framework import Pass, Tier
-from ...compiler.order import Reachability, sort
+from ...compiler.order import Partition, Reachability, sort
 from ...compiler.outline import cut
 from ...compiler.program import Program
 from ...compiler.registry import register
@@ -46,14 +46,14 @@ class Fuse(Pass):
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         sort(program.graph)
-        reach = Reachability(program.graph)
+        partition = Partition(Reachability(program.graph))
         regions: list[Region] = []
         taken: set[object] = set()
         if self.linears:
-            regions += linear_regions(program, reach)
+            regions += linear_regions(program, partition)
             taken = {n for r in regions for n in r.nodes}
         if self.pointwise:
-            regions += clusters(program, reach, taken)
+            regions += clusters(program, partition, taken)
         for region in regions:
             piece = cut(program, region.nodes, region.kind)
             rewriter.rewrite(

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from ...compiler.ops import Kind
-from ...compiler.order import Reachability, is_barrier, touches_written
+from ...compiler.order import Partition, is_barrier, touches_written
 from ...compiler.program import Program
 from ...compiler.traits import is_view, kind
 from .linear import Region
@@ -18,7 +18,7 @@ from .linear import Region
 LARGEST = 24
 
 
-def clusters(program: Program, reach: Reachability, taken: set[object]) -> Iterator[Region]:
+def clusters(program: Program, partition: Partition, taken: set[object]) -> Iterator[Region]:
     """Maximal clusters, grown along the graph; a lone pointwise op is left to PyTorch, a lone row operation is not."""
     member_of: dict[Node, int] = {}
     found: dict[int, set[Node]] = {}
@@ -30,7 +30,7 @@ def clusters(program: Program, reach: Reachability, taken: set[object]) -> Itera
             label = member_of.get(source)
             if label is None or len(found[label]) >= LARGEST or _space(source) != _space(node):
                 continue
-            if reach.convex(found[label] | {node}):
+            if partition.fits(found[label] | {node}, ("cluster", label)):
                 home = label
                 break
         if home is None:
@@ -38,8 +38,10 @@ def clusters(program: Program, reach: Reachability, taken: set[object]) -> Itera
             found[home] = set()
         found[home].add(node)
         member_of[node] = home
+        if len(found[home]) > 1:
+            partition.put(("cluster", home), found[home])
     for nodes in found.values():
-        ordered = sorted(nodes, key=reach.index.__getitem__)
+        ordered = sorted(nodes, key=partition.reach.index.__getitem__)
         rows = [n for n in ordered if kind(n) is Kind.ROW]
         if len(ordered) < 2 and not rows:
             continue

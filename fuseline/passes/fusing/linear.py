@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ...compiler import ops
 from ...compiler.ops import Kind
-from ...compiler.order import Reachability, touches_written
+from ...compiler.order import Partition, touches_written
 from ...compiler.program import Program
 from ...compiler.traits import is_view, kind
 
@@ -27,8 +27,8 @@ class Region:
     nodes: list[Node]
 
 
-def linear_regions(program: Program, reach: Reachability) -> Iterator[Region]:
-    """Every linear belongs to exactly one region."""
+def linear_regions(program: Program, partition: Partition) -> Iterator[Region]:
+    """Every linear belongs to exactly one region, which is put into `partition`."""
     by_input: dict[tuple[Node, str], list[Node]] = {}
     for node in program.graph.nodes:
         if node.target is aten.linear.default and not touches_written(node):
@@ -36,9 +36,23 @@ def linear_regions(program: Program, reach: Reachability) -> Iterator[Region]:
     taken: set[Node] = set()
     for linears in by_input.values():
         for group in _gated_apart(linears):
-            nodes, rule = _grow(group, reach, taken)
-            taken |= nodes
-            yield Region("linear", rule, sorted(nodes, key=reach.index.__getitem__))
+            for part in _independent(group, partition):
+                nodes, rule = _grow(part, partition, taken)
+                taken |= nodes
+                partition.put(part[0], nodes)
+                yield Region("linear", rule, sorted(nodes, key=partition.reach.index.__getitem__))
+
+
+def _independent(linears: list[Node], partition: Partition) -> Iterator[list[Node]]:
+    """Apart where one waits for another: its weight is computed, or it stands in another grad mode."""
+    parts: list[list[Node]] = []
+    for linear in linears:
+        home = next((part for part in parts if partition.fits({*part, linear})), None)
+        if home is None:
+            parts.append([linear])
+        else:
+            home.append(linear)
+    yield from parts
 
 
 def _format(linear: Node) -> str:
@@ -65,7 +79,7 @@ def _gated_apart(linears: list[Node]) -> Iterator[list[Node]]:
         yield rest
 
 
-def _grow(linears: list[Node], reach: Reachability, taken: set[Node]) -> tuple[set[Node], str]:
+def _grow(linears: list[Node], partition: Partition, taken: set[Node]) -> tuple[set[Node], str]:
     nodes = set(linears)
     words = ["linear" if len(linears) == 1 else f"linear x{len(linears)}"]
     for linear in linears:
@@ -75,13 +89,13 @@ def _grow(linears: list[Node], reach: Reachability, taken: set[Node]) -> tuple[s
             if len(words) == 1:
                 words.insert(0, f"int{weight.args[3]}")
     tail = _only_user_of_all(linears)
-    if tail is not None and tail.target is ops.glu.overload and _may_join(tail, nodes, reach, taken):
+    if tail is not None and tail.target is ops.glu.overload and _may_join(tail, nodes, partition, taken):
         nodes.add(tail)
         words.append("glu")
     last: Node | None = tail if tail in nodes else (linears[0] if len(linears) == 1 else None)
     while last is not None and len(words) < LONGEST_EPILOGUE and len(last.users) == 1:
         user = next(iter(last.users))
-        if kind(user) is not Kind.POINTWISE or is_view(user.target) or not _may_join(user, nodes, reach, taken):
+        if kind(user) is not Kind.POINTWISE or is_view(user.target) or not _may_join(user, nodes, partition, taken):
             break
         if not _same_shape(user, last) or user.target is ops.glu.overload:
             break
@@ -93,7 +107,7 @@ def _grow(linears: list[Node], reach: Reachability, taken: set[Node]) -> tuple[s
         isinstance(source, Node)
         and source.target in (ops.rms_norm.overload, ops.layer_norm.overload)
         and all(user in nodes for user in source.users)
-        and _may_join(source, nodes, reach, taken)
+        and _may_join(source, nodes, partition, taken)
     ):
         nodes.add(source)
         words.insert(0, source.target._opname)  # type: ignore[union-attr]
@@ -105,12 +119,12 @@ def _only_user_of_all(linears: list[Node]) -> Node | None:
     return next(iter(users)) if len(users) == 1 and len(linears) > 1 else None
 
 
-def _may_join(node: Node, nodes: set[Node], reach: Reachability, taken: set[Node]) -> bool:
+def _may_join(node: Node, nodes: set[Node], partition: Partition, taken: set[Node]) -> bool:
     return (
         node.op == "call_function"
         and node not in taken
         and not touches_written(node)
-        and reach.convex(nodes | {node})
+        and partition.fits(nodes | {node})
     )
 
 

@@ -46,12 +46,13 @@ class Mask:
     """A mask as a model applies it.
 
     node: boolean (True where visible), or additive; None where every key is visible.
-    fill: the mask hides where it is True, by putting this number in the logits' place.
+    fill: the mask is boolean, and this number takes the logits' place where it is True (with `shows`: False).
     """
 
     node: Node | None
     fill: float | None = None
     dtype: torch.dtype = torch.float32  # of the logits
+    shows: bool = False
 
     @property
     def boolean(self) -> bool:
@@ -137,7 +138,8 @@ class Masks:
     def _visible(self, mask: Mask, axes: _Axes) -> Formula | str:
         value = self.reader.read(mask.node, axes.index)
         if mask.fill is not None:
-            value = choose(value, mask.fill, 0.0) if is_formula(value) else value
+            then, otherwise = (0.0, mask.fill) if mask.shows else (mask.fill, 0.0)
+            value = choose(value, then, otherwise) if is_formula(value) else value
         if not mask.boolean:
             value = apply(lambda v: _visible_number(v, mask.dtype), value)
         return value if is_formula(value) else "the mask adds numbers other than 0 and a dtype's lowest"

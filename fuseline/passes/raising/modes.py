@@ -1,0 +1,64 @@
+"""Where autograd or autocast changes what an op means: no rule reaches across such a border."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.fx import Graph, Node
+
+from ...compiler.pattern import Match
+from ...compiler.program import Program
+from ...compiler.rewriter import Builder
+from ...compiler.rule import Rule
+
+Mode = tuple[bool, bool]  # gradients recorded, autocast on
+
+
+class Modes:
+    """The grad mode and autocast state under which each node runs."""
+
+    def __init__(self, graph: Graph, training: bool):
+        self._of: dict[Node, Mode] = {}
+        recorded, casting = training, [False]
+        for node in graph.nodes:
+            name = getattr(node.target, "__name__", "")
+            if name == "_set_grad_enabled":
+                recorded = training and bool(node.args[0])
+            elif name == "_enter_autocast":
+                casting.append(bool(node.args[2]) if len(node.args) > 2 else True)
+            elif name == "_exit_autocast" and len(casting) > 1:
+                casting.pop()
+            self._of[node] = (recorded, casting[-1])
+
+    def refuse(self, match: Match) -> str | None:
+        modes = {self._of[n] for n in (match.root, *match.nodes) if n in self._of and _computes(n)}
+        if any(casting for _, casting in modes):
+            return "it runs under torch.autocast, whose casts are not in the graph"
+        if len(modes) > 1:
+            return "part of it runs under torch.no_grad: the whole would get other gradients"
+        return None
+
+
+def _computes(node: Node) -> bool:
+    return node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+class WithinMode(Rule):
+    """A rule that also refuses what crosses a border between modes."""
+
+    def __init__(self, rule: Rule, modes: Modes):
+        self._rule, self._modes = rule, modes
+
+    @property
+    def name(self) -> str:
+        return self._rule.name
+
+    def matches(self, program: Program) -> Iterator[Match]:
+        yield from self._rule.matches(program)
+
+    def refuse(self, m: Match) -> str | None:
+        return self._modes.refuse(m) or self._rule.refuse(m)
+
+    def after(self, m: Match, new: Builder) -> Node | dict[Node, Node]:
+        return self._rule.after(m, new)

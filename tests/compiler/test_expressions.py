@@ -1,0 +1,107 @@
+"""Weight expressions: printing and reading are inverses; folds are computed in float64; sizes agree on fake tensors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fuseline.compiler.errors import FuselineError
+from fuseline.compiler.expressions import (
+    GRAMMAR, Cast, Concat, Constant, Expression, Matmul, Output, Pack, Param, Quantize, Scale, Slice, Transpose,
+)  # fmt: skip
+from fuseline.compiler.schemes import Scheme
+from tests.strategies import expressions, names, schemes
+
+A, B = Param("a"), Param("b")
+
+
+@given(expressions())
+def test_json_and_back(expression: Expression) -> None:
+    assert Expression.from_json(json.loads(json.dumps(expression.to_json()))) == expression
+
+
+@given(expressions(), st.dictionaries(names, names))
+def test_renaming_reaches_every_parameter_and_nothing_else(expression: Expression, new: dict[str, str]) -> None:
+    renamed = expression.rename(new)
+    assert [type(e) for e in renamed.walk()] == [type(e) for e in expression.walk()]
+    assert set(renamed.parameters()) == {new.get(name, name) for name in expression.parameters()}
+    assert hash(expression.rename({})) == hash(expression) and expression.rename({}) == expression
+
+
+def test_every_kind_of_the_grammar_is_drawn() -> None:
+    drawn: set[str] = set()
+
+    @settings(max_examples=400, database=None, derandomize=True)
+    @given(expressions())
+    def collect(expression: Expression) -> None:
+        drawn.update(type(e).__name__.lower() for e in expression.walk())
+
+    collect()
+    assert drawn == set(GRAMMAR)
+
+
+def test_an_unknown_kind_is_an_error_with_the_known_ones() -> None:
+    with pytest.raises(FuselineError, match="unknown weight expression 'rotate'") as caught:
+        Expression.from_json({"op": "rotate"})
+    assert "matmul" in str(caught.value)
+
+
+def test_folds_are_computed_in_float64_and_rounded_once() -> None:
+    # In float32 the sum would lose the small term: 1e8 + 1 − 1e8.
+    a = torch.tensor([[1e8, 1.0, -1e8]])
+    b = torch.ones(3, 1)
+    assert Matmul(A, B).evaluate({"a": a, "b": b}.__getitem__).item() == 1.0
+    low = a.bfloat16()
+    assert Matmul(A, B).evaluate({"a": low, "b": b}.__getitem__).dtype == torch.bfloat16
+
+
+TENSORS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.tensor([1.0, 2.0, 3.0])}
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        (Cast(A, torch.float16), TENSORS["a"].half()),
+        (Scale(A, B, 0), TENSORS["a"] * TENSORS["b"][:, None]),
+        (Scale(Transpose(A, 0, 1), B, -1), TENSORS["a"].t() * TENSORS["b"]),
+        (Slice(A, 1, 1, 3), TENSORS["a"][:, 1:3]),
+        (Concat((A, Slice(A, 0, 0, 1)), 0), torch.cat((TENSORS["a"], TENSORS["a"][:1]))),
+        (Constant((1, 2, 3, 4), (2, 2), torch.int64, "cpu"), torch.tensor([[1, 2], [3, 4]])),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, Expression) else "",
+)
+def test_meaning(expression: Expression, expected: torch.Tensor) -> None:
+    actual = expression.evaluate(TENSORS.__getitem__)
+    assert actual.dtype == expected.dtype and torch.equal(actual, expected)
+
+
+@given(schemes.filter(lambda s: s.group != 64))
+def test_fake_values_have_the_shape_and_type_of_real_ones(scheme: Scheme) -> None:
+    weight = torch.randn(4, 32)
+    quantized = Quantize(Transpose(Cast(A, torch.bfloat16), 0, 1), scheme)
+    wanted = [Pack(Output(quantized, "codes"), scheme), Output(quantized, "scale")]
+    wanted += [] if scheme.symmetric else [Output(quantized, "zero")]
+    if scheme.group == 16:  # the last dimension is 4 after the transposition
+        wanted = [e.rename({}) for e in wanted if scheme.refuse(4) is None]
+    with FakeTensorMode() as mode:
+        fakes = [e.evaluate(lambda name: mode.from_tensor(weight)) for e in wanted]
+    reals = [e.evaluate(lambda name: weight) for e in wanted]
+    assert [(f.shape, f.dtype) for f in fakes] == [(r.shape, r.dtype) for r in reals]
+
+
+def test_what_several_outputs_share_is_computed_once() -> None:
+    calls = []
+
+    def lookup(name: str) -> torch.Tensor:
+        calls.append(name)
+        return torch.randn(2, 4)
+
+    quantized, memo = Quantize(A, Scheme(8)), {}
+    Output(quantized, "codes").evaluate(lookup, memo)
+    Output(quantized, "scale").evaluate(lookup, memo)
+    assert calls == ["a"]

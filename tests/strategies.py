@@ -1,0 +1,113 @@
+"""Random weight expressions, schemes and graphs for hypothesis."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from fuseline.compiler.expressions import (
+    Cast, Concat, Constant, Dequantize, Expression, Matmul, Output, Pack, Param, Quantize, Scale, Slice, Transpose,
+)  # fmt: skip
+from fuseline.compiler.schemes import Scheme
+
+# The same examples at every run, so that a failure is the change's own; FUSELINE_FUZZ=1 looks for new ones.
+settings.register_profile("fuseline", deadline=None, derandomize="FUSELINE_FUZZ" not in os.environ)
+settings.load_profile("fuseline")
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+names = st.text("abcdefgh._0123456789", min_size=1, max_size=12)
+schemes = st.builds(Scheme, st.sampled_from((4, 8)), st.sampled_from((0, 2, 16, 64)), st.booleans())
+constants = st.lists(st.floats(allow_nan=False, width=32), max_size=4).map(
+    lambda v: Constant(tuple(v), (len(v),), torch.float32, "cpu")
+)
+
+
+def expressions() -> st.SearchStrategy[Expression]:
+    """Well-typed trees of the whole grammar, with no care for shapes: for printing and reading."""
+
+    def grow(x: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expression]:
+        small = st.integers(0, 3)
+        return st.one_of(
+            st.builds(Cast, x, st.sampled_from(DTYPES)),
+            st.builds(Matmul, x, x),
+            st.builds(Scale, x, x, st.integers(-2, 1)),
+            st.builds(Slice, x, small, small, small),
+            st.builds(Concat, st.lists(x, min_size=1, max_size=3).map(tuple), small),
+            st.builds(Transpose, x, small, small),
+            st.builds(Quantize, x, schemes),
+            st.builds(Output, x, st.sampled_from(("codes", "scale", "zero"))),
+            st.builds(Pack, x, schemes),
+            st.builds(Dequantize, x, x, st.none() | x, st.sampled_from((4, 8)), small, st.sampled_from(DTYPES)),
+        )
+
+    return st.recursive(st.builds(Param, names) | constants, grow, max_leaves=6)
+
+
+_UNARY: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    torch.neg, torch.tanh, F.silu, torch.sigmoid, lambda x: x * 0.5, lambda x: x + 1.0, lambda x: torch.softmax(x, -1),
+    lambda x: x - x.mean(-1, keepdim=True), lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+)  # fmt: skip
+_BINARY: tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ...] = (
+    torch.add, torch.mul, torch.maximum, torch.sub, lambda a, b: a * torch.sigmoid(b),
+)  # fmt: skip
+
+
+@st.composite
+def networks(draw: st.DrawFn, width: int = 6) -> torch.nn.Module:
+    """A random directed acyclic network over [tokens, width]: pointwise and row operations, linears, computed weights,
+    writes into a cache with reads before and after; several outputs, in float64."""
+    steps: list[tuple[Any, ...]] = []
+    count = 2
+    for _ in range(draw(st.integers(2, 14))):
+        kind = draw(st.sampled_from(("unary", "binary", "binary", "linear", "linear", "computed", "write", "read")))
+        pick = lambda: draw(st.integers(0, count - 1))
+        if kind == "unary":
+            steps.append((kind, draw(st.integers(0, len(_UNARY) - 1)), pick()))
+        elif kind == "binary":
+            steps.append((kind, draw(st.integers(0, len(_BINARY) - 1)), pick(), pick()))
+        elif kind == "linear":
+            steps.append((kind, draw(st.integers(0, 2)), pick()))
+        elif kind == "computed":
+            steps.append((kind, pick(), pick()))
+        else:
+            steps.append((kind, pick()))
+        count += 1
+    outputs = draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=3))
+    return Network(steps, outputs, width)
+
+
+class Network(torch.nn.Module):
+    """A list of steps over numbered values; value 0 is the input, value 1 its negative."""
+
+    def __init__(self, steps: list[tuple[Any, ...]], outputs: list[int], width: int):
+        super().__init__()
+        self.steps, self.outputs = steps, outputs
+        torch.manual_seed(0)
+        self.linears = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(3)).double()
+
+    def forward(self, x: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values = [x, -x]
+        for kind, *given in self.steps:
+            if kind == "unary":
+                values.append(_UNARY[given[0]](values[given[1]]))
+            elif kind == "binary":
+                values.append(_BINARY[given[0]](values[given[1]], values[given[2]]))
+            elif kind == "linear":
+                values.append(self.linears[given[0]](values[given[1]]))
+            elif kind == "computed":
+                a, b = values[given[0]], values[given[1]]
+                values.append(F.linear(a, torch.tanh(b.t() @ b)))
+            elif kind == "write":
+                values.append(cache.copy_(torch.tanh(values[given[0]])) * 1.0)
+            else:
+                values.append(cache + values[given[0]])
+        return tuple(values[i] for i in self.outputs)
+
+    def __repr__(self) -> str:
+        return f"Network({self.steps}, {self.outputs})"

@@ -79,18 +79,26 @@ def _compile_in_place(model: torch.nn.Module, pipeline: Pipeline, settings: dict
         if compiled is not None:
             _compilations[compiled].append(compilation)
 
-    model.compile(
-        backend=backend_compile,
-        dynamic=settings["dynamic"],
-        fullgraph=settings["fullgraph"],
-        options={
+    choices: dict[str, Any] = {
+        "backend": backend_compile,
+        "dynamic": settings["dynamic"],
+        "fullgraph": settings["fullgraph"],
+        "options": {
             "pipeline": pipeline,
             "target": settings["target"],
             "observers": tuple(settings["observers"]),
             "verify": settings["verify"],
             "record": record,
         },
-    )
+    }
+    if type(model).forward.__module__.startswith("torch."):
+        # Dynamo starts no graph in a frame of PyTorch's own, and would run an nn.Sequential in eager without a word.
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return model._call_impl(*args, **kwargs)
+
+        model._compiled_call_impl = torch.compile(forward, **choices)
+    else:
+        model.compile(**choices)
     return model
 
 

@@ -13,6 +13,7 @@ from .errors import CaptureError
 from .expressions import Constant, Param
 from .program import Program, Source
 from .provenance import source_line
+from .sites import identifier
 
 aten = torch.ops.aten
 LARGEST_CONSTANT = 65536
@@ -103,7 +104,7 @@ def normalize(
             used.add(node.name)
             kept.append(position)
             continue
-        attribute = source.name.replace(".", "_")
+        attribute = identifier(source.name)
         while attribute in used or hasattr(traced, attribute):
             attribute += "_"
         used.add(attribute)

@@ -162,7 +162,7 @@ def _who_ensures(missing: frozenset[str]) -> str | None:
 def _from_toml(path: Path) -> tuple[Pass, ...]:
     """Passes from a file: `[[pass]]` tables with `name` and the options."""
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no pipeline file {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -66,6 +66,11 @@ def makers(node: Node) -> tuple[str, ...]:
     return tuple(node.meta.get("custom", {}).get("fuseline", ()))
 
 
+def add_maker(node: Node, maker: str) -> None:
+    """Records one more pass and rule on a node that stays as it is."""
+    node.meta["custom"] = {**node.meta.get("custom", {}), "fuseline": (*makers(node), maker)}
+
+
 def inherit(node: Node, origins: Sequence[Node], maker: str) -> None:
     """Gives a new node the provenance of what it replaces: the last origin's stack, everybody's lines and makers."""
     for origin in reversed(origins):

@@ -22,7 +22,7 @@ from .order import touches_written, writes
 from .outline import Cut
 from .pattern import Match
 from .program import Program
-from .provenance import inherit, source_line
+from .provenance import add_maker, inherit, source_line
 from .rule import Rule
 from .structure import describe_value
 
@@ -62,7 +62,7 @@ class Builder:
         if known is not None and not known._erased:
             return known
         program = self._program
-        base = "_".join([*(p.replace(".", "_") for p in expression.parameters()[:1]), _label(expression)])
+        base = "_".join([*(_sites.identifier(p) for p in expression.parameters()[:1]), _label(expression)])
         name, serial = base, 1
         while hasattr(program.module, name):
             name, serial = f"{base}_{serial}", serial + 1
@@ -77,6 +77,9 @@ class Builder:
 
     def region(self, name: str, region: Cut) -> dict[Node, Node]:
         """A call of a region, under a fresh name that starts with `name`; what replaces each of its outputs."""
+        for node in region.module.graph.nodes:
+            if node.op == "call_function":
+                add_maker(node, self._maker)
         values = [n.meta["val"] for n in region.outputs]
         call = self._call_module(name, region.module, region.inputs, values[0] if len(values) == 1 else tuple(values))
         if len(region.outputs) == 1:
@@ -182,11 +185,18 @@ class Rewriter:
             )
 
     def _erase_dead(self, nodes: Iterable[Node]) -> None:
-        """Erases these nodes and then whatever only they used, pure nodes only."""
+        """Erases these nodes and then whatever only they used, pure nodes only.
+
+        A replaced node may draw random numbers (attention with its dropout at zero counts as such); a write stays.
+        """
         pending = list(nodes)
+        named = set(pending)
         while pending:
             node = pending.pop()
-            if node._erased or node.users or node.op in ("placeholder", "output") or node.is_impure():
+            if node._erased or node.users or node.op in ("placeholder", "output"):
+                continue
+            schema = getattr(node.target, "_schema", None)
+            if node.is_impure() and (node not in named or schema is None or schema.is_mutable):
                 continue
             pending += node.all_input_nodes
             self.program.graph.erase_node(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from torch.fx import Graph, Node
@@ -12,6 +13,12 @@ from .provenance import module_path
 def op_name(node: Node) -> str:
     """`linear` for `aten.linear.default`, the target's own name otherwise."""
     return getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+
+
+def identifier(name: str) -> str:
+    """A parameter's qualified name as a Python identifier: `0.weight` → `weight_0_weight`."""
+    text = re.sub(r"\W", "_", name)
+    return text if text.isidentifier() else f"weight_{text}"
 
 
 def sites(graph: Graph) -> dict[Node, str]:

@@ -50,7 +50,7 @@ def _lines(module: GraphModule) -> list[str]:
         if node.op == "get_attr":
             target = repr(node.meta.get("weight", node.target))
         elif node.op == "call_module":
-            inner = module.get_submodule(str(node.target))
+            inner = getattr(module, str(node.target), None)
             target = structural_hash(inner) if isinstance(inner, GraphModule) else str(node.target)
         else:
             target = "" if node.op in ("placeholder", "output") else str(node.target)

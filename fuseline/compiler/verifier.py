@@ -112,7 +112,7 @@ def verify(program: Program, level: str = "quick", after: str = "") -> None:
                     *window(program.graph, node),
                     f"rule: {(rule.__doc__ or '').strip()}",
                     f"made by: {' -> '.join(makers(node)) or 'capture'}",
-                    f"line: {source_line(node) or 'unknown'}",
+                    f"line: {next(filter(None, map(source_line, (node, *node.users))), 'unknown')}",
                 ],
             )
 

@@ -134,7 +134,7 @@ def test_parsing_what_was_printed_gives_the_same_pipeline(passes: list[Pass]) ->
     assert hash(Pipeline(str(pipeline))) == hash(pipeline)
 
 
-@given(pipelines)
+@given(passes=pipelines)
 def test_a_toml_file_says_the_same(passes: list[Pass], tmp_path_factory: pytest.TempPathFactory) -> None:
     import json
 
@@ -146,12 +146,11 @@ def test_a_toml_file_says_the_same(passes: list[Pass], tmp_path_factory: pytest.
             if value is None:
                 continue
             value = value.value if isinstance(value, enum.Enum) else value
-            simple = json.dumps(list(value) if isinstance(value, tuple) else value).replace("\x7f", "\\u007f")
-            lines.append(f"{field.name} = {simple.replace('Infinity', 'inf')}")
+            simple = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+            simple = "inf" if simple == "Infinity" else "-inf" if simple == "-Infinity" else simple
+            lines.append(f"{field.name} = {simple}".replace("\x7f", "\\u007f"))
     path = tmp_path_factory.mktemp("toml") / "pipeline.toml"
-    path.write_text("\n".join(lines))
-    if any(0xD800 <= ord(c) < 0xE000 or ord(c) > 0xFFFF for line in lines for c in line) or "\\ud8" in "".join(lines):
-        return  # JSON's surrogate pairs are not TOML
+    path.write_bytes("\n".join(lines).encode())
     assert Pipeline(path) == Pipeline(passes) == Pipeline(str(path))
 
 

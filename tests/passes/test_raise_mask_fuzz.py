@@ -137,7 +137,7 @@ def masks(draw: st.DrawFn) -> Build:
         return [
             lambda: visible,
             lambda: visible.expand(padding.shape[0], -1, -1, -1),
-            lambda: torch.where(visible, 0.0, low).double(),
+            lambda: torch.where(visible, 0.0, torch.finfo(torch.float32).min).double(),
             lambda: torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, float("-inf")),
             lambda: (1.0 - visible.double()) * low,
             lambda: torch.where(visible, 0.0, -2.0).double(),

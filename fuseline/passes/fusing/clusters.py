@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ...compiler.compat import symbolic_expression
 from ...compiler.ops import Kind
 from ...compiler.order import Partition, is_barrier, touches_written
 from ...compiler.program import Program
@@ -65,9 +66,12 @@ def _fusable(node: Node) -> bool:
 
 
 def _space(node: Node) -> tuple[object, ...]:
-    """The iteration space that a node's rows live in: its leading sizes, and its device."""
+    """The iteration space that a node's rows live in: its leading sizes, and its device.
+
+    Sizes are compared as expressions: to ask two symbols for equality would tie them together for good.
+    """
     value = _first(node.meta["val"])
-    return (*value.shape[:-1], value.device)
+    return (*map(symbolic_expression, value.shape[:-1]), value.device)
 
 
 def _first(value: Any) -> Any:

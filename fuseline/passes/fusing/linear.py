@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from ...compiler import ops
+from ...compiler.compat import symbolic_expression
 from ...compiler.ops import Kind
 from ...compiler.order import Partition, touches_written
 from ...compiler.program import Program
@@ -130,4 +131,6 @@ def _may_join(node: Node, nodes: set[Node], partition: Partition, taken: set[Nod
 
 def _same_shape(first: Node, second: Node) -> bool:
     a, b = first.meta.get("val"), second.meta.get("val")
-    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    return [*map(symbolic_expression, a.shape)] == [*map(symbolic_expression, b.shape)]

@@ -53,8 +53,6 @@ class AttentionRule(Rule):
             if value(node).dim() != 4:
                 return f"the {name} have the shape {shape_text(node)}, not batch, heads, length, size"
         q, k, v = (value(n) for n in (site.q, site.k, site.v))
-        if _differ(k.shape[1], v.shape[1]):
-            return f"the keys have {k.shape[1]} heads, the values {v.shape[1]}"
         if _differ(q.shape[0], k.shape[0]) or _differ(q.shape[0], v.shape[0]):
             return f"the batch of the queries is {q.shape[0]}, that of the keys {k.shape[0]}"
         if site.dropout:
@@ -80,7 +78,10 @@ class AttentionRule(Rule):
         return claim
 
     def _op(self, site: Site, new: Builder, mask: Node | None, kind: str, offset: Any, window: Any) -> Node:
-        return new(attention, site.q, site.k, site.v, mask, site.scale, kind, offset, window, site.softcap)
+        k, v = site.k, site.v
+        if _differ(value(k).shape[1], value(v).shape[1]):  # the op has one grouping for both
+            k, v = (_repeated(x, value(site.q).shape[1], new) for x in (k, v))
+        return new(attention, site.q, k, v, mask, site.scale, kind, offset, window, site.softcap)
 
 
 class Attention(AttentionRule):
@@ -102,6 +103,12 @@ class Attention(AttentionRule):
 
 def _differ(a: Any, b: Any) -> bool:
     return isinstance(a, int) and isinstance(b, int) and a != b
+
+
+def _repeated(x: Node, heads: int, new: Builder) -> Node:
+    """Keys or values with one head for each query head."""
+    groups = heads // value(x).shape[1]
+    return x if groups == 1 else new(aten.repeat_interleave.self_int, x, groups, 1)
 
 
 def _as_argument(site: Site, new: Builder) -> Node | None:

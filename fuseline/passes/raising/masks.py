@@ -153,7 +153,8 @@ class Masks:
         uppers = [c for f in forms if (c := _bound(f, axes, -1)) is not None]
         lowers = [c for f in forms if (c := _bound(f, axes, 1)) is not None]
         last_query, last_key = self._last(axes.q), self.reader.size(axes.keys) - 1
-        for offset in dict.fromkeys(uppers):
+        # Where the last query sees the last key, no inequality may be left to say so.
+        for offset in dict.fromkeys([*uppers, last_key - last_query]):
             inside = AtLeast(axes.q + offset - axes.k)
             if prover.equivalent(formula, both(inside)):
                 return Claim("causal", offset), prover.proves(both(AtLeast(offset)))

@@ -29,13 +29,10 @@ class RepeatedHeads(Rule):
             if node.target is not torch.ops.fuseline.attention.default:
                 continue
             k, v = _Repeat.of(node.args[1]), _Repeat.of(node.args[2])
-            if k is not None or v is not None:
-                yield Match(node, {"k": k, "v": v}, (node, *(k.nodes if k else ()), *(v.nodes if v else ())))
+            if k is not None and v is not None and k.groups == v.groups:  # the op has one grouping for both
+                yield Match(node, {"k": k, "v": v}, (node, *k.nodes, *v.nodes))
 
     def refuse(self, m: Match) -> str | None:
-        groups = [r.groups if r is not None else 1 for r in (m.k, m.v)]
-        if groups[0] != groups[1]:
-            return f"the keys are repeated {groups[0]} times, the values {groups[1]} times"
         if not (m.k.interleaved and m.v.interleaved):
             return "the heads are tiled (0, 1, 0, 1), not repeated one by one (0, 0, 1, 1)"
         return None

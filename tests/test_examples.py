@@ -1,0 +1,84 @@
+"""Every example runs as it stands, in its small form, in an interpreter of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., str]:
+    """`run("backend.py", …)`: what the example prints; nothing is written to the user's cache."""
+
+    def call(script: str | Path, *arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "FUSELINE_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "examples" / script), *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return call
+
+
+def test_each_example_has_a_test() -> None:
+    text = Path(__file__).read_text()
+    assert EXAMPLES and all(f'run("{name}"' in text for name in EXAMPLES)
+
+
+def test_backend(run: Callable[..., str]) -> None:
+    printed = run("backend.py")
+    assert re.search(r"^raise +4 sites: \{'RMSNormCall': 2, 'SwiGLU': 2\}$", printed, re.MULTILINE), printed
+    gap = float(re.search(r"differ by at most (\S+) of", printed)[1])
+    assert gap <= 1e-5
+
+
+def test_decorator(run: Callable[..., str]) -> None:
+    printed = run("decorator.py")
+    assert "'norm.weight', 'norm.bias', 'body.weight'" in printed  # the names that the class gave them
+    error = float(re.search(r"quantize\{weights=int8\} error (\S+)", printed)[1])
+    assert 0 < error < 0.05
+
+
+def test_own_pass(run: Callable[..., str]) -> None:
+    printed = run("own_pass.py")
+    assert "swish: 1 rewritten" in printed and "swish{narrow}: 2 rewritten" in printed
+    assert "refused /mul#1: silu rounds torch.bfloat16 once" in printed
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="its model is a transformers model")
+def test_quantize_and_generate(run: Callable[..., str]) -> None:
+    printed = run("quantize_and_generate.py", "--tokens", "4")
+    graphs = re.findall(r"^graph \d .*quantize 14, .*; weights (\S+) → (\S+) MB$", printed, re.MULTILINE)
+    assert len(graphs) >= 2, printed  # prefill and decode at least
+    assert all(float(after) < 0.5 * float(before) for before, after in graphs)
+    original, quantized = re.findall(r"^(?:original |quantized)  '(.*)'$", printed, re.MULTILINE)
+    assert original.startswith("A compiler is a program that") and quantized.startswith("A compiler is a program that")
+
+
+def test_observe(run: Callable[..., str], tmp_path: Path) -> None:
+    stages = tmp_path / "stages"
+    printed = run("observe.py", str(stages))
+    errors = {name: float(value) for name, value in re.findall(r"^(\w+) +error (\S+), ", printed, re.MULTILINE)}
+    assert errors["raise"] < 1e-5 < errors["quantize"] < 0.1
+    assert {path.name for path in stages.glob("*.py")} == {
+        "000_captured.py", "001_raise.py", "002_quantize.py", "003_fuse.py"
+    }  # fmt: skip
+    command = re.search(r"^next: (.+)$", printed, re.MULTILINE)[1].split()
+    assert command[0] == sys.executable
+    shown = float(re.search(r"error (\S+)", run(command[1]))[1])
+    assert shown == pytest.approx(errors["quantize"], rel=0.1)  # against stage 000, which has rounding noise of its own

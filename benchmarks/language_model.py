@@ -138,7 +138,10 @@ def main() -> None:
 
     eager_tokens: list[int] = []
     rows: list[dict[str, Any]] = []
-    for name, make in candidates():
+    record = {"environment": environment(), "command": vars(options) | {"json": str(options.json)}, "rows": rows}
+
+    def measure(name: str, make: Callable[[], torch.nn.Module]) -> None:
+        nonlocal eager_tokens
         torch.compiler.reset()
         model = make()
         started = time.perf_counter()
@@ -179,10 +182,16 @@ def main() -> None:
         )
         for reason in row["through_pytorch"]:
             print(f"    through PyTorch: {reason}")
-    if options.json:
-        record = {"environment": environment(), "command": vars(options) | {"json": str(options.json)}, "rows": rows}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1, default=str))
+
+    for name, make in candidates():
+        try:
+            measure(name, make)
+        except Exception as error:  # a peer that fails is a finding, and the other rows are kept
+            rows.append({"name": name, "failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
+            print(f"{name:42} failed: {rows[-1]['failed']}", flush=True)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(record, indent=1, default=str))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
+PASSES = ROOT / "docs" / "passes.md"
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"```console\n\$ (?P<command>.+)\n(?P<output>(?:(?!```).*\n)*)```")
 
@@ -71,15 +72,13 @@ def tidy(text: str) -> str:
     return "".join(f"{line.rstrip()}\n" for line in text.strip("\n").splitlines())
 
 
-def refresh(text: str, named: Sequence[str] = ()) -> str:
-    """A document with its quick blocks answered again, and those whose command contains one of `named`."""
+def refresh(text: str, answers: Mapping[str, str] | None = None) -> str:
+    """A document with its quick blocks answered again, and with `answers` under the other commands that have one."""
 
     def block(match: re.Match[str]) -> str:
         command = match["command"]
-        ask: Callable[[str], str] | None = answer if is_quick(command) else None
-        if ask is None and any(part in command for part in named):
-            ask = run
-        return f"```console\n$ {command}\n{match['output'] if ask is None else ask(command)}```"
+        output = answer(command) if is_quick(command) else (answers or {}).get(command, match["output"])
+        return f"```console\n$ {command}\n{output}```"
 
     return BLOCK.sub(block, text)
 
@@ -91,8 +90,8 @@ def passes() -> str:
 
     parts = [
         "# Passes\n\n"
-        "Written by `python docs/generate.py` from the passes' docstrings and options; `fuseline passes NAME` prints the\n"
-        "same page. Every pass also takes `allow_empty`: matching no site is then no error.\n"
+        "Written by `python docs/generate.py` from the passes' docstrings and options; `fuseline passes NAME` prints\n"
+        "the same page. Every pass also takes `allow_empty`: matching no site is then no error.\n"
     ]
     for kind in registry.available().values():
         if not kind.__module__.startswith("fuseline."):
@@ -111,15 +110,16 @@ def passes() -> str:
     return "\n".join(parts)
 
 
-def documents(named: Sequence[str] = ()) -> dict[Path, str]:
-    """Each generated document and what it should hold."""
-    found = {path: refresh(path.read_text(encoding="utf-8"), named) for path in DOCUMENTS if path.exists()}
-    found[ROOT / "docs" / "passes.md"] = passes()
-    return found
+def documents(answers: Mapping[str, str] | None = None) -> dict[Path, str]:
+    """Each document and what it should hold."""
+    found = {path: refresh(path.read_text(encoding="utf-8"), answers) for path in DOCUMENTS if path != PASSES}
+    return {**found, PASSES: passes()}
 
 
 def main() -> None:
-    for path, text in documents(sys.argv[1:]).items():
+    commands = [match["command"] for path in DOCUMENTS for match in BLOCK.finditer(path.read_text(encoding="utf-8"))]
+    answers = {c: run(c) for c in dict.fromkeys(commands) if any(part in c for part in sys.argv[1:])}
+    for path, text in documents(answers).items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path.relative_to(ROOT)}")

@@ -34,9 +34,26 @@ _compilations: weakref.WeakKeyDictionary[torch.nn.Module, list[Compilation]] = w
 
 
 @overload
-def optimize(model: Module, pipeline: Passes = ..., **settings: Any) -> Module: ...
+def optimize(
+    model: Module,
+    pipeline: Passes = ...,
+    *,
+    target: str | None = ...,
+    observers: Sequence[Observer] = ...,
+    verify: str = ...,
+    dynamic: bool | None = ...,
+    fullgraph: bool = ...,
+) -> Module: ...
 @overload
-def optimize(model: Passes = ..., **settings: Any) -> Callable[[type[Module]], type[Module]]: ...
+def optimize(
+    model: Passes = ...,
+    *,
+    target: str | None = ...,
+    observers: Sequence[Observer] = ...,
+    verify: str = ...,
+    dynamic: bool | None = ...,
+    fullgraph: bool = ...,
+) -> Callable[[type[Module]], type[Module]]: ...
 def optimize(
     model: Any = DEFAULT,
     pipeline: Passes = DEFAULT,

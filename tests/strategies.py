@@ -12,7 +12,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from fuseline.compiler.expressions import (
-    Cast, Concat, Constant, Dequantize, Expression, Matmul, Output, Pack, Param, Quantize, Scale, Slice, Transpose,
+    Cast,
+    Concat,
+    Constant,
+    Dequantize,
+    Expression,
+    Matmul,
+    Output,
+    Pack,
+    Param,
+    Quantize,
+    Scale,
+    Slice,
+    Transpose,
 )  # fmt: skip
 from fuseline.compiler.schemes import Scheme
 
@@ -64,9 +76,12 @@ def networks(draw: st.DrawFn, width: int = 6) -> torch.nn.Module:
     writes into a cache with reads before and after; several outputs, in float64."""
     steps: list[tuple[Any, ...]] = []
     count = 2
+
+    def pick() -> int:
+        return draw(st.integers(0, count - 1))
+
     for _ in range(draw(st.integers(2, 14))):
         kind = draw(st.sampled_from(("unary", "binary", "binary", "linear", "linear", "computed", "write", "read")))
-        pick = lambda: draw(st.integers(0, count - 1))
         if kind == "unary":
             steps.append((kind, draw(st.integers(0, len(_UNARY) - 1)), pick()))
         elif kind == "binary":

@@ -42,7 +42,7 @@ def test_each_example_has_a_test() -> None:
 
 def test_backend(run: Callable[..., str]) -> None:
     printed = run("backend.py")
-    assert re.search(r"^raise +4 sites: \{'RMSNormCall': 2, 'SwiGLU': 2\}$", printed, re.MULTILINE), printed
+    assert re.search(r"^raise +4 sites: \{'RMSNorm': 2, 'SwiGLU': 2\}$", printed, re.MULTILINE), printed
     gap = float(re.search(r"differ by at most (\S+) of", printed)[1])
     assert gap <= 1e-5
 

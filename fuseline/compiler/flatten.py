@@ -22,9 +22,7 @@ def anchors_only(op: Op) -> bool:
     return op.kind is Kind.ANCHOR
 
 
-def flatten(
-    program: Program, module: GraphModule, which: Callable[[Op], bool] = lambda op: True
-) -> GraphModule:
+def flatten(program: Program, module: GraphModule, which: Callable[[Op], bool] = lambda op: True) -> GraphModule:
     """The lifted `module` of `program` traced again, dialect ops that `which` accepts written out in ATen."""
 
     class Naive(Interpreter):

@@ -326,5 +326,3 @@ def _index(reader: Reader, node: Node, given: dict[str, Any], index: Index) -> V
     if not all(reader.at_least(f, 0) for f in found):
         raise Opaque
     return reader.read(source, (*found, *index[width:]))
-
-

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from . import compat
 from .errors import CaptureError
 from .expressions import Constant, Param
+from .pattern import arguments
 from .program import Program, Source
 from .provenance import source_line
 from .sites import identifier
@@ -213,7 +214,8 @@ def _write_constants_down(module: GraphModule) -> None:
 
 def _is_whole_slice(node: Node) -> bool:
     """`x[:]` along some dimension."""
-    _, _, start, end, step = (*node.args, *(0, 0, None, None, 1)[len(node.args) :])
+    given = arguments(node)
+    start, end, step = given["start"], given["end"], given["step"]
     return start in (0, None) and (end is None or (isinstance(end, int) and end >= 2**62)) and step == 1
 
 

@@ -1,9 +1,9 @@
 r"""Pipeline: passes in the order given, from text, a TOML file or objects; and the runner, which knows no pass.
 
-    pipeline  = pass ("," pass)*
-    pass      = name [ "{" option ("," option)* "}" ]
-    option    = name | name "=" value         a bare name means true; quote a value that holds , { } = or a space,
-                                              and write \" for a quote in it
+pipeline  = pass ("," pass)*
+pass      = name [ "{" option ("," option)* "}" ]
+option    = name | name "=" value         a bare name means true; quote a value that holds , { } = or a space,
+                                          and write \" for a quote in it
 """
 
 from __future__ import annotations

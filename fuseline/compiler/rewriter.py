@@ -159,7 +159,8 @@ class Rewriter:
             action.skipped = True
             self.skipped += 1
             return False
-        new = Builder(self.program, root, list(origins) or [root], f"{self.pass_name}/{rule}", self._weights, self._types)
+        maker = f"{self.pass_name}/{rule}"
+        new = Builder(self.program, root, list(origins) or [root], maker, self._weights, self._types)
         built = build(new)
         replacements = built if isinstance(built, dict) else {root: built}
         for old, replacement in replacements.items():
@@ -212,7 +213,8 @@ def _overtaken(match: Match) -> str | None:
     while node is not match.root:
         node = node.next
         if node is not match.root and writes(node):
-            return f"what it reads is written to before its result is used, by {node.target} at {source_line(node) or node.name}"
+            line = source_line(node) or node.name
+            return f"what it reads is written to before its result is used, by {node.target} at {line}"
     return None
 
 

@@ -12,7 +12,7 @@ from .provenance import module_path
 
 def op_name(node: Node) -> str:
     """`linear` for `aten.linear.default`, the target's own name otherwise."""
-    return getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+    return str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))
 
 
 def identifier(name: str) -> str:

@@ -121,7 +121,8 @@ def window(graph: Graph, node: Node, around: int = 3) -> list[str]:
     """The nodes around one, as text, the node itself marked."""
     nodes = list(graph.nodes)
     middle = nodes.index(node)
-    return [f"{'>' if n is node else ' '} {n.format_node()}" for n in nodes[max(0, middle - around) : middle + around + 1]]
+    shown = nodes[max(0, middle - around) : middle + around + 1]
+    return [f"{'>' if n is node else ' '} {n.format_node()}" for n in shown]
 
 
 class Verify(Observer):

@@ -122,8 +122,7 @@ class Quantize(Pass):
 
         def build(new: Builder) -> Node:
             parts = [
-                None if p is None else new(aten.embedding.default, p, indices)
-                for p in _parts(new, expression, scheme)
+                None if p is None else new(aten.embedding.default, p, indices) for p in _parts(new, expression, scheme)
             ]
             dtype = node.meta["val"].dtype
             return new(ops.dequantize, *parts, scheme.bits, scheme.group_of(channels), dtype)

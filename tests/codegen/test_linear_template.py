@@ -133,8 +133,9 @@ def test_rows_need_few_programs_or_small_tiles() -> None:
 
 
 def test_tile_sizes_suit_the_format() -> None:
-    assert config.row_config(6144, 2048, 1, 1).elements == 1024
-    assert config.row_config(960, 576, 2, 1).elements == 1024, "one masked step, not two"
+    assert config.row_config(6144, 2048, bits=4) != config.row_config(6144, 2048, bits=8)
+    assert config.row_config(960, 576, bits=0).elements == 1024, "one masked step, not two"
+    assert config.row_config(64, 32, bits=4).elements == 32, "never more than a row holds"
     for run in (8, 16, 32, 64):
         for itemsize in (2, 4):
             assert config.tile_config(6144, run, itemsize, 1).block_k >= 16, "the least K of tl.dot"

@@ -12,7 +12,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fuseline.compiler.errors import FuselineError
 from fuseline.compiler.expressions import (
-    GRAMMAR, Cast, Concat, Constant, Expression, Matmul, Output, Pack, Param, Quantize, Scale, Slice, Transpose,
+    GRAMMAR,
+    Cast,
+    Concat,
+    Constant,
+    Expression,
+    Matmul,
+    Output,
+    Pack,
+    Param,
+    Quantize,
+    Scale,
+    Slice,
+    Transpose,
 )  # fmt: skip
 from fuseline.compiler.schemes import Scheme
 from tests.strategies import expressions, names, schemes

@@ -1,4 +1,4 @@
-"""Pipelines: printing and parsing are inverses; every mistake gets one clear error that names the nearest valid word."""
+"""Pipelines: printing and parsing are inverses; every mistake gets one clear error, with the nearest valid word."""
 
 from __future__ import annotations
 
@@ -123,7 +123,8 @@ quantizers = st.builds(
     only=st.lists(part, max_size=2).map(tuple),
     skip=st.lists(part, max_size=2).map(tuple),
 )
-pipelines = st.lists(doubles | quantizers | st.builds(fuseline.passes.Fuse, linears=st.booleans()), min_size=1, max_size=4)
+fuses = st.builds(fuseline.passes.Fuse, linears=st.booleans())
+pipelines = st.lists(doubles | quantizers | fuses, min_size=1, max_size=4)
 
 
 @given(pipelines)
@@ -172,7 +173,7 @@ def test_a_list_of_passes_and_a_pipeline_are_accepted() -> None:
         ("double{sizes=1|a}", "option 'sizes' of 'double' is a whole number, not 'a'"),
         ("double{eager=maybe}", "option 'eager' of 'double' is true or false, not 'maybe'"),
         ("double{times}", "option 'times' of 'double' needs a value\n  try: double{times=…}"),
-        ("double{colour=rad}", "option 'colour' of 'double' cannot be 'rad'; did you mean 'red'? (valid: pale blue, red)"),
+        ("double{colour=rad}", "'colour' of 'double' cannot be 'rad'; did you mean 'red'? (valid: pale blue, red)"),
         ("double{times=1,times=2}", "option 'times' is given twice in 'double{times=1,times=2}'"),
         ("double{", "a brace is not closed in 'double{'"),
         ("double}", "a '}' without its '{' in 'double}'"),
@@ -301,4 +302,5 @@ def test_a_report_is_data() -> None:
     _, report = Pipeline("double").run(twice())
     data = json.loads(json.dumps(report.to_json()))
     assert data["pipeline"] == "double" and data["rewrites"] == 1
-    assert {"name", "tier", "ms", "matched", "refused", "nodes_before", "nodes_after", "error"} <= data["passes"][0].keys()
+    keys = {"name", "tier", "ms", "matched", "refused", "nodes_before", "nodes_after", "error"}
+    assert keys <= data["passes"][0].keys()

@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
 
 import fuseline
 from fuseline import Pass, UserError
@@ -56,6 +57,15 @@ class HalveTwice(Pass):
 
     def rules(self, program):
         yield Halvings()
+
+
+class Quarter(torch.nn.Module):
+    def forward(self, x):
+        return (x * 0.5) * 0.5
+
+
+def model():
+    return Quarter(), (torch.ones(3),)
 '''
 RUN = """
 import torch, fuseline
@@ -93,6 +103,18 @@ def test_the_command_line_lists_it(installed: dict[str, str], tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert "halve-twice" in done.stdout
     assert "halve-twice" in json.dumps(json.loads((tmp_path / "passes.json").read_text()))
+
+
+def test_the_command_line_runs_it_on_a_model(installed: dict[str, str], tmp_path: Path) -> None:
+    done = python(
+        installed, "-m", "fuseline", "opt", "py:somebody_elses_passes:model", "-p", "halve-twice",
+        "-o", str(tmp_path / "out.pt2"), "--json", str(tmp_path / "report.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads((tmp_path / "report.json").read_text())["passes"]
+    assert (record["name"], record["matched"]) == ("halve-twice", 1)
+    rewritten = torch.export.load(tmp_path / "out.pt2")
+    assert rewritten.module()(torch.ones(3)).tolist() == [0.25, 0.25, 0.25]
 
 
 def test_an_unknown_name_suggests_it(installed: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ from fuseline.compiler.action import Action, Observer
 from fuseline.compiler.errors import EmptyPassError, PassError, VerificationError
 from fuseline.compiler.expressions import Param, Transpose
 from fuseline.compiler.observe import Statistics
+from fuseline.compiler.pattern import call
 from fuseline.compiler.provenance import clean_path, is_ours, makers, source_line, source_lines
 from tests.helpers.models import Mlp, ops, traced
 
@@ -21,7 +22,7 @@ aten = torch.ops.aten
 
 class DoubleNegation(Rule):
     def before(self, x):
-        return -(-x)
+        return call("neg", -x)
 
     def after(self, m, new):
         return m.x
@@ -177,8 +178,6 @@ def test_overlapping_matches_are_rewritten_once() -> None:
 def test_weights_are_made_once_for_one_expression() -> None:
     class Turned(Rule):
         def before(self, x, w):
-            from fuseline.compiler.pattern import call
-
             return call("linear", x, w)
 
         def refuse(self, m):

@@ -67,7 +67,8 @@ def traced(function: Callable[..., Any], *args: Any) -> Program:
 
 def ops(program: Program) -> list[str]:
     """The names of the ops in a program, without overloads; regions by their name."""
-    return [getattr(n.target, "_opname", str(n.target)) for n in program.graph.nodes if n.op.startswith("call_")]
+    calls = [n.target for n in program.graph.nodes if n.op.startswith("call_")]
+    return [getattr(t, "_opname", None) or getattr(t, "__name__", None) or str(t) for t in calls]
 
 
 @contextmanager

@@ -25,7 +25,8 @@ def regions(program: Program) -> list[list[str]]:
     for node in program.graph.nodes:
         if node.op == "call_module":
             inner = program.module.get_submodule(node.target)
-            found.append([n.target._opname for n in inner.graph.nodes if n.op == "call_function" and hasattr(n.target, "_opname")])
+            calls = [n.target for n in inner.graph.nodes if n.op == "call_function"]
+            found.append([target._opname for target in calls if hasattr(target, "_opname")])
     return found
 
 

@@ -179,9 +179,7 @@ ON_QUERIES = "the mask depends on data and on the query or the head"
         ),
     ],
 )
-def test_data_that_is_no_padding(
-    mask: Callable[[torch.Tensor], torch.Tensor], data: torch.Tensor, reason: str
-) -> None:
+def test_data_that_is_no_padding(mask: Callable[[torch.Tensor], torch.Tensor], data: torch.Tensor, reason: str) -> None:
     node, _ = raised(masked(mask), *qkv(), data)
     assert node.args[5] == "full" and node.meta["custom"]["fuseline_mask"] == reason
     q, k, v = qkv()

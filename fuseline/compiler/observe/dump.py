@@ -1,8 +1,8 @@
 """Dump: every stage of a pipeline as numbered, runnable Python.
 
-    DIR/000_captured.py        python DIR/001_raise.py   runs that stage on the captured inputs and
-    DIR/001_raise.py                                     prints its error against stage 000
-    DIR/inputs.safetensors     the caller's arguments, parameters included
+DIR/000_captured.py        python DIR/001_raise.py   runs that stage on the captured inputs and
+DIR/001_raise.py                                     prints its error against stage 000
+DIR/inputs.safetensors     the caller's arguments, parameters included
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ ARGUMENTS = {arguments}
 
 class Stage:
 '''
-_FOOTER = '''
+_FOOTER = """
 
 if __name__ == "__main__":
     from fuseline.compiler.observe.dump import run_stage
 
     run_stage(__file__)
-'''
+"""
 
 
 class Dump(Observer):

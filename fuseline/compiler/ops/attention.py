@@ -1,6 +1,6 @@
 """fuseline::attention: scaled dot-product attention that knows its mask and its head grouping.
 
-Source: Vaswani et al., 2017; grouped queries: Ainslie et al., 2023; soft-capping: Gemma 2, 2024.
+Source: Vaswani et al., 2017; grouped queries: Ainslie et al., 2023; soft-capping: Bello et al., 2016.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""fuseline::rotary: rotary position embedding on halves (Su et al., 2021; the layout of GPT-NeoX)."""
+"""fuseline::rotary: rotary position embedding on halves (Su et al., 2021)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Attention written out → `fuseline.attention`.
 
     w = q @ k.transpose(-1, -2) * scale            o = attention(q, k, v, None, scale, "causal", softcap=c)
-    w = c * tanh(w / c)                            Gemma 2's soft cap
+    w = c * tanh(w / c)                            the soft cap on logits
     w = softmax(w + mask, -1, dtype=float32)
     o = w.to(q.dtype) @ v
 
@@ -68,7 +68,8 @@ class EagerAttention(AttentionRule):
         if not is_last(m.dim, value(m.softmax).dim()):
             return f"the softmax runs over dimension {m.dim} of {value(m.softmax).dim()}, not over the keys"
         mask: Mask = m.site.mask
-        if mask.node is not None and mask.fill is None and value(mask.node).dtype != value(m.q).dtype:
+        fits = (torch.float32, value(m.q).dtype)
+        if mask.node is not None and mask.fill is None and value(mask.node).dtype not in fits:
             return f"the mask is {value(mask.node).dtype}, the queries are {value(m.q).dtype}"
         return super().refuse(m)
 

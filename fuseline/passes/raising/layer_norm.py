@@ -22,7 +22,7 @@ from .nodes import is_last, is_vector, only_user, op_name, value
 
 class LayerNorm(Rule):
     def before(self, x: Var, eps: Var, dims: Var, var_dims: Var) -> Term:  # type: ignore[override]
-        centred = call("sub", x, call("mean", x, dim=dims, keepdim=True, bind="mean"))
+        centred = call("sub", x, call("mean", x, dim=dims, keepdim=True))
         variance = Either(
             (
                 call("mean", square(centred), dim=var_dims, keepdim=True, bind="variance"),

@@ -4,7 +4,7 @@
     k = k * cos + rotate_half(k) * sin          k = rotary(k, cos, sin)        one action for the pair
 
 Halves may be slices, chunks or splits. Where only part of the head turns, x is that part. Source: Su et al., 2021,
-"RoFormer"; the layout on halves is that of GPT-NeoX.
+"RoFormer", in the layout on halves (pairs of neighbours in the paper).
 """
 
 from __future__ import annotations

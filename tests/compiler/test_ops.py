@@ -1,0 +1,151 @@
+"""The dialect: every op runs, has a right fake and a right derivative, and means what its formula says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fuseline.compiler import ops
+from tests.helpers.models import error
+
+
+def r(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def codes(top: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randint(0, top, shape, dtype=dtype)
+
+
+CASES: dict[str, list[tuple[Any, ...]]] = {
+    "rms_norm": [(r(2, 3, 8), r(8), 1e-6), (r(2, 8), None, 1e-6), (r(2, 8), r(8), 1e-6, True, torch.float64, False)],
+    "layer_norm": [(r(2, 3, 8), r(8), r(8), 1e-5), (r(2, 8), None, None, 1e-5)],
+    "rotary": [(r(2, 4, 3, 8), r(3, 8), r(3, 8))],
+    "glu": [(r(2, 8), r(2, 8), name) for name in ("silu", "gelu", "gelu_tanh", "sigmoid")],
+    "attention": [
+        (r(2, 4, 5, 8), r(2, 2, 5, 8), r(2, 2, 5, 6), None, 0.3, "causal"),
+        (r(1, 2, 3, 8), r(1, 2, 7, 8), r(1, 2, 7, 8), None, 0.3, "causal", 4),
+        (r(1, 2, 6, 8), r(1, 2, 6, 8), r(1, 2, 6, 8), None, 0.3, "sliding", 0, 3),
+        (r(1, 2, 3, 8), r(1, 1, 5, 8), r(1, 1, 5, 8), torch.rand(1, 1, 3, 5) > 0.3, 0.3, "full", 0, 0, 5.0),
+    ],
+    "quantize": [(torch.randn(2, 3, 8), 8, 8), (torch.randn(2, 8), 8, 4)],
+    "dequantize": [
+        (codes(255, torch.uint8, 3, 8), torch.rand(3, 4), codes(15, torch.uint8, 3, 4), 4, 4, torch.float32),
+        (codes(127, torch.int8, 3, 8), torch.rand(3, 1), None, 8, 8, torch.bfloat16),
+    ],
+}  # fmt: skip
+EACH = [pytest.param(name, args, id=f"{name}-{i}") for name, cases in CASES.items() for i, args in enumerate(cases)]
+
+
+def test_every_op_has_a_case() -> None:
+    assert set(ops.REGISTRY) <= set(CASES) | {"hadamard"}
+
+
+@pytest.mark.parametrize(("name", "args"), EACH)
+def test_schema_fake_and_autograd_registration(name: str, args: tuple[Any, ...]) -> None:
+    utilities = ["test_schema", "test_faketensor"]
+    utilities += [] if name in ("quantize", "dequantize") else ["test_autograd_registration"]
+    torch.library.opcheck(ops.REGISTRY[name].overload, args, test_utils=utilities)
+
+
+@pytest.mark.parametrize(("name", "args"), EACH)
+def test_the_derivative_is_that_of_the_naive_twin(name: str, args: tuple[Any, ...]) -> None:
+    op = ops.REGISTRY[name]
+    inputs = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    if not inputs:
+        return
+    with_op, naive = op(*args), op.naive(*args)
+    seed = torch.randn_like(naive)
+    assert torch.equal(with_op, naive)
+    found, expected = torch.autograd.grad(with_op, inputs, seed), torch.autograd.grad(naive, inputs, seed)
+    assert max(error(a, b) for a, b in zip(found, expected, strict=True)) < 1e-12
+
+
+def test_only_what_wants_a_gradient_gets_one() -> None:
+    x, w = r(2, 8), r(8)
+    (gradient,) = torch.autograd.grad(ops.rms_norm(x, w.detach(), 1e-6).sum(), [x])
+    assert gradient.shape == x.shape
+    with torch.no_grad():
+        assert not ops.rms_norm(x, w, 1e-6).requires_grad
+
+
+def formula_attention(q, k, v, visible, scale, cap=0.0):
+    group = q.shape[1] // k.shape[1]
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            logits = q[b, h] @ k[b, h // group].t() * scale
+            logits = cap * torch.tanh(logits / cap) if cap else logits
+            logits = torch.where(visible, logits, torch.full_like(logits, -1e300))
+            out[b, h] = torch.softmax(logits, -1) @ v[b, h // group]
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "offset", "window", "rule"),
+    [
+        ("full", 0, 0, lambda i, j: True), ("causal", 0, 0, lambda i, j: j <= i),
+        ("causal", 3, 0, lambda i, j: j <= i + 3), ("sliding", 3, 2, lambda i, j: i + 3 - 2 < j <= i + 3),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("cap", [0.0, 4.0])
+def test_attention_is_its_formula(kind: str, offset: int, window: int, rule: Callable, cap: float) -> None:
+    q, k, v = r(2, 4, 3, 8), r(2, 2, 6, 8), r(2, 2, 6, 5)
+    visible = torch.tensor([[bool(rule(i, j)) for j in range(6)] for i in range(3)])
+    expected = formula_attention(q, k, v, visible, 0.4, cap)
+    assert error(ops.attention(q, k, v, None, 0.4, kind, offset, window, cap), expected) < 1e-12
+    padding = torch.tensor([True, True, False, True, True, True])
+    expected = formula_attention(q, k, v, visible & padding | torch.eye(3, 6, dtype=torch.bool), 0.4, cap)
+    mask = padding | torch.eye(3, 6, dtype=torch.bool)
+    if kind == "full":
+        assert error(ops.attention(q, k, v, mask, 0.4, kind, offset, window, cap), expected) < 1e-12
+        added = torch.zeros(3, 6, dtype=torch.float64).masked_fill(~mask, float("-inf"))
+        assert error(ops.attention(q, k, v, added, 0.4, kind, offset, window, cap), expected) < 1e-12
+
+
+@torch.no_grad()
+def test_norms_and_rotary_are_their_formulas() -> None:
+    x, w = r(3, 8), r(8)
+    root = (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert error(ops.rms_norm(x, w, 1e-6), x / root * w) < 1e-12
+    assert error(ops.rms_norm(x, w, 1e-6, True), x / root * (1 + w)) < 1e-12
+    assert error(ops.layer_norm(x, w, w, 1e-5), F.layer_norm(x, (8,), w, w, 1e-5)) < 1e-12
+    angle = torch.randn(3, 4, dtype=torch.float64)
+    turned = ops.rotary(x, torch.cat((angle.cos(),) * 2, -1), torch.cat((angle.sin(),) * 2, -1))
+    as_complex = torch.complex(x[:, :4], x[:, 4:]) * torch.polar(torch.ones_like(angle), angle)
+    assert error(turned, torch.cat((as_complex.real, as_complex.imag), -1)) < 1e-12
+
+
+@torch.no_grad()
+def test_16_bit_norms_cast_where_they_say() -> None:
+    x, w = torch.randn(3, 64).bfloat16(), torch.randn(64).bfloat16()
+    wide = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    assert torch.equal(ops.rms_norm(x, w, 1e-6, False, torch.float32, True), wide.bfloat16() * w)
+    assert torch.equal(ops.rms_norm(x, w, 1e-6, True, torch.float32, False), (wide * (1 + w.float())).bfloat16())
+
+
+def test_quantize_has_the_stated_error_and_scale() -> None:
+    x = torch.randn(4, 32) * torch.tensor([[1e-3], [1.0], [50.0], [0.0]])
+    codes, scale = ops.quantize(x, 8, 16)
+    assert codes.dtype == torch.int8 and scale.shape == (4, 2) and scale[3].eq(1).all()
+    back = ops.dequantize(codes, scale, None, 8, 16, torch.float32)
+    assert ((back - x).abs() <= scale.repeat_interleave(16, -1) / 2 * (1 + 1e-5)).all()
+
+
+def test_ops_are_opaque_to_capture() -> None:
+    import fuseline
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.fuseline.glu(torch.ops.fuseline.rms_norm(x, None, 1e-6), x, "silu")
+
+    program = fuseline.capture(Net(), (torch.randn(2, 8),))
+    assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [
+        ops.rms_norm.overload, ops.glu.overload,
+    ]  # fmt: skip
+    assert ops.find(torch.ops.aten.add.Tensor) is None and ops.find(len) is None

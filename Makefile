@@ -6,7 +6,7 @@ STAMP := .venv/.ready
 
 # Two test processes; each keeps to one core. The long tests are added by `make test-all`.
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q --show-capture=no -n $(JOBS)
 
 # What the demo runs; `make demo PIPELINE=raise,fuse` tries another pipeline.
 PIPELINE ?= raise,quantize{weights=int8},fuse

@@ -1,6 +1,6 @@
 """A language model on a GPU through the public front door: tokens, KL, launched kernels, milliseconds a token.
 
-    python benchmarks/language_model.py --model demo:smollm2 --device cuda --json benchmarks/results/DATE-GPU-smollm2.json
+    python benchmarks/language_model.py --model demo:smollm2 --json benchmarks/results/DATE-GPU-smollm2.json
 
 Every candidate runs in this one process on the same prompts: PyTorch eager, torch.compile (Inductor) and Fuseline's
 pipelines. Times are medians over the tokens of one greedy decode after a warm-up decode of the same length.
@@ -46,7 +46,13 @@ def decode(model: torch.nn.Module, ids: torch.Tensor, count: int, cache: str | N
         def end(self) -> None: ...
 
     output = model.generate(
-        ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, cache_implementation=cache, streamer=Clock()
+        ids,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        cache_implementation=cache,
+        streamer=Clock(),
+        disable_compile=True,  # generate() would compile the static cache's decode steps by itself
     )
     steps = [(b - a) * 1e3 for a, b in zip(stamps[2:], stamps[3:], strict=False)]
     return output[0, ids.shape[1] :].tolist(), steps
@@ -163,6 +169,7 @@ def main() -> None:
                 "tokens_equal_to_eager": sum(a == b for a, b in zip(tokens, eager_tokens, strict=True)),
                 "tokens_equal_to_cpu_float32": sum(a == b for a, b in zip(tokens, reference_tokens, strict=True)),
                 "tokens": len(tokens),
+                "token_ids": tokens,
                 "kl": compared.kl,
                 "top1": compared.top1,
                 "perplexity": compared.perplexity_after,

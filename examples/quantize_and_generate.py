@@ -3,8 +3,8 @@
     python examples/quantize_and_generate.py                              a random model of two layers, in seconds
     python examples/quantize_and_generate.py --model demo:smollm2         SmolLM2-135M, its real weights
 
-Without a GPU quantized weights are expanded once: the results are those of the codes, the speed and the memory those
-of the original model.
+The bytes shown are those that a graph reads. Without a GPU quantized weights are expanded once: the results are those
+of the codes, the speed is that of the original model, whose own weights stay in memory as well.
 """
 
 from __future__ import annotations

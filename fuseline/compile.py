@@ -42,7 +42,9 @@ class Compilation:
 
 def cache_directory() -> Path:
     """Where generated modules are written: `FUSELINE_CACHE`, or `~/.cache/fuseline`."""
-    root = os.environ.get("FUSELINE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fuseline"
+    root = (
+        os.environ.get("FUSELINE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fuseline"
+    )
     return Path(root) / "modules"
 
 
@@ -56,12 +58,13 @@ def choose_target(target: str | None, program: Program) -> str:
     if target not in TARGETS:
         raise UserError(f"unknown target '{target}'{nearest(target, TARGETS)}")
     on_gpu = any(
-        isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].device.type == "cuda"
-        for n in program.graph.nodes
+        isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].device.type == "cuda" for n in program.graph.nodes
     )
     has_triton = find_spec("triton") is not None
+    if program.training:  # no kernel has a backward of its own yet: autograd works on ATen
+        return "inductor" if target == "inductor" else "eager"
     if target == "auto":
-        return "triton" if on_gpu and has_triton and not program.training else "eager"
+        return "triton" if on_gpu and has_triton else "eager"
     if target == "triton" and not has_triton:
         raise UserError("target 'triton' needs the package triton", remedy="pip install triton, or target=eager")
     if target == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
@@ -88,34 +91,45 @@ def compile_program(
             weight is reported here and not in the middle of a call.
     """
     chosen = choose_target(target, program)
-    captured = program
-    program, report = pipeline.run(program, observers, verification)
-    if program.training:
-        run, kernels, refusals, path = _training(program, inputs, chosen), (), {}, None
-        executable = run
-    elif chosen == "triton":
-        from .codegen.lower import lower
+    after, report = pipeline.run(program, observers, verification)
+    result = Compilation(program, after, report, chosen, _unbuilt)
+    if after.training:
+        result.executable = _training(after, inputs, chosen)
+        return result
+    executable = {"eager": _eager, "inductor": _through_inductor, "triton": _kernels}[chosen](after, inputs, result)
+    executable.binder(inputs)
+    result.executable = executable
+    return result
 
-        lowered = lower(program)
-        path = lowered.write(cache_directory())
-        from .codegen.module_file import load_module
 
-        run, kernels, refusals = load_module(path).call, lowered.kernels, lowered.refusals
-        executable = Executable(run, program.arguments, program.binder(lowered.weights))
-    else:
-        module, weights = program.lift()
-        kernels, refusals, path = (), {}, None
-        if chosen == "inductor":
-            binder = program.binder(weights)
-            bound = [*(inputs[i] for i in program.arguments), *binder(inputs)]
-            run = _inductor(flatten(program, module), bound)
-        else:
-            run = inline(module)
-            binder = program.binder(expand_weights(run, weights))
-        executable = Executable(run, program.arguments, binder)
-    if isinstance(executable, Executable):
-        executable.binder(inputs)
-    return Compilation(captured, program, report, chosen, executable, kernels, refusals, path)
+def _unbuilt(*flat: Any) -> Any:
+    raise FuselineError("this compilation was not finished")
+
+
+def _eager(program: Program, inputs: Sequence[Any], result: Compilation) -> Executable:
+    """The graph as it stands, regions inlined; packed weights expanded once."""
+    module, weights = program.lift()
+    module = inline(module)
+    return Executable(module, program.arguments, program.binder(expand_weights(module, weights)))
+
+
+def _through_inductor(program: Program, inputs: Sequence[Any], result: Compilation) -> Executable:
+    """The graph in plain ATen, compiled by Inductor."""
+    module, weights = program.lift()
+    binder = program.binder(weights)
+    bound = [*(inputs[i] for i in program.arguments), *binder(inputs)]
+    return Executable(_inductor(flatten(program, module), bound), program.arguments, binder)
+
+
+def _kernels(program: Program, inputs: Sequence[Any], result: Compilation) -> Executable:
+    """A generated module of Triton kernels, written to the cache and imported from there."""
+    from .codegen.lower import lower  # needs no triton, but the module that it writes does
+    from .codegen.module_file import load_module
+
+    lowered = lower(program)
+    result.path = lowered.write(cache_directory())
+    result.kernels, result.refusals = lowered.kernels, lowered.refusals
+    return Executable(load_module(result.path).call, program.arguments, program.binder(lowered.weights))
 
 
 def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -129,7 +143,9 @@ def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[.
                 [text.splitlines()[0]],
                 "apt-get install g++ (or set CXX), or target=eager",
             ) from error
-        raise FuselineError(f"Inductor could not compile the graph: {type(error).__name__}", text.splitlines()[:4]) from error
+        raise FuselineError(
+            f"Inductor could not compile the graph: {type(error).__name__}", text.splitlines()[:4]
+        ) from error
 
 
 def _training(program: Program, inputs: Sequence[Any], target: str) -> Callable[..., Any]:
@@ -140,7 +156,5 @@ def _training(program: Program, inputs: Sequence[Any], target: str) -> Callable[
     bound = [*(inputs[i] for i in program.arguments), *binder(inputs)]
     if target == "inductor":
         return Executable(_inductor(plain, bound), program.arguments, binder)
-    run = compat.aot_autograd(
-        plain, bound, lambda graph_module, fakes: graph_module.forward, lambda graph_module, fakes: graph_module.forward
-    )
-    return Executable(run, program.arguments, binder)
+    as_it_is = lambda graph_module, fakes: graph_module.forward
+    return Executable(compat.aot_autograd(plain, bound, as_it_is, as_it_is), program.arguments, binder)

@@ -108,7 +108,11 @@ def _compile_in_place(model: torch.nn.Module, pipeline: Pipeline, settings: dict
             "record": record,
         },
     }
-    if type(model).forward.__module__.startswith("torch."):
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and hasattr(generation, "disable_compile"):
+        # On a GPU, generate() with a static cache would hand its decode steps to a compiler of its own.
+        generation.disable_compile = True
+    if (type(model).forward.__module__ or "").startswith("torch."):
         # Dynamo starts no graph in a frame of PyTorch's own, and would run an nn.Sequential in eager without a word.
         def forward(*args: Any, **kwargs: Any) -> Any:
             return model._call_impl(*args, **kwargs)

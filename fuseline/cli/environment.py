@@ -52,7 +52,8 @@ def choose_target(asked: str | None, device: str) -> tuple[str, list[str]]:
         notes.append("triton is not installed: no kernels are compiled, everything runs in eager")
         target = "eager" if target == "triton" else target
     if not torch.cuda.is_available():
-        notes.append("no GPU here: the model runs in eager; its kernels are compiled offline, not run")
+        how = "through Inductor" if target == "inductor" and has_compiler() else "in eager"
+        notes.append(f"no GPU here: the model runs {how}; its kernels are compiled offline, not run")
     if target == "triton" and not on_gpu:
         notes.append("target triton needs --device cuda: running in eager")
         target = "eager"

@@ -54,6 +54,7 @@ def describe(kind: type[framework.Pass]) -> dict[str, Any]:
             for field in framework.options(kind)
         ],
         "page": page,
+        "example": kind.example or kind.name,
     }
 
 
@@ -72,7 +73,7 @@ def show_page(page: dict[str, Any], output: Output) -> None:
     output.line(f"\ntier {page['tier']}, level {page['level']}")
     rows = [[o["name"], o["type"], str(o["default"]), o["help"]] for o in page["options"]]
     table(output, ["option", "values", "default", ""], rows)
-    following(output, f'fuseline run demo:smollm2 -p "{page["name"]}"')
+    following(output, f'fuseline run demo:smollm2 -p "{page["example"]}"')
 
 
 def _plain(value: Any) -> Any:

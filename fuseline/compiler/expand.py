@@ -12,7 +12,7 @@ def expand_weights(module: GraphModule, weights: list[Expression]) -> list[Expre
     """Replaces every `dequantize` of weights in a lifted graph by a weight of its own; returns the new weights.
 
     The values are those that the graph would compute at each call: the results are the same to the bit, at the speed
-    of the original weights and with their memory.
+    of the original weights. The expanded copy comes on top of the originals' memory.
     """
     graph = module.graph
     inputs = [n for n in graph.nodes if n.op == "placeholder"]

@@ -44,6 +44,7 @@ class Pass:
     name: ClassVar[str] = ""
     tier: ClassVar[Tier] = Tier.EXACT
     level: ClassVar[Level] = Level.NORMAL
+    example: ClassVar[str] = ""  # a pipeline to try it with, where its bare name is none
     requires: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset()
 

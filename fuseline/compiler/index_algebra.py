@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import sympy
 from torch.fx import Node
@@ -229,5 +229,5 @@ def apply(function: Callable[..., Value], *values: Value) -> Value:
     return function(*values)
 
 
-def is_formula(value: Any) -> bool:
+def is_formula(value: Any) -> TypeGuard[Formula]:
     return isinstance(value, FORMULAS)

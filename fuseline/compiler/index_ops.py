@@ -72,7 +72,7 @@ def _arithmetic(integers: Any, reals: Any) -> Any:
 
 def _numeric(value: Value) -> Value:
     """A truth value in arithmetic counts 1 or 0."""
-    return choose(value, Linear(constant=1), ZERO) if is_formula(value) else value  # type: ignore[arg-type]
+    return choose(value, Linear(constant=1), ZERO) if is_formula(value) else value
 
 
 def _plain(value: Value) -> Value:
@@ -130,10 +130,15 @@ COMPARISONS = {
     "ne": (lambda a, b: negate(equal(a, b)), lambda a, b: a != b),
 }
 
+LONG_NAMES = {
+    "less_equal": "le", "less": "lt", "greater_equal": "ge", "greater": "gt", "not_equal": "ne",
+}  # fmt: skip
 
-@reads(*COMPARISONS)
+
+@reads(*COMPARISONS, *LONG_NAMES)
 def _comparison(reader: Reader, node: Node, given: dict[str, Any], index: Index) -> Value:
-    integers, reals = COMPARISONS[node.target._opname]  # type: ignore[union-attr]
+    name = node.target._opname  # type: ignore[union-attr]
+    integers, reals = COMPARISONS[LONG_NAMES.get(name, name)]
     a, b = _elementwise(reader, given, index, ("self", "other"))
 
     def compare(x: Value, y: Value) -> Value:
@@ -147,7 +152,7 @@ def _comparison(reader: Reader, node: Node, given: dict[str, Any], index: Index)
 
 def _formula(value: Value) -> Formula:
     if is_formula(value):
-        return value  # type: ignore[return-value]
+        return value
     raise Opaque
 
 
@@ -203,7 +208,7 @@ def _cumsum(reader: Reader, node: Node, given: dict[str, Any], index: Index) -> 
     counter = reader.variable("t", source.meta["val"].shape[dim])
     term = reader.read(source, (*index[:dim], counter, *index[dim + 1 :]))
     if is_formula(term):
-        decided = reader.prover.simplify(term)  # type: ignore[arg-type]
+        decided = reader.prover.simplify(term)
         term = ZERO if decided == FALSE else Linear(constant=1) if decided == TRUE else term
     if not isinstance(term, Linear) or term.value is None:
         raise Opaque
@@ -266,11 +271,13 @@ def _reshape(reader: Reader, node: Node, given: dict[str, Any], index: Index) ->
     return reader.read(source, tuple(ZERO if is_one(s) else next(remaining) for s in old))
 
 
-@reads("transpose", "permute", "t")
+@reads("transpose", "permute", "t", "mT")
 def _permute(reader: Reader, node: Node, given: dict[str, Any], index: Index) -> Value:
     rank = len(index)
     order = list(range(rank))
-    if "dims" in given:
+    if node.target._opname == "mT":  # type: ignore[union-attr]
+        order[-2:] = order[-1], order[-2]
+    elif "dims" in given:
         order = [d % rank for d in given["dims"]]
     elif rank > 1:
         a, b = given.get("dim0", 0) % rank, given.get("dim1", 1) % rank

@@ -72,7 +72,8 @@ class Scheme:
         """
         compute = torch.promote_types(weight.dtype, torch.float32)
         groups = weight.to(compute).unflatten(-1, (-1, self.group_of(weight.shape[-1])))
-        stored = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
+        # float16 has too little range for scales: that of a small weight would be subnormal and lose its precision.
+        stored = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
         if self.symmetric:
             top = 2 ** (self.bits - 1) - 1
             scale = _safe_scale(groups.abs().amax(-1, keepdim=True) / top, stored)

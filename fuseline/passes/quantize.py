@@ -62,6 +62,7 @@ class Quantize(Pass):
 
     name = "quantize"
     tier = Tier.LOSSY
+    example = "quantize{weights=int8}"
 
     weights: str | None = None  # int8, int4, with :gN, :sym, :asym
     activations: str | None = None  # int8:token

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that `raise` must handle, and what it must find in each, from the configuration."""
+"""Tiny random models of the families that `raise` must handle, and what it must find in each, from the config."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from fuseline.compiler.pipeline import Pipeline
 from fuseline.compiler.program import Program
 from fuseline.compiler.report import PassReport
 
-LLAMA = dict(
-    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+LLAMA = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 BERT = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
-GPT2 = dict(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+GPT2 = {
+    "vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

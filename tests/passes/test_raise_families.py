@@ -12,7 +12,6 @@ from fuseline.compiler.observe import Numerics
 from fuseline.compiler.pipeline import Pipeline
 from fuseline.compiler.program import Program
 from fuseline.compiler.provenance import source_line
-
 from tests.passes.families import FAMILIES, attentions, described, padding, through_dynamo, tokens
 
 BOUND = 1e-5  # max|Δ| / max|reference| in float32

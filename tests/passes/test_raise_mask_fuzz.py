@@ -21,7 +21,7 @@ from tests.passes.families import attentions
 Build = Callable[[Any, Any, torch.Tensor], torch.Tensor]  # S, T, padding [B, T] → mask that broadcasts to [B, 1, S, T]
 
 BATCH, SIZE = 2, 4
-FUZZ = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FUZZ: dict[str, Any] = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
 class Masked(torch.nn.Module):

@@ -94,11 +94,13 @@ def _mask(m: Match, fill: Any) -> Mask:
 
 def _untransposed(node: Node) -> tuple[Node, bool]:
     """x, where the node is x with its last two dimensions exchanged."""
-    rank = value(node).dim()
-    given = arguments(node) if op_name(node) in ("transpose", "permute") and not node.meta.get("written") else {}
-    swapped = [*range(rank - 2), rank - 1, rank - 2]
-    if "dim0" in given and {given["dim0"] % rank, given["dim1"] % rank} == {rank - 1, rank - 2}:
-        return node.args[0], True  # type: ignore[return-value]
-    if "dims" in given and [d % rank for d in given["dims"]] == swapped:
-        return node.args[0], True  # type: ignore[return-value]
-    return node, False
+    rank, name = value(node).dim(), op_name(node)
+    if name not in ("transpose", "swapaxes", "swapdims", "permute", "mT") or node.meta.get("written"):
+        return node, False
+    source, *rest = arguments(node).values()
+    last = [rank - 2, rank - 1]
+    if name == "permute":
+        swapped = [d % rank for d in rest[0]] == [*range(rank - 2), *last[::-1]]
+    else:
+        swapped = name == "mT" or sorted(d % rank for d in rest) == last
+    return (source, True) if swapped else (node, False)

@@ -25,6 +25,7 @@ from ...compiler.index_algebra import (
     Holds,
     Linear,
     Value,
+    Variable,
     apply,
     both,
     choose,
@@ -35,8 +36,6 @@ from ...compiler.index_algebra import (
 )
 from ...compiler.index_reader import ZERO, Opaque, Reader, Unreadable, is_one
 from ...compiler.program import Program
-
-
 
 LOWEST = -1e30
 
@@ -168,7 +167,7 @@ class Masks:
 
     def _last(self, index: Linear) -> Linear:
         """The largest value that an index takes."""
-        return next((self.reader.prover.extent(a) - 1 for a in index.atoms), ZERO)
+        return next((self.reader.prover.extent(a) - 1 for a in index.atoms if isinstance(a, Variable)), ZERO)
 
     def _padding(self, data: Formula, axes: _Axes, mask: Node) -> tuple[Node, bool] | None:
         """A tensor whose elements are the padding: the caller's own, or one that the graph computes on the way."""
@@ -190,7 +189,11 @@ class Masks:
     def _spans(self, element: Element, axes: _Axes) -> bool:
         """Whether an element is `node[b, …, k]` with `node` of just that many batches and keys."""
         shape, index = element.node.meta["val"].shape, element.index
-        if not 1 <= len(shape) <= 4 or index[-1] != axes.k or self.reader.size(shape[-1]) != self.reader.size(axes.keys):
+        if (
+            not 1 <= len(shape) <= 4
+            or index[-1] != axes.k
+            or self.reader.size(shape[-1]) != self.reader.size(axes.keys)
+        ):
             return False
         if any(not is_one(s) for s in shape[1:-1]):
             return False
@@ -236,5 +239,3 @@ def _ancestors(node: Node) -> Iterable[Node]:
             if source not in seen:
                 seen.add(source)
                 pending.append(source)
-
-

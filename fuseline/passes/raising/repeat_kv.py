@@ -111,4 +111,3 @@ class _Repeat:
             return None
         interleaved = at == 2 or same_size(shape[1], 1)
         return _Repeat(source, wide[at], interleaved, (*seen, inner, column))  # type: ignore[arg-type]
-

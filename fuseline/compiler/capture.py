@@ -92,7 +92,8 @@ def from_exported(
     tensors = {**exported.state_dict, **exported.constants}
     lookup = dict(owners or {})
     state_names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    state_names.update(getattr(signature, "inputs_to_lifted_tensor_constants", {}))
+    constants = dict(signature.inputs_to_lifted_tensor_constants)
+    state_names.update(constants)
     states: dict[int, Source] = {}
     names: dict[int, str] = {}
     values: list[Any] = []
@@ -101,7 +102,7 @@ def from_exported(
         if node.name in state_names:
             name = state_names[node.name]
             tensor = lookup[name]() if name in lookup else tensors[name]
-            states[position] = Source(name, position, tensor, tensor.requires_grad)
+            states[position] = Source(name, position, tensor, tensor.requires_grad, node.name in constants)
         else:
             names[position] = node.name
     if signature.buffers_to_mutate:

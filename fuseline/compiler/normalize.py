@@ -113,7 +113,10 @@ def normalize(
         if node.users:
             with graph.inserting_before(body):
                 weight = graph.get_attr(attribute)
-            weight.meta = {**node.meta, "weight": Param(source.name)}
+            weight.meta = {
+                **node.meta,
+                "weight": _constant(weight, source.tensor) if source.constant else Param(source.name),
+            }
             node.replace_all_uses_with(weight)
         graph.erase_node(node)
     _write_constants_down(traced)
@@ -201,15 +204,19 @@ def _write_constants_down(module: GraphModule) -> None:
         tensor = getattr(module, str(node.target))
         if not isinstance(tensor, torch.Tensor):
             continue
-        if tensor.numel() > LARGEST_CONSTANT:
-            raise CaptureError(
-                f"the model's code builds a constant of {tensor.numel()} elements in its forward",
-                [f"at {source_line(node)}"],
-                "register it in __init__: self.register_buffer(name, tensor, persistent=False)",
-            )
-        with compat.real_tensors():
-            values = tuple(tensor.flatten().tolist())
-        node.meta["weight"] = Constant(values, tuple(tensor.shape), tensor.dtype, str(tensor.device))
+        node.meta["weight"] = _constant(node, tensor)
+
+
+def _constant(node: Node, tensor: torch.Tensor) -> Constant:
+    if tensor.numel() > LARGEST_CONSTANT:
+        raise CaptureError(
+            f"the model's code builds a constant of {tensor.numel()} elements in its forward",
+            [f"at {source_line(node)}"],
+            "register it in __init__: self.register_buffer(name, tensor, persistent=False)",
+        )
+    with compat.real_tensors():
+        values = tuple(tensor.flatten().tolist())
+    return Constant(values, tuple(tensor.shape), tensor.dtype, str(tensor.device))
 
 
 def _is_whole_slice(node: Node) -> bool:

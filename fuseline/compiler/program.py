@@ -28,6 +28,7 @@ class Source:
     index: int  # position in the caller's flat arguments
     tensor: torch.Tensor  # as it was at capture; passes may look, never write
     trainable: bool = False
+    constant: bool = False  # written down in the model's code, and nobody's to replace
 
 
 @dataclass

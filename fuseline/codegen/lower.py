@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from ..compiler.program import Program
 from ..compiler.provenance import makers, source_lines
 from .emitter import emit_region
 from .kernel import Kernel, Launcher, Refusal
-from .module_file import deduplicate, load_module, render
+from .module_file import deduplicate, load_module, render, write_text
 from .templates.linear import emit_linear
 
 MANIFEST_VERSION = 1
@@ -69,10 +67,9 @@ class Lowered:
 
     def write(self, directory: Path) -> Path:
         """Writes `<digest>.py` and `<digest>.json`, atomically; returns the module's path."""
-        directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"fuseline_{hashlib.sha256(self.source.encode()).hexdigest()[:16]}.py"
-        _write_atomically(path.with_suffix(".json"), json.dumps(self.manifest(), indent=1))
-        _write_atomically(path, self.source)
+        write_text(path.with_suffix(".json"), json.dumps(self.manifest(), indent=1))
+        write_text(path, self.source)
         return path
 
     def load(self, directory: Path) -> Callable[..., Any]:
@@ -162,10 +159,3 @@ def _function(module: GraphModule, name: str) -> str:
         inside = head[head.index("(") + 1 : head.rindex(")")]
         head = f"def {name}(\n" + "".join(f"    {a.strip()},\n" for a in inside.split(",")) + "):"
     return f"{head}\n{body}"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)

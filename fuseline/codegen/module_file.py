@@ -102,13 +102,18 @@ def _comment(kernel: Kernel) -> str:
 
 
 def write_module(path: str | os.PathLike[str], launchers: Sequence[Launcher], extra: str = "") -> None:
-    """Writes `render(launchers, extra)` to `path`; another process sees the old file or the new one, never half."""
+    """Writes `render(launchers, extra)` to `path`."""
+    write_text(path, render(launchers, extra))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a file in one step: another process sees the old file or the new one, never half."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(render(launchers, extra))
+            file.write(text)
         os.replace(temporary, target)
     except BaseException:
         os.unlink(temporary)

@@ -29,7 +29,7 @@ from .index_algebra import (
     negate,
 )
 from .index_proof import Prover
-from .pattern import arguments
+from .traits import arguments
 
 if TYPE_CHECKING:
     from .program import Program

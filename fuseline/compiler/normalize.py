@@ -11,10 +11,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from . import compat
 from .errors import CaptureError
 from .expressions import Constant, Param
-from .pattern import arguments
 from .program import Program, Source
 from .provenance import source_line
 from .sites import identifier
+from .traits import arguments
 
 aten = torch.ops.aten
 LARGEST_CONSTANT = 65536

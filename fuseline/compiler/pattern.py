@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .traits import arguments
+
 Bindings = dict[str, Any]
 
 
@@ -164,22 +166,6 @@ def _impure(node: Node) -> bool:
     tags = getattr(node.target, "tags", ())
     schema = getattr(node.target, "_schema", None)
     return torch.Tag.nondeterministic_seeded in tags or schema is None or schema.is_mutable
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """A node's arguments by schema name, defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
-    values: dict[str, Any] = {}
-    for position, argument in enumerate(schema.arguments):
-        if position < len(node.args):
-            values[argument.name] = node.args[position]
-        elif argument.name in node.kwargs:
-            values[argument.name] = node.kwargs[argument.name]
-        else:
-            values[argument.name] = argument.default_value
-    return values
 
 
 _Found = Iterator[tuple[Bindings, tuple[Node, ...]]]

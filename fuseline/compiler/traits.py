@@ -110,9 +110,15 @@ def is_last_dim_reduction(node: torch.fx.Node) -> bool:
 
 
 def arguments(node: torch.fx.Node) -> dict[str, Any]:
-    """The node's arguments by the names of its overload's schema, defaults filled in, in the schema's order."""
+    """The node's arguments by the names of its overload's schema, defaults filled in, in the schema's order.
+
+    Arguments of a target without a schema (arithmetic on sizes) are named by their positions.
+    """
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
     bound: dict[str, Any] = {}
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for position, argument in enumerate(schema.arguments):
         if position < len(node.args) and not argument.kwarg_only:
             bound[argument.name] = node.args[position]
         else:

@@ -11,10 +11,11 @@ import torch
 from torch.fx import Node
 
 from ...compiler.ops import attention
-from ...compiler.pattern import Match, arguments
+from ...compiler.pattern import Match
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder
 from ...compiler.rule import Rule
+from ...compiler.traits import arguments
 from .mask_arguments import MaskArguments
 from .masks import Claim, Mask, Masks
 from .nodes import op_name, shape_text, value

@@ -18,9 +18,10 @@ import torch
 from torch.fx import Node
 
 from ...compiler.index_reader import literal
-from ...compiler.pattern import Either, Match, Term, Through, Var, arguments, call
+from ...compiler.pattern import Either, Match, Term, Through, Var, call
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder
+from ...compiler.traits import arguments
 from .attention import AttentionRule, Site
 from .masks import Mask
 from .nodes import CASTS, is_last, op_name, value

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from torch.fx import Node
 
 from ...compiler.ops import layer_norm
-from ...compiler.pattern import Either, Match, Term, Var, arguments, call, rsqrt, square
+from ...compiler.pattern import Either, Match, Term, Var, call, rsqrt, square
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder
 from ...compiler.rule import Rule
+from ...compiler.traits import arguments
 from .nodes import is_last, is_vector, only_user, op_name, value
 
 

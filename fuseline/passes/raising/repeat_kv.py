@@ -14,10 +14,11 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from ...compiler.pattern import Match, arguments
+from ...compiler.pattern import Match
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder
 from ...compiler.rule import Rule
+from ...compiler.traits import arguments
 from .nodes import op_name, same_size, value
 
 RESHAPES = ("reshape", "view", "_unsafe_view", "flatten")

@@ -16,10 +16,11 @@ from typing import Any
 from torch.fx import Node
 
 from ...compiler.ops import rotary
-from ...compiler.pattern import Either, Match, Term, Var, arguments, call, same_value
+from ...compiler.pattern import Either, Match, Term, Var, call, same_value
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder
 from ...compiler.rule import Rule
+from ...compiler.traits import arguments
 from .nodes import only_user, op_name, same_size, value
 
 

@@ -62,6 +62,10 @@ class Pass:
         """Details for the error when no site matched: what was asked for, what came closest."""
         return ()
 
+    def remedy(self, program: Program) -> str | None:
+        """What to write instead when no site matched; None to suggest leaving the pass out."""
+        return None
+
     def __str__(self) -> str:
         words = []
         for field in options(type(self)):

@@ -150,7 +150,7 @@ def _nothing_matched(step: Pass, program: Program, record: PassReport) -> EmptyP
     return EmptyPassError(
         f"pass '{step.name}' matched no site",
         details or ["nothing in this program has the shape that the pass looks for"],
-        f"drop '{step.name}' from the pipeline, or allow it: {step.name}{{allow_empty}}",
+        step.remedy(program) or f"drop '{step.name}' from the pipeline, or allow it: {step.name}{{allow_empty}}",
     )
 
 

@@ -55,13 +55,17 @@ class Scheme:
     def refuse(self, channels: int) -> str | None:
         """Why a dimension of `channels` cannot be quantized so, or None."""
         if self.group and channels % self.group:
-            fitting = [g for g in range(16, channels // 2 + 1) if channels % g == 0 and g % 16 == 0]
-            near = sorted(sorted(fitting, key=lambda g: abs(g - self.group))[:5])
-            names = f" ({', '.join(map(str, near))} would)" if near else ""
+            near = self.fitting(channels)
+            names = f" ({', '.join(map(str, sorted(near)))} would)" if near else ""
             return f"group size {self.group} does not divide {channels}{names}"
         if self.bits == 4 and self.group_of(channels) % 2:
             return f"two 4-bit codes share a byte, and a group of {self.group_of(channels)} is odd"
         return None
+
+    def fitting(self, channels: int, count: int = 5) -> list[int]:
+        """Group sizes that divide `channels`, multiples of 16, the nearest to this scheme's first."""
+        dividing = [g for g in range(16, channels // 2 + 1, 16) if channels % g == 0]
+        return sorted(dividing, key=lambda g: abs(g - self.group))[:count]
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Round to nearest. weight: [..., n] → codes, scale [..., n/group] and, when asymmetric, zero (uint8).

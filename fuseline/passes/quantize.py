@@ -20,9 +20,10 @@ Lossy. Source: ZeroQuant (Yao et al., 2022), group-wise weights and token-wise a
 from __future__ import annotations
 
 import fnmatch
+import math
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -152,6 +153,18 @@ class Quantize(Pass):
             return (f"asked for: {asked}; the program has no product with a parameter",)
         closest = sites[0]
         return (f"asked for: {asked} on {len(sites)} linears, such as {closest.path} ({closest.shape[1]} inputs)",)
+
+    def remedy(self, program: Program) -> str | None:
+        weights, _ = self.schemes()
+        widths = [site.shape[1] for site in linear_sites(program)]
+        if weights is None or not weights.group or not widths or any(w % weights.group == 0 for w in widths):
+            return None
+        common = weights.fitting(math.gcd(*widths))
+        return (
+            str(replace(self, weights=f"{self.weights}".replace(f"g{weights.group}", f"g{common[0]}")))
+            if common
+            else None
+        )
 
 
 def linear_sites(program: Program) -> Iterator[Site]:

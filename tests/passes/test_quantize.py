@@ -134,6 +134,7 @@ def test_a_group_that_does_not_divide_is_refused_and_named() -> None:
     text = str(caught.value)
     assert "asked for: weights=int4:g32 on 1 linears, such as fc (48 inputs)" in text
     assert "refused: 1 x group size 32 does not divide 48 (16 would)" in text
+    assert "try: quantize{weights=int4:g16}" in text
     assert caught.value.exit_code == 2
 
 

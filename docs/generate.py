@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -25,6 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PASSES = ROOT / "docs" / "passes.md"
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"```console\n\$ (?P<command>.+)\n(?P<output>(?:(?!```).*\n)*)```")
+
+TABLE = re.compile(
+    r"(?P<marker><!-- table (?P<name>[\w.-]+): (?P<columns>[\w, ]+) -->)\n(?:(?!<!-- end -->).*\n)*<!-- end -->"
+)
 
 
 def is_quick(command: str) -> bool:
@@ -72,6 +77,15 @@ def tidy(text: str) -> str:
     return "".join(f"{line.rstrip()}\n" for line in text.strip("\n").splitlines())
 
 
+def table(name: str, columns: list[str]) -> str:
+    """A measured table: the `rows` of a file in benchmarks/results, those columns, numbers to four digits."""
+    record = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+    show = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
+    rows = [[show(row.get(column, "")) for column in columns] for row in record["rows"]]
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def refresh(text: str, answers: Mapping[str, str] | None = None) -> str:
     """A document with its quick blocks answered again, and with `answers` under the other commands that have one."""
 
@@ -80,7 +94,11 @@ def refresh(text: str, answers: Mapping[str, str] | None = None) -> str:
         output = answer(command) if is_quick(command) else (answers or {}).get(command, match["output"])
         return f"```console\n$ {command}\n{output}```"
 
-    return BLOCK.sub(block, text)
+    def measured(match: re.Match[str]) -> str:
+        columns = [column.strip() for column in match["columns"].split(",")]
+        return f"{match['marker']}\n{table(match['name'], columns)}<!-- end -->"
+
+    return TABLE.sub(measured, BLOCK.sub(block, text))
 
 
 def passes() -> str:

@@ -6,7 +6,8 @@
     class Net(torch.nn.Module): ...
 
 Either way the model is still the object its user had: parameters, `state_dict()`, hooks, `generate()` and
-`train()`/`eval()` are its own; only its forward is compiled, at its first call.
+`train()`/`eval()` are its own; only its forward is compiled, at its first call. Where a model has a generation config,
+`disable_compile` is set in it: on a GPU, `generate()` would compile a static cache's decode steps by itself otherwise.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Fuseline: a graph compiler for PyTorch models."""
 
 from . import passes as _passes  # registers the passes of this package
+from .calibrate import analyze
 from .compiler.capture import capture
 from .compiler.errors import FuselineError, UserError
 from .compiler.framework import Level, Pass, Tier
@@ -12,6 +13,6 @@ from .optimize import optimize, refresh, reports
 
 __version__ = "0.1.0"
 __all__ = [
-    "FuselineError", "Level", "Pass", "Pipeline", "Program", "Rule", "Tier", "UserError", "capture", "optimize",
-    "refresh", "register", "reports",
+    "FuselineError", "Level", "Pass", "Pipeline", "Program", "Rule", "Tier", "UserError", "analyze", "capture",
+    "optimize", "refresh", "register", "reports",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from .compiler.action import Observer
 from .compiler.capture import from_dynamo
 from .compiler.errors import UserError, nearest
 from .compiler.pipeline import DEFAULT, Pipeline
+from .compiler.plan import Plan
 
-OPTIONS = ("pipeline", "target", "verify", "observers", "record")
+OPTIONS = ("pipeline", "plan", "target", "verify", "observers", "record")
 recent: deque[Compilation] = deque(maxlen=8)
 """The last compilations of this process, newest last; they keep no model's tensors alive."""
 
@@ -37,6 +39,7 @@ def compile(
 
     Options (as `options={…}` of torch.compile):
         pipeline: passes, as text, a TOML file's path or a list; exact passes only when left out.
+        plan: for passes that need data, a Plan or its file's path.
         target: "auto", "eager", "inductor" or "triton".
         verify: "off", "quick" or "full".
         observers: watch the passes.
@@ -50,9 +53,11 @@ def compile(
         raise UserError("backend 'fuseline' has no modes", remedy='options={"target": …, "pipeline": …}')
     pipeline = Pipeline(settings.get("pipeline", DEFAULT))
     observers: Sequence[Observer] = settings.get("observers", ())
+    plan = settings.get("plan")
+    plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     program = from_dynamo(module, inputs)
     compilation = compile_program(
-        program, inputs, pipeline, settings.get("target"), observers, settings.get("verify", "quick")
+        program, inputs, pipeline, settings.get("target"), observers, settings.get("verify", "quick"), plan
     )
     recent.append(
         replace(

@@ -19,6 +19,7 @@ from .compiler.expand import expand_weights
 from .compiler.flatten import anchors_only, flatten
 from .compiler.outline import inline
 from .compiler.pipeline import Pipeline
+from .compiler.plan import Plan
 from .compiler.program import Program
 from .compiler.report import Report
 from .runtime.executable import Executable
@@ -83,6 +84,7 @@ def compile_program(
     target: str | None = None,
     observers: Sequence[Observer] = (),
     verification: str = "quick",
+    plan: Plan | None = None,
 ) -> Compilation:
     """Runs the pipeline over a captured program and makes it executable on its flat arguments.
 
@@ -91,7 +93,7 @@ def compile_program(
             weight is reported here and not in the middle of a call.
     """
     chosen = choose_target(target, program)
-    after, report = pipeline.run(program, observers, verification)
+    after, report = pipeline.run(program, observers, verification, plan)
     result = Compilation(program, after, report, chosen, _unbuilt)
     if after.training:
         result.executable = _training(after, inputs, chosen)

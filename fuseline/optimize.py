@@ -21,11 +21,13 @@ from typing import Any, TypeVar, overload
 import torch
 
 from .backend import compile as backend_compile
+from .calibrate import analyze
 from .compile import TARGETS, Compilation
 from .compiler.action import Observer
 from .compiler.errors import UserError, nearest
 from .compiler.framework import Pass
-from .compiler.pipeline import DEFAULT, Pipeline
+from .compiler.pipeline import DEFAULT, Pipeline, needs_calibration
+from .compiler.plan import Plan
 from .compiler.weights import STORE
 from .compiler.weights import refresh as _refresh_binders
 
@@ -39,6 +41,8 @@ def optimize(
     model: Module,
     pipeline: Passes = ...,
     *,
+    calibration: Iterable[Any] | None = ...,
+    plan: Plan | str | Path | None = ...,
     target: str | None = ...,
     observers: Sequence[Observer] = ...,
     verify: str = ...,
@@ -49,6 +53,7 @@ def optimize(
 def optimize(
     model: Passes = ...,
     *,
+    plan: Plan | str | Path | None = ...,
     target: str | None = ...,
     observers: Sequence[Observer] = ...,
     verify: str = ...,
@@ -59,6 +64,8 @@ def optimize(
     model: Any = DEFAULT,
     pipeline: Passes = DEFAULT,
     *,
+    calibration: Iterable[Any] | None = None,
+    plan: Plan | str | Path | None = None,
     target: str | None = None,
     observers: Sequence[Observer] = (),
     verify: str = "quick",
@@ -70,6 +77,8 @@ def optimize(
     Args:
         model: a module; or, for a decorator, the pipeline.
         pipeline: exact passes only when left out.
+        calibration: batches for passes that need data, on an instance; see `fuseline.analyze`.
+        plan: what such passes decided earlier: a Plan, or its file's path.
         target: "auto" (default), "eager", "inductor" or "triton".
         dynamic, fullgraph: as in torch.compile.
 
@@ -78,14 +87,25 @@ def optimize(
     """
     if target is not None and target not in TARGETS:
         raise UserError(f"unknown target '{target}'{nearest(target, TARGETS)}")
-    settings = {
+    settings: dict[str, Any] = {
         "target": target, "observers": observers, "verify": verify, "dynamic": dynamic, "fullgraph": fullgraph,
     }  # fmt: skip
     if isinstance(model, type) and issubclass(model, torch.nn.Module):
         raise UserError("the decorator takes a pipeline", remedy='@fuseline.optimize("raise,fuse")')
+    settings["plan"] = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     if not isinstance(model, torch.nn.Module):
+        if calibration is not None:
+            raise UserError(
+                "a class has no weights to calibrate yet",
+                remedy="calibrate an instance: fuseline.optimize(model, pipeline, calibration=batches)",
+            )
         return functools.partial(_decorate, pipeline=Pipeline(model), settings=settings)
-    return _compile_in_place(model, Pipeline(pipeline), settings)
+    chosen = Pipeline(pipeline)
+    if calibration is not None and settings["plan"] is None:
+        settings["plan"] = analyze(model, chosen, calibration)
+    if chosen.needs_data and settings["plan"] is None:
+        raise needs_calibration(chosen)
+    return _compile_in_place(model, chosen, settings)
 
 
 def _compile_in_place(model: torch.nn.Module, pipeline: Pipeline, settings: dict[str, Any]) -> torch.nn.Module:
@@ -103,6 +123,7 @@ def _compile_in_place(model: torch.nn.Module, pipeline: Pipeline, settings: dict
         "fullgraph": settings["fullgraph"],
         "options": {
             "pipeline": pipeline,
+            "plan": settings["plan"],
             "target": settings["target"],
             "observers": tuple(settings["observers"]),
             "verify": settings["verify"],

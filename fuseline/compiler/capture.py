@@ -143,7 +143,8 @@ class CapturedModule(torch.nn.Module):
         super().__init__()
         self._run, self._in_spec, self._out_spec, self._arguments = run, in_spec, out_spec, arguments
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def arguments(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The program's flat arguments for a call like the captured one, live parameters included."""
         flat, spec = pytree.tree_flatten((args, kwargs))
         if self._in_spec is not None and spec != self._in_spec:
             raise CaptureError(
@@ -151,7 +152,10 @@ class CapturedModule(torch.nn.Module):
                 [f"captured: {self._in_spec}", f"called:   {spec}"],
                 "call with the same positional and keyword arguments",
             )
-        outputs = self._run(*self._arguments(flat))
+        return self._arguments(flat)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self._run(*self.arguments(*args, **kwargs))
         if self._out_spec is None:
             return outputs
         return pytree.tree_unflatten(list(outputs) if isinstance(outputs, (tuple, list)) else [outputs], self._out_spec)

@@ -59,6 +59,8 @@ class VerificationError(FuselineError):
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`"; did you mean 'rotate'? (valid: …)"`, or the valid names alone when none is close."""
     names = sorted(valid)
+    likeness = lambda candidate: difflib.SequenceMatcher(None, candidate, name).ratio()
     close = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+    close = [c for c in close if likeness(c) >= 0.85 * likeness(close[0])]  # a second one only where it is as likely
     hint = f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
     return f"{hint} (valid: {', '.join(names)})"

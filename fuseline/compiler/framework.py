@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +14,7 @@ from .errors import UserError, nearest
 from .rule import Rule
 
 if TYPE_CHECKING:
+    from .plan import SitePlan
     from .program import Program
     from .rewriter import Rewriter
 
@@ -47,6 +48,7 @@ class Pass:
     example: ClassVar[str] = ""  # a pipeline to try it with, where its bare name is none
     requires: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset()
+    needs_data: ClassVar[bool] = False  # `analyze` decides site by site before any rewrite
 
     allow_empty: bool = False  # matching no site is not an error
 
@@ -54,8 +56,15 @@ class Pass:
         """The rules to apply, in order."""
         raise NotImplementedError(f"{type(self).__name__} has neither rules() nor run()")
 
+    def analyze(self, program: Program, data: Sequence[Sequence[Any]]) -> dict[str, SitePlan]:
+        """Decides, once and ahead of time, what to do at each site (`sites.sites(program.graph)` names them).
+
+        program: as the passes before left it; data: flat arguments of one call each, for `program.run`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs data and has no analyze()")
+
     def run(self, program: Program, rewriter: Rewriter) -> None:
-        """Rewrites the program through the rewriter."""
+        """Rewrites the program through the rewriter; `rewriter.decision(node)` is what `analyze` decided."""
         rewriter.apply_all(self.rules(program))
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:

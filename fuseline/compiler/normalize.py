@@ -98,7 +98,7 @@ def normalize(
     for position, node in enumerate(placeholders):
         source = states.get(position)
         if source is None or node in written:
-            readable = source.name.replace(".", "_") if source else names.get(position, node.name)
+            readable = identifier(source.name) if source else names.get(position, node.name)
             node._rename(readable)
             node.meta.setdefault("val", fakes[position])
             node.target = node.name

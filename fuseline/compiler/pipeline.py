@@ -19,6 +19,7 @@ from . import registry
 from .action import Observer
 from .errors import EmptyPassError, FuselineError, PassError, UserError
 from .framework import Level, Pass, Tier, build
+from .plan import Plan
 from .program import Program
 from .report import PassReport, Report
 from .rewriter import Rewriter
@@ -61,19 +62,48 @@ class Pipeline:
         """The passes that approximate."""
         return tuple(p for p in self.passes if p.tier is Tier.LOSSY)
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether some pass analyses data before it rewrites."""
+        return any(p.needs_data for p in self.passes)
+
+    def analyze(self, program: Program, data: Sequence[Sequence[Any]]) -> Plan:
+        """The decisions of the passes that need data, each made on the program as its predecessors left it.
+
+        Args:
+            data: flat arguments of one call each, as `program.examples`.
+        """
+        plan = Plan.empty(str(self), program)
+        program, report = program.copy(), Report(str(self))
+        for step in self.passes:
+            if step.needs_data:
+                plan.add(step.name, step.analyze(program, data))
+            self._run_pass(step, program, [], report, plan)
+        return plan
+
     def run(
-        self, program: Program, observers: Sequence[Observer] = (), verification: str = "quick"
+        self,
+        program: Program,
+        observers: Sequence[Observer] = (),
+        verification: str = "quick",
+        plan: Plan | None = None,
     ) -> tuple[Program, Report]:
         """Runs the passes over a copy of `program`.
 
         Args:
             observers: watch passes and rewrites, and may skip rewrites.
             verification: "off", "quick" (structure, types, the modified flag) or "full" (fake values recomputed too).
+            plan: the decisions of `analyze`, where a pass needs data.
 
         Raises:
             EmptyPassError: a pass matched nothing and does not allow that.
             PassError, VerificationError: a pass refused the program, or broke it.
+            UserError: a pass needs data and there is no plan, or it was made for something else.
         """
+        if plan is not None:
+            plan.check(str(self), program)
+        elif self.needs_data:
+            raise needs_calibration(self)
         watching: list[Observer] = list(observers)
         if verification != "off":
             watching.append(Verify(verification))
@@ -82,13 +112,15 @@ class Pipeline:
         for observer in watching:
             observer.pipeline_starts(self, program)
         for step in self.passes:
-            self._run_pass(step, program, watching, report)
+            self._run_pass(step, program, watching, report, plan)
         program.module.recompile()
         for observer in watching:
             observer.pipeline_ends(program, report)
         return program, report
 
-    def _run_pass(self, step: Pass, program: Program, observers: list[Observer], report: Report) -> None:
+    def _run_pass(
+        self, step: Pass, program: Program, observers: list[Observer], report: Report, plan: Plan | None
+    ) -> None:
         if step.level is not Level.NORMAL:
             raise UserError(
                 f"pass '{step.name}' works at the {step.level.value} level, on forward and backward in one graph",
@@ -100,6 +132,7 @@ class Pipeline:
             raise PassError(f"pass '{step.name}' needs {', '.join(sorted(missing))}", remedy=_who_ensures(missing))
         record = PassReport(step.name, str(step), step.tier.value, nodes_before=len(program))
         rewriter = Rewriter(program, step.name, observers, report.rewrites + 1)
+        rewriter.decisions = plan.of(step.name) if plan is not None else {}
         before = structural_hash(program)
         for observer in observers:
             observer.pass_starts(step, program)
@@ -142,6 +175,15 @@ class Pipeline:
                     f"pass '{step.name}' works before autograd and cannot follow '{joint.name}', which works after it",
                     remedy=f"put '{step.name}' first",
                 )
+
+
+def needs_calibration(pipeline: Pipeline) -> UserError:
+    """The error for a pipeline that needs data and was given none."""
+    names = ", ".join(f"'{p.name}'" for p in pipeline.passes if p.needs_data)
+    return UserError(
+        f"{names} decides from data, and there is none",
+        remedy=f'fuseline.optimize(model, "{pipeline}", calibration=batches), or plan=PATH',
+    )
 
 
 def _nothing_matched(step: Pass, program: Program, record: PassReport) -> EmptyPassError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +21,7 @@ from .expressions import Expression
 from .order import touches_written, writes
 from .outline import Cut
 from .pattern import Match
+from .plan import SitePlan
 from .program import Program
 from .provenance import add_maker, inherit, source_line
 from .rule import Rule
@@ -118,6 +119,14 @@ class Rewriter:
         self._weights: dict[Expression, Node] = {n.meta["weight"]: n for n in program.weights()}
         self._types: dict[Any, Any] = {}
         self.site_of: dict[Node, str] = _sites.sites(program.graph)
+        self.decisions: Mapping[str, SitePlan] = {}
+
+    def decision(self, node: Node) -> SitePlan | None:
+        """What the pass's analysis decided for this node's site; None, and a recorded refusal, where it knows none."""
+        found = self.decisions.get(self._site(node))
+        if found is None:
+            self.refuse(node, "the plan has no decision for this site")
+        return found
 
     def apply_all(self, rules: Iterable[Rule]) -> None:
         """Applies each rule everywhere it fits, in order."""

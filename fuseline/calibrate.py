@@ -1,0 +1,42 @@
+"""`fuseline.analyze`: runs the passes that need data on calibration batches, and gives their Plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from .compiler.capture import CapturedModule, capture
+from .compiler.errors import UserError
+from .compiler.pipeline import Pipeline
+from .compiler.plan import Plan
+
+
+def analyze(model: torch.nn.Module, pipeline: Any, calibration: Iterable[Any]) -> Plan:
+    """The plan of `pipeline` for `model`; save it with `plan.save(PATH)`, use it as `plan=` of `fuseline.optimize`.
+
+    Args:
+        calibration: batches of one shape: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+
+    Raises:
+        UserError: no batch, or batches that are not laid out alike.
+    """
+    batches = [_call(batch) for batch in calibration]
+    if not batches:
+        raise UserError("calibration holds no batch", remedy="calibration=[(input_ids,), …]")
+    args, kwargs = batches[0]
+    program = capture(model, args, kwargs)
+    module = program.to_module()
+    assert isinstance(module, CapturedModule)
+    return Pipeline(pipeline).analyze(program, [module.arguments(*a, **k) for a, k in batches])
+
+
+def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, torch.Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    raise UserError(f"a calibration batch is a tensor, a tuple or a dict, not {type(batch).__name__}")

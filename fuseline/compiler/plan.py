@@ -1,0 +1,127 @@
+"""Plan: what a pass that needs data decided, site by site, so that every graph captured after is rewritten alike.
+
+    {version, pipeline, model: {parameter: "dtype[sizes]"}, sites: {site: {pass: {structure: …, tensors: {name: key}}}}}
+
+as JSON, with the tensors in a safetensors file beside it. *Structure* (bits, rank, pairing) is JSON and selects how a
+site is rewritten; *tensors* (thresholds, scales) are its values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError
+from .program import Program
+from .structure import describe_value
+
+VERSION = 1
+
+
+@dataclass
+class SitePlan:
+    """One pass's decision at one site."""
+
+    structure: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """The decisions of a pipeline's passes for one model.
+
+    pipeline: the text of the pipeline that was analysed; model: its parameters and their types;
+    sites: site → pass → decision.
+    """
+
+    pipeline: str
+    model: dict[str, str] = field(default_factory=dict)
+    sites: dict[str, dict[str, SitePlan]] = field(default_factory=dict)
+
+    @staticmethod
+    def empty(pipeline: str, program: Program) -> Plan:
+        """A plan without decisions for the model that `program` was captured from."""
+        return Plan(pipeline, {s.name: describe_value(s.tensor) for s in program.sources.values()})
+
+    def add(self, step: str, decisions: Mapping[str, SitePlan]) -> None:
+        """Records the decisions of the pass called `step`."""
+        for site, decision in decisions.items():
+            self.sites.setdefault(site, {})[step] = decision
+
+    def of(self, step: str) -> dict[str, SitePlan]:
+        """The decisions of the pass called `step`, by site."""
+        return {site: passes[step] for site, passes in self.sites.items() if step in passes}
+
+    def check(self, pipeline: str, program: Program) -> None:
+        """Refuses another pipeline or another model than the plan was made for.
+
+        Raises:
+            UserError: naming the pipelines, or the first parameter that differs.
+        """
+        if pipeline != self.pipeline:
+            raise UserError(
+                "the plan was made for another pipeline",
+                [f"plan: {self.pipeline}", f"here: {pipeline}"],
+                "use the plan's pipeline, or analyse again with fuseline.analyze",
+            )
+        for source in program.sources.values():
+            here, there = describe_value(source.tensor), self.model.get(source.name)
+            if here != there:
+                name = source.name
+                raise UserError(
+                    f"the plan was made for another model: '{name}' is {here} here and {there or 'absent'} there",
+                    remedy="analyse this model: fuseline.analyze(model, pipeline, calibration=batches)",
+                )
+
+    def save(self, path: str | Path) -> Path:
+        """Writes `path` (a .json file) and the tensors beside it; returns the path."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, torch.Tensor] = {}
+        sites: dict[str, Any] = {}
+        for site, passes in self.sites.items():
+            for step, decision in passes.items():
+                keys = {name: f"{site}:{step}:{name}" for name in decision.tensors}
+                tensors.update({keys[n]: t.detach().contiguous() for n, t in decision.tensors.items()})
+                sites.setdefault(site, {})[step] = {"structure": decision.structure, "tensors": keys}
+        save_file(tensors, path.with_suffix(".safetensors"))
+        record = {"version": VERSION, "pipeline": self.pipeline, "model": self.model, "sites": sites}
+        path.write_text(json.dumps(record, indent=1))
+        return path
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Reads a plan back.
+
+        Raises:
+            UserError: a missing, truncated or foreign file, or a version that this release does not read.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        try:
+            record = json.loads(path.read_text())
+            tensors = load_file(path.with_suffix(".safetensors"))
+        except FileNotFoundError as error:
+            raise UserError(f"no plan at {path}: {error.filename or path} is missing") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+            raise UserError(f"{path} is not a complete plan: {error}") from None
+        if not isinstance(record, dict) or record.get("version") != VERSION:
+            found = record.get("version") if isinstance(record, dict) else None
+            raise UserError(f"{path} is a plan of version {found}, and this release reads version {VERSION}")
+        sites = {
+            site: {
+                step: SitePlan(d["structure"], {name: tensors[key] for name, key in d["tensors"].items()})
+                for step, d in passes.items()
+            }
+            for site, passes in record["sites"].items()
+        }
+        return Plan(record["pipeline"], record["model"], sites)

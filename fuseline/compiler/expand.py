@@ -29,7 +29,7 @@ def expand_weights(module: GraphModule, weights: list[Expression]) -> list[Expre
         if expression not in expanded:
             assert last is not None
             with graph.inserting_after(last):
-                last = graph.placeholder(f"expanded_{codes.name}")  # type: ignore[union-attr]
+                last = graph.placeholder(f"expanded_{len(expanded)}_{codes.name}")  # type: ignore[union-attr]
             last.meta = {**node.meta, "weight": expression}
             expanded[expression] = last
         node.replace_all_uses_with(expanded[expression])

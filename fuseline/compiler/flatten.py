@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule
 
 from . import compat
+from .normalize import Inliner
 from .ops import Kind, Op, find
 from .program import Program
 
@@ -25,7 +26,7 @@ def anchors_only(op: Op) -> bool:
 def flatten(program: Program, module: GraphModule, which: Callable[[Op], bool] = lambda op: True) -> GraphModule:
     """The lifted `module` of `program` traced again, dialect ops that `which` accepts written out in ATen."""
 
-    class Naive(Interpreter):
+    class Naive(Inliner):
         def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             op = find(target)
             if op is not None and which(op):

@@ -146,10 +146,12 @@ def clean(graph: torch.fx.Graph, training: bool) -> None:
         if packet in _ASSERTIONS and not node.users:
             graph.erase_node(node)
         elif (
-            (packet in ("to", "alias") and _is_identity(node))
-            or (packet == "slice" and _is_whole_slice(node))
+            (packet == "to" and _is_identity(node))
+            or (packet == "alias" and not _is_handed_out(node))
+            or (packet == "slice" and _is_whole_slice(node) and not _is_handed_out(node))
             or (packet in _DROPOUTS and (node.args[1] == 0 or node.args[2] is False))
-            or (packet in ("detach", "detach_") and not training)
+            or (packet == "detach" and not training and not _is_handed_out(node))
+            or (packet == "detach_" and not training)
         ):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -157,7 +159,7 @@ def clean(graph: torch.fx.Graph, training: bool) -> None:
 
 
 def _is_identity(node: Node) -> bool:
-    """A node that returns its input: the same dtype, device, shape and strides, no copy asked for."""
+    """A cast that returns its input: the same dtype and device, no copy and no other memory format asked for."""
     source = node.args[0]
     if not isinstance(source, Node):
         return False
@@ -169,8 +171,14 @@ def _is_identity(node: Node) -> bool:
         and isinstance(after, torch.Tensor)
         and before.dtype == after.dtype
         and before.device == after.device
-        and before.dim() == after.dim()
+        and node.kwargs.get("memory_format") in (None, torch.preserve_format)
+        and not any(isinstance(a, torch.memory_format) for a in node.args)
     )
+
+
+def _is_handed_out(node: Node) -> bool:
+    """Whether the caller gets this very tensor: a view or a detached one is then not its source."""
+    return any(user.op == "output" for user in node.users)
 
 
 def _mark_autocast(graph: torch.fx.Graph) -> None:

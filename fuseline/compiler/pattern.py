@@ -218,6 +218,8 @@ def _match_call(term: Call, node: Any, bindings: Bindings, nodes: tuple[Node, ..
         elif actual != wanted:
             return
     values = list(given.values())[: len(term.operands)]
+    if len(values) < len(term.operands):
+        return
     orders = [values, values[::-1]] if term.commutative and len(values) == 2 else [values]
     for order in orders:
         yield from _match_all(term.operands, order, bindings, (*nodes, node))

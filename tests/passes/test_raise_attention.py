@@ -59,8 +59,6 @@ EAGER = {
         lambda s: (3 * torch.tanh(s * 0.5 / 3)).masked_fill(hidden(), torch.finfo(F64).min),
         ("causal", 0, 0, 3),
     ),
-    "filled with a modest number": (lambda s: (s / 2).masked_fill(hidden(), -1e4), ("full", 0, 0, 0.0)),
-    "chosen over a modest number": (lambda s: torch.where(~hidden(), s / 2, -1e4), ("full", 0, 0, 0.0)),
 }
 
 
@@ -142,6 +140,42 @@ def test_attention_refuses_numbers_that_are_data(reason: str, logits: Callable[.
     # The result at capture, which a number taken then would keep giving, is not the result for another tensor.
     later = program.run([*QKV, torch.tensor(-30.0, dtype=F64)])[0]
     assert error(run(program), later) > 1e-2
+
+
+@pytest.mark.parametrize("fill", [5.0, 0.0, -1.0, -1e4])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_attention_refuses_a_fill_that_cannot_be_added(fill: float, chosen: bool) -> None:
+    everything = torch.ones(5, 5, dtype=torch.bool)  # a row that sees no key shows the difference at any fill
+
+    def logits(s: torch.Tensor) -> torch.Tensor:
+        return torch.where(~everything, s / 2, fill) if chosen else (s / 2).masked_fill(everything, fill)
+
+    reason = f"hidden logits are replaced by {fill:g}, which a mask that is added cannot express"
+    program = refused(reason, lambda q, k, v: written(q, k, v, logits=logits), *QKV)
+    q, k, v = QKV
+    added = F.scaled_dot_product_attention(q, k, v, torch.full((5, 5), fill, dtype=F64), scale=0.5)
+    assert error(run(program), added) > 1e-2
+
+
+def test_attention_written_out_keeps_its_own_gradient_where_a_row_may_see_no_key() -> None:
+    mask = torch.zeros(5, 5, dtype=F64)
+    mask[0] = torch.finfo(F64).min
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return written(q, k, v, logits=lambda s: s / 2 + mask.to(s.device))
+
+    torch.compiler.reset()
+    found: list[Any] = []
+    compiled = torch.compile(function, backend="fuseline", options={"record": found.append})
+    gradients = []
+    for call in (function, compiled):
+        inputs = [x.clone().requires_grad_() for x in QKV]
+        call(*inputs).square().sum().backward()
+        gradients.append([x.grad for x in inputs])
+    for actual, expected in zip(gradients[1], gradients[0], strict=True):
+        assert error(actual, expected) < 1e-9
+    reasons = found[0].report["raise"].refused.values()
+    assert list(reasons) == ["a row may see no key, and the op's gradient there is not that of what is written"]
 
 
 # Repeated heads

@@ -23,7 +23,7 @@ from ...compiler.program import Program
 from ...compiler.rewriter import Builder
 from ...compiler.traits import arguments
 from .attention import AttentionRule, Site
-from .masks import Mask
+from .masks import Claim, Mask
 from .nodes import CASTS, is_last, op_name, value
 
 aten = torch.ops.aten
@@ -43,7 +43,10 @@ class EagerAttention(AttentionRule):
         soft = call(("softmax", "_softmax"), masked, dim, bind="softmax")
         return call("matmul", Through(soft, (*CASTS, "dropout", "contiguous")), v)
 
+    _training = False
+
     def matches(self, program: Program) -> Iterator[Match]:
+        self._training = program.training
         for m in super().matches(program):
             if not isinstance(m.get("mask"), Node | None):
                 continue  # a number is added to the logits
@@ -72,6 +75,12 @@ class EagerAttention(AttentionRule):
         fits = (torch.float32, value(m.q).dtype)
         if mask.node is not None and mask.fill is None and value(mask.node).dtype not in fits:
             return f"the mask is {value(mask.node).dtype}, the queries are {value(m.q).dtype}"
+        if mask.fill is not None and not _swallows(mask.fill, mask.dtype):
+            return f"hidden logits are replaced by {mask.fill:g}, which a mask that is added cannot express"
+        proved = self._claim(m.site)
+        certain = isinstance(proved, Claim) and proved.padding is None
+        if self._training and mask.node is not None and not certain:
+            return "a row may see no key, and the op's gradient there is not that of what is written"
         return super().refuse(m)
 
     def after(self, m: Match, new: Builder) -> Node:
@@ -80,6 +89,12 @@ class EagerAttention(AttentionRule):
         k = keys if transposed else new(aten.transpose.int, site.k, -1, -2)
         m.bindings["site"] = Site(site.root, site.q, k, site.v, site.mask, site.scale, False, site.softcap)
         return super().after(m, new)
+
+
+def _swallows(fill: float, dtype: torch.dtype) -> bool:
+    """Whether adding `fill` to a logit is the same as putting it in its place: the logit is lost in the rounding."""
+    low = torch.tensor(fill, dtype=dtype)
+    return fill < 0 and bool(low + 1e4 == low)
 
 
 def _mask(m: Match, fill: Any) -> Mask:

@@ -28,7 +28,7 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 BLOCK = re.compile(r"```console\n\$ (?P<command>.+)\n(?P<output>(?:(?!```).*\n)*)```")
 
 TABLE = re.compile(
-    r"(?P<marker><!-- table (?P<name>[\w.-]+): (?P<columns>[\w, ]+) -->)\n(?:(?!<!-- end -->).*\n)*<!-- end -->"
+    r"(?P<marker><!-- table (?P<name>[\w.-]+): (?P<columns>[\w,\s]+) -->)\n(?:(?!<!-- end -->).*\n)*<!-- end -->"
 )
 
 

@@ -98,20 +98,10 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
-def clear_tracing_context() -> contextlib.AbstractContextManager[Any]:
-    """Runs a compiler of PyTorch's own inside ours without its seeing our tracing context."""
-    return torch._guards.tracing(None)
-
-
 def storages(value: Any) -> tuple[int, ...]:
     """What tells the storages of a value's tensors apart, fake ones too: two tensors with one in common are aliases."""
     tensors = [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
     return tuple(t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided)
-
-
-def dynamo_reset() -> None:
-    """Forgets all compilations, as `torch.compiler.reset` does."""
-    torch.compiler.reset()
 
 
 def size_hint(value: Any, fallback: int = 8192) -> int:

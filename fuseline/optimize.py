@@ -24,12 +24,12 @@ from .backend import compile as backend_compile
 from .calibrate import analyze
 from .compile import TARGETS, Compilation
 from .compiler.action import Observer
+from .compiler.binder import refresh as _refresh_binders
 from .compiler.errors import UserError, nearest
 from .compiler.framework import Pass
 from .compiler.pipeline import DEFAULT, Pipeline, needs_calibration
 from .compiler.plan import Plan
 from .compiler.weights import STORE
-from .compiler.weights import refresh as _refresh_binders
 
 Passes = str | Path | Iterable[Pass] | Pipeline
 Module = TypeVar("Module", bound=torch.nn.Module)

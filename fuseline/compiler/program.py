@@ -15,9 +15,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
+from .binder import Binder
 from .compat import real_tensors
 from .expressions import Expression, Param
-from .weights import STORE, Binder, WeightStore
+from .weights import STORE, WeightStore
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..compiler.weights import Binder
+from ..compiler.binder import Binder
 
 
 class Executable:

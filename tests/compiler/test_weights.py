@@ -9,10 +9,11 @@ import torch
 from torch.nn import Parameter
 
 from fuseline.compiler import weights
+from fuseline.compiler.binder import Binder
 from fuseline.compiler.errors import UserError
 from fuseline.compiler.expressions import Cast, Concat, Constant, Output, Pack, Param, Quantize, Scale, Slice, Transpose
 from fuseline.compiler.schemes import Scheme
-from fuseline.compiler.weights import Binder, WeightStore
+from fuseline.compiler.weights import WeightStore
 
 W, B = Param("w"), Param("b")
 DOUBLED = Scale(W, Constant((2.0,), (1,), torch.float32, "cpu"), 0)

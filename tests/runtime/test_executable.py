@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from fuseline.compiler.binder import Binder
 from fuseline.compiler.expressions import Constant, Param, Scale
-from fuseline.compiler.weights import Binder, WeightStore
+from fuseline.compiler.weights import WeightStore
 from fuseline.runtime.executable import Executable
 
 

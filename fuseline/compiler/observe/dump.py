@@ -18,12 +18,12 @@ import torch
 from torch.fx import GraphModule
 
 from ..action import Observer
+from ..binder import Binder
 from ..errors import UserError
 from ..expressions import Expression
 from ..framework import Pass
 from ..program import Program
 from ..report import PassReport
-from ..weights import Binder
 from .numerics import error, floats
 
 if TYPE_CHECKING:

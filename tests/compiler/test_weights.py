@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from fuseline.compiler import weights
-from fuseline.compiler.binder import Binder
+from fuseline.compiler.binder import Binder, refresh
 from fuseline.compiler.errors import UserError
 from fuseline.compiler.expressions import Cast, Concat, Constant, Output, Pack, Param, Quantize, Scale, Slice, Transpose
 from fuseline.compiler.schemes import Scheme
@@ -156,7 +155,7 @@ def test_the_binder_notices_replacement_edits_and_refresh() -> None:
     w.data.fill_(7)
     assert bind([w])[0].item() == 4
     store.forget([w])
-    weights.refresh()
+    refresh()
     assert bind([w])[0].item() == 14
 
 

@@ -23,6 +23,7 @@ from ..compiler.provenance import makers, source_lines
 from .emitter import emit_region
 from .kernel import Kernel, Launcher, Refusal
 from .module_file import deduplicate, load_module, render, write_text
+from .templates.attention import emit_attention
 from .templates.linear import emit_linear
 
 MANIFEST_VERSION = 1
@@ -106,7 +107,13 @@ def lower(program: Program) -> Lowered:
 
 def emit(region: GraphModule, name: str) -> Launcher | Refusal:
     """The kernels of one region, by its kind."""
-    return emit_linear(region, name) if region.meta.get("kind") == "linear" else emit_region(region, name)
+    return _EMITTERS.get(region.meta.get("kind"), emit_region)(region, name)
+
+
+_EMITTERS: dict[object, Callable[[GraphModule, str], Launcher | Refusal]] = {
+    "linear": emit_linear,
+    "attention": emit_attention,
+}
 
 
 def function_name(region: str) -> str:

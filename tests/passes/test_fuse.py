@@ -152,6 +152,22 @@ def test_a_naive_cluster_over_the_write_would_be_wrong() -> None:
     assert not torch.equal(torch.tanh(cache.clone().index_copy_(0, row, x)), before)
 
 
+def test_an_attention_over_a_cache_keeps_its_place_among_the_writes() -> None:
+    def function(q, key, cache, row):
+        before = torch.ops.fuseline.attention(q, cache, cache, None, 0.5, "full")
+        cache.index_copy_(2, row, key)
+        after = torch.ops.fuseline.attention(q, cache, cache, None, 0.5, "full")
+        cache.index_copy_(2, row, key * 2)
+        return before, after, torch.ops.fuseline.attention(q, cache, cache, None, 0.5, "full")
+
+    q, key, cache, row = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8), torch.tensor([3])
+    after = fused(function, q, key, cache.clone(), row)
+    assert regions(after) == [["attention"]] * 3
+    ours, theirs = cache.clone(), cache.clone()
+    assert all(map(torch.equal, after.to_module()(q, key, ours, row), function(q, key, theirs, row)))
+    assert torch.equal(ours, theirs)
+
+
 def test_row_operations_join_over_the_same_rows_only() -> None:
     def function(x):
         y = torch.softmax(x * 2, -1)
@@ -167,7 +183,7 @@ def test_row_operations_join_over_the_same_rows_only() -> None:
 def test_a_lone_pointwise_op_is_left_to_pytorch() -> None:
     after, _ = FUSE.run(traced(lambda x: torch.exp(x).t(), torch.randn(3, 3)))
     assert regions(after) == []
-    with pytest.raises(UserError, match="no linear, and no two pointwise operations that follow each other"):
+    with pytest.raises(UserError, match="no linear, no attention, and no two pointwise operations that follow each other"):
         Pipeline("fuse").run(traced(lambda x: torch.exp(x), torch.randn(3, 3)))
 
 
@@ -178,6 +194,10 @@ def test_options_choose_what_is_fused() -> None:
     program = traced(function, torch.randn(3, 4), torch.randn(4, 4))
     assert regions(Pipeline("fuse{linears=false}").run(program)[0]) == [["neg", "exp"]]
     assert regions(Pipeline("fuse{pointwise=false}").run(program)[0]) == [["linear"]]
+    q = torch.randn(1, 2, 3, 4)
+    program = traced(lambda q: torch.ops.fuseline.attention(q, q, q, None, 0.5, "full"), q)
+    assert regions(Pipeline("fuse").run(program)[0]) == [["attention"]]
+    assert regions(Pipeline("fuse{attention=false,allow_empty}").run(program)[0]) == []
 
 
 @settings(max_examples=60)

@@ -8,9 +8,9 @@ Before                                       after  fuse
     z = x + linear(y, Wd)
 
 A region is a subgraph with an anchor (linears of one input, in any weight format) and what goes into its template's
-prologue (a norm) and epilogue (pointwise ops), or a cluster of pointwise and row operations without an anchor. Codegen
-turns a region into one kernel, or runs it through PyTorch and says why; in eager a region runs as it stands, so the
-program stays executable at this stage.
+prologue (a norm) and epilogue (pointwise ops), a cluster of pointwise and row operations without an anchor, or an
+attention by itself. Codegen turns a region into one kernel or two, or runs it through PyTorch and says why; in eager a
+region runs as it stands, so the program stays executable at this stage.
 
 Regions are convex: no value leaves one and comes back. Nodes that touch a storage which the graph writes to (a KV
 cache) and nodes in other grad modes stay outside.
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...compiler import ops
 from ...compiler.framework import Pass, Tier
 from ...compiler.order import Partition, Reachability, sort
 from ...compiler.outline import cut
@@ -43,6 +44,7 @@ class Fuse(Pass):
 
     linears: bool = True  # regions around linears
     pointwise: bool = True  # clusters of pointwise and row operations
+    attention: bool = True  # each attention for itself
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         sort(program.graph)
@@ -54,6 +56,10 @@ class Fuse(Pass):
             taken = {n for r in regions for n in r.nodes}
         if self.pointwise:
             regions += clusters(program, partition, taken)
+        if self.attention:
+            # An attention that reads a cache which the graph writes to stays in its place: it is cut out alone.
+            attentions = [n for n in program.graph.nodes if n.target is ops.attention.overload]
+            regions += [Region("attention", "attention", [n]) for n in attentions]
         for region in regions:
             piece = cut(program, region.nodes, region.kind)
             rewriter.rewrite(
@@ -65,4 +71,4 @@ class Fuse(Pass):
         sort(program.graph)
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
-        return ("the program has no linear, and no two pointwise operations that follow each other",)
+        return ("the program has no linear, no attention, and no two pointwise operations that follow each other",)

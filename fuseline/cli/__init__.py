@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import typer
 
+from fuseline.cli.cache import cache
 from fuseline.cli.kernels import kernels
 from fuseline.cli.opt import opt
 from fuseline.cli.passes import passes
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 80, "help_option_names": ["-h", "--help"]},
 )
-for verb in (run, passes, opt, kernels):
+for verb in (run, passes, opt, kernels, cache):
     app.command()(verb)
 
 

@@ -15,6 +15,7 @@ from fuseline.cli.output import Output
 from fuseline.cli.render import following, show_kernels
 from fuseline.compiler.errors import UserError, nearest
 from fuseline.compiler.pipeline import DEFAULT, Pipeline
+from fuseline.runtime.location import cache_root
 
 
 def kernels(
@@ -50,6 +51,10 @@ def kernels(
         "notes": notes,
     }
     show_kernels(output, data, limit=None)
+    found, total = (sum(len(k[key]) for k in data["kernels"]) for key in ("cached", "targets"))
+    if total:
+        every = "nothing was compiled: all of it was" if found == total else f"{total - found} compiled, {found} were"
+        output.line(f"{every} in the cache ({cache_root()})")
     if not data["kernels"]:
         output.line(f"no kernels: {len(program)} nodes, none in a region (the pass 'fuse' makes regions)")
     reasons = [item["reason"] for item in data["eager"]]

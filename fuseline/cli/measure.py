@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fuseline import reports
+from fuseline import breaks, reports
 from fuseline.compiler.errors import FuselineError
 from fuseline.compiler.observe.numerics import error
 from fuseline.models import LoadedModel, logits_of
@@ -16,6 +16,9 @@ from fuseline.models.metrics import compare
 from fuseline.models.text import evaluation_text, windows
 
 WINDOW = 256
+NO_REASON = (
+    "it noted no reason; torch.compile may be switched off (TORCH_COMPILE_DISABLE), or nothing is computed on tensors"
+)
 EMPTY = {"perplexity_before": None, "perplexity_after": None, "kl": None, "top1": None, "tokens": 0}
 
 
@@ -48,8 +51,8 @@ def measure(loaded: LoadedModel, count: int) -> dict[str, Any]:
         if not reports(loaded.model):
             raise FuselineError(
                 f"Dynamo compiled no graph of {type(loaded.model).__name__}: the optimized model is the original",
-                ["it skips forwards that are PyTorch's own code, such as that of nn.Sequential"],
-                "wrap the model in an nn.Module of yours whose forward calls it",
+                [str(one) for one in breaks(loaded.model)] or [NO_REASON],
+                "move what cannot be traced out of the forward, or out of its loops and with blocks",
             )
         found: dict[str, Any] = {"error": error(outputs, original(call)())}
     if loaded.tokenizer is None or count < 1:

@@ -1,27 +1,25 @@
-"""Compiles generated kernels for GPUs that this machine does not have."""
+"""Compiles generated kernels for GPUs that this machine does not have, or finds them in the cache."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
 from fuseline.cli.environment import has
-from fuseline.codegen.kernel import Kernel
 from fuseline.codegen.lower import Lowered
-from fuseline.codegen.module_file import load_module
-from fuseline.models.cache import cache_dir
-
-# name → Triton's backend, architecture, threads of a warp
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+from fuseline.codegen.offline import TARGETS, CompileError, compile_kernel
+from fuseline.runtime.kernel_store import KernelStore
 
 
-def describe_kernels(lowered: Lowered) -> list[dict[str, Any]]:
+def describe_kernels(lowered: Lowered, store: KernelStore | None = None) -> list[dict[str, Any]]:
     """The distinct kernels as data.
 
-    Each has name, ops, lines (file:line of the user's code), made_by, count (regions that launch it) and targets:
-    {"sm_80": "ok" or the compiler's message}, empty without triton.
+    Each has name, ops, lines (file:line of the user's code), made_by, count (regions that launch it), targets:
+    {"sm_80": "ok" or the compiler's message}, empty without triton, and cached: the targets that were in the store
+    (by default the cache on disk).
     """
-    compiled = compile_all(lowered) if has("triton") and lowered.kernels else {}
+    compiled = compile_all(lowered, store or KernelStore()) if has("triton") else {}
     launches = Counter(kernel.name for launcher in lowered.launchers for kernel in launcher.kernels)
     return [
         {
@@ -30,39 +28,26 @@ def describe_kernels(lowered: Lowered) -> list[dict[str, Any]]:
             "lines": list(kernel.lines),
             "made_by": list(kernel.made_by),
             "count": launches[kernel.name],
-            "targets": compiled.get(kernel.name, {}),
+            "targets": {target: said for target, (said, _) in compiled.get(kernel.name, {}).items()},
+            "cached": [target for target, (_, stored) in compiled.get(kernel.name, {}).items() if stored],
         }
         for kernel in lowered.kernels
     ]
 
 
-def compile_all(lowered: Lowered) -> dict[str, dict[str, str]]:
-    """Kernel → target → "ok", or the first line of what the compiler said; empty under Triton's interpreter.
+def compile_all(lowered: Lowered, store: KernelStore) -> dict[str, dict[str, tuple[str, bool]]]:
+    """Kernel → target → ("ok", or the last line of what the compiler said; whether the store had it).
 
-    The module is written to the cache first: Triton reads a kernel's source from its file.
+    Empty under Triton's interpreter.
     """
-    from triton.runtime.jit import JITFunction
-
-    module = load_module(lowered.write(cache_dir() / "modules"))
-    functions = {kernel.name: getattr(module, kernel.name) for kernel in lowered.kernels}
-    if not all(isinstance(function, JITFunction) for function in functions.values()):
+    if os.environ.get("TRITON_INTERPRET") == "1":
         return {}
-    return {
-        kernel.name: {target: compile_kernel(functions[kernel.name], kernel, target) for target in TARGETS}
-        for kernel in lowered.kernels
-    }
-
-
-def compile_kernel(function: Any, kernel: Kernel, target: str) -> str:
-    """Compiles down to the target's binary, without a GPU. Returns "ok" or why not."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    source = ASTSource(fn=function, signature=dict(kernel.signature), constexprs=dict(kernel.constants))
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
-    try:
-        triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-    except Exception as error:  # a compiler's failure is the finding here, whatever its class
-        return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    return "ok"
+    found: dict[str, dict[str, tuple[str, bool]]] = {}
+    for kernel in lowered.kernels:
+        found[kernel.name] = {}
+        for target in TARGETS:
+            try:
+                found[kernel.name][target] = ("ok", compile_kernel(kernel, target, store).stored)
+            except CompileError as error:  # a finding, not an end
+                found[kernel.name][target] = (error.details[-1] if error.details else error.headline, False)
+    return found

@@ -73,6 +73,12 @@ def show_measurements(output: Output, data: dict[str, Any]) -> None:
         output.line(f"KL          {number(metrics['kl'])} nats; the same top-1 token at {metrics['top1']:.2%}")
 
 
+def show_breaks(output: Output, data: dict[str, Any]) -> None:
+    """A line a graph break: where Dynamo ended a graph of the model, and why."""
+    for one in data["breaks"]:
+        output.line(f"graph break {place([one['file'] + ':' + str(one['line'])])}: {one['reason']}")
+
+
 def show_kernels(output: Output, data: dict[str, Any], limit: int | None = 12) -> None:
     """One row a distinct kernel: launches, the lines it comes from, its ops; then where they compile."""
     kernels = data["kernels"]

@@ -15,7 +15,7 @@ from fuseline.cli.environment import choose_target, versions
 from fuseline.cli.measure import continue_text, measure
 from fuseline.cli.offline import describe_kernels
 from fuseline.cli.output import Output
-from fuseline.cli.render import following, number, show_kernels, show_measurements, show_passes
+from fuseline.cli.render import following, number, show_breaks, show_kernels, show_measurements, show_passes
 from fuseline.compiler.pipeline import DEFAULT, Pipeline
 
 PROMPT = "A compiler is a program that"
@@ -35,7 +35,7 @@ def run(
     json: options.Json = None,
 ) -> None:
     """Run a pipeline over a model and report what it did."""
-    from fuseline import optimize
+    from fuseline import breaks, optimize
     from fuseline.codegen.lower import lower
     from fuseline.compiler.observe import Dump
     from fuseline.models import load, parse_dtype
@@ -61,8 +61,10 @@ def run(
     _progress("measuring")
     optimize(loaded.model, passes, target=chosen)
     data["metrics"] = measure(loaded, windows)
+    data["breaks"] = [{"file": b.file, "line": b.line, "reason": b.reason} for b in breaks(loaded.model)]
     output.line()
     show_measurements(output, data)
+    show_breaks(output, data)
 
     lowered = lower(rewritten.program)
     _progress(f"compiling {len(lowered.kernels)} kernels")

@@ -7,6 +7,7 @@ load_module(path)        the file as a module, by the import system
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -15,8 +16,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 from ..compiler.errors import UserError
 from .kernel import Kernel, Launcher
@@ -107,8 +109,15 @@ def write_module(path: str | os.PathLike[str], launchers: Sequence[Launcher], ex
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file in one step: another process sees the old file or the new one, never half."""
+    """Writes a file in one step: another process sees the old file or the new one, never half.
+
+    A file that holds just that text is left alone, so that a folder that nobody may write serves what it has.
+    """
     target = Path(path)
+    if _holds(target, text.encode()):
+        with contextlib.suppress(OSError):
+            os.utime(target)  # it was used
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -118,6 +127,20 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(content) and path.read_bytes() == content
+    except OSError:
+        return False
+
+
+class _FromSource(SourceFileLoader):
+    """Compiles the file as it is now. Bytecode beside it could be of another file of the same size and second."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def load_module(path: str | os.PathLike[str]) -> ModuleType:
@@ -137,7 +160,7 @@ def load_module(path: str | os.PathLike[str]) -> ModuleType:
     name = f"fuseline_emitted_{digest}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, target)
+    spec = importlib.util.spec_from_file_location(name, target, loader=_FromSource(name, str(target)))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # Triton looks its functions' modules up there

@@ -6,12 +6,14 @@ Triton's own compiler does it all: no driver, no device. `ptxas` and AMD's linke
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..compiler.errors import FuselineError, UserError, nearest
 from .kernel import Kernel, Launcher
@@ -31,22 +33,33 @@ class CompileError(FuselineError):
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's machine code. `asm` maps a stage ("ttir", "ptx", "cubin", "amdgcn", …) to its text or bytes."""
+    """A kernel's machine code. `asm` maps a stage ("ptx", "cubin", "amdgcn", …) to its text or bytes; compiled here and
+    now it has all stages, from a store (`stored`) the assembly and the binary."""
 
     kernel: Kernel
     target: str
     shared_bytes: int
     num_warps: int
     asm: dict[str, str | bytes]
+    stored: bool = False
 
 
-_DONE: dict[tuple[object, str], Compiled] = {}
+class Store(Protocol):
+    """Keeps compiled kernels; `fuseline.runtime.kernel_store.KernelStore` is one. `made_of` is all they depend on."""
+
+    def load(self, name: str, **made_of: Any) -> dict[str, bytes] | None: ...
+
+    def save(self, name: str, files: Mapping[str, str | bytes], replace: bool = False, **made_of: Any) -> None: ...
 
 
-def compile_kernel(kernel: Kernel, target: str) -> Compiled:
+_DONE: dict[tuple[object, str, str | None], tuple[Compiled, str]] = {}
+
+
+def compile_kernel(kernel: Kernel, target: str, store: Store | None = None) -> Compiled:
     """Compiles `kernel` with its constants for "sm_80", "sm_90" or "gfx942"; no GPU is needed.
 
-    Pointers are taken as aligned to 16 bytes, as PyTorch allocates. Equal kernels are compiled once in a process.
+    Pointers are taken as aligned to 16 bytes, as PyTorch allocates. Equal kernels are compiled once in a process, and
+    never where `store` has them.
 
     Raises:
         UserError: an unknown target, no Triton, or Triton in interpreter mode.
@@ -54,14 +67,52 @@ def compile_kernel(kernel: Kernel, target: str) -> Compiled:
     """
     if target not in TARGETS:
         raise UserError(f"unknown target {target!r}{nearest(target, TARGETS)}")
-    key = (identity(kernel), target)
+    if store is None:
+        return replace(_once(kernel, target)[0], kernel=kernel)
+    key = _made_of(kernel, target)
+    files = store.load(kernel.name, **key)
+    found = files and _from_files(kernel, target, files)
+    if found:
+        return found
+    done, metadata = _once(kernel, target, named=True)
+    store.save(kernel.name, {**done.asm, "json": metadata}, replace=files is not None, **key)
+    return done
+
+
+def _made_of(kernel: Kernel, target: str) -> dict[str, Any]:
+    """What a store keeps the compiled kernel by: as a launcher would ask for it."""
+    backend, architecture, _ = TARGETS[target]
+    return {
+        "source": kernel.source,
+        "signature": kernel.signature,
+        "divisible": [name for name, kind in kernel.signature.items() if kind.startswith("*")],
+        "constants": kernel.constants,
+        "options": {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
+        "target": (backend, architecture),
+    }
+
+
+def _from_files(kernel: Kernel, target: str, files: Mapping[str, bytes]) -> Compiled | None:
+    """A stored kernel; None where the files are not those of one."""
+    binary, text = ("hsaco", "amdgcn") if TARGETS[target][0] == "hip" else ("cubin", "ptx")
+    try:
+        metadata = json.loads(files["json"])
+        asm: dict[str, str | bytes] = {binary: files[binary], text: files[text].decode()}
+        return Compiled(kernel, target, metadata["shared"], metadata["num_warps"], asm, stored=True)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _once(kernel: Kernel, target: str, named: bool = False) -> tuple[Compiled, str]:
+    """named: the binary's entry point must bear the kernel's own name, not that of an equal one."""
+    key = (identity(kernel), target, kernel.name if named else None)
     if key not in _DONE:
         _DONE[key] = _compile(kernel, target)
-    done = _DONE[key]
-    return Compiled(kernel, target, done.shared_bytes, done.num_warps, done.asm)
+    return _DONE[key]
 
 
-def _compile(kernel: Kernel, target: str) -> Compiled:
+def _compile(kernel: Kernel, target: str) -> tuple[Compiled, str]:
+    """The compiled kernel, and Triton's metadata as JSON."""
     triton, source_type, target_type = _triton()
     path = Path(_folder()) / f"{kernel.name}.py"
     write_module(path, [Launcher("unused", "", (kernel,))])
@@ -71,15 +122,21 @@ def _compile(kernel: Kernel, target: str) -> Compiled:
     attributes = {(k,): aligned for k, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = source_type(function, signature, {name: kernel.constants[name] for name in kernel.constants}, attributes)
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    compile_it = lambda: triton.compile(source, target=target_type(*TARGETS[target]), options=options)
     try:
-        compiled = triton.compile(source, target=target_type(*TARGETS[target]), options=options)
+        try:
+            compiled = compile_it()
+        except OSError:  # Triton's own cache cannot be written
+            triton.knobs.cache.dir = _folder()
+            compiled = compile_it()
     except Exception as error:  # Triton raises many types, all of which mean this
         raise CompileError(
             f"kernel {kernel.name} does not compile for {target}",
             details=[f"{type(error).__name__}: {line}" for line in str(error).splitlines()[:6]],
             remedy=f"read it in {path}",
         ) from error
-    return Compiled(kernel, target, compiled.metadata.shared, compiled.metadata.num_warps, dict(compiled.asm))
+    metadata = json.dumps(compiled.metadata._asdict(), default=vars)
+    return Compiled(kernel, target, compiled.metadata.shared, compiled.metadata.num_warps, dict(compiled.asm)), metadata
 
 
 @cache

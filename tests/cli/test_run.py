@@ -24,9 +24,28 @@ class Classifier(nn.Module):
     def forward(self, x):
         return self.down(torch.relu(self.up(x)))
 
+class Chatty(Classifier):
+    def forward(self, x):
+        x = torch.relu(self.up(x))
+        print(end="")
+        return self.down(x)
+
+class Looping(Classifier):
+    def forward(self, x):
+        for layer in (self.up, self.down):
+            x = layer(x)
+            print(end="")
+        return x
+
 def classifier():
     torch.manual_seed(0)
     return Classifier(), (torch.randn(3, 16),)
+
+def chatty():
+    return Chatty(), (torch.randn(3, 16),)
+
+def looping():
+    return Looping(), (torch.randn(3, 16),)
 
 def sequential():
     torch.manual_seed(0)
@@ -79,14 +98,31 @@ def test_json_on_stdout_leaves_the_tables_to_stderr(cli: Callable, classifier: s
     assert data["passes"][0]["error"] == pytest.approx(data["metrics"]["error"], rel=0.05)
 
 
-def test_sequential_is_compiled_or_refused(cli: Callable, classifier: str) -> None:
+def test_sequential_is_compiled(cli: Callable, classifier: str) -> None:
     """Dynamo skips nn.Sequential's forward when it is the outermost; that must never look like a perfect result."""
     result = cli("run", classifier.replace("classifier:classifier", "classifier:sequential"), "-p", QUANTIZE)
-    assert "SyntaxError" not in result.err, "parameters named 0.weight are parameters like any other"
-    if result.code == 0:
-        assert "quantize  lossy      2" in result.out
-    else:
-        assert "Dynamo compiled no graph of Sequential: the optimized model is the original" in result.err
+    assert result.code == 0, result.err
+    assert "quantize  lossy      2" in result.out
+
+
+def test_graph_breaks_are_listed(cli: Callable, classifier: str, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    result = cli("run", classifier.replace(":classifier", ":chatty"), "-p", QUANTIZE, "--json", str(file))
+    assert result.code == 0, result.err
+    line = 1 + MODELS.splitlines().index('        print(end="")')
+    shown = " ".join(result.out.split())
+    assert f"graph break cli_classifier.py:{line}: Dynamo does not know how to trace builtin operator" in shown
+    (one,) = json.loads(file.read_text())["breaks"]
+    assert one["line"] == line and one["file"].endswith("cli_classifier.py") and "`print`" in one["reason"]
+
+
+def test_a_model_that_dynamo_leaves_to_python_is_an_error(cli: Callable, classifier: str) -> None:
+    """Its figures would be those of the original."""
+    result = cli("run", classifier.replace(":classifier", ":looping"), "-p", QUANTIZE)
+    assert result.code == 1
+    assert "Dynamo compiled no graph of Looping: the optimized model is the original" in result.err
+    assert "`print`" in result.err and "(forward runs in Python as a whole)" in result.err
+    assert "move what cannot be traced out of the forward" in result.err
 
 
 def test_fuse_leads_to_kernels_that_compile(cli: Callable, classifier: str) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
+import py_compile
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from fuseline.codegen.kernel import Kernel, Launcher
-from fuseline.codegen.module_file import deduplicate, load_module, render, write_module
+from fuseline.codegen.module_file import deduplicate, load_module, render, write_module, write_text
 from fuseline.compiler.errors import UserError
 from tests.codegen.regions import region
 
@@ -56,6 +60,48 @@ def test_a_module_is_written_whole_and_imported(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir() if p.suffix != ""] == ["module.py"]
     write_module(path, [launcher("f")], extra="def answer():\n    return 43\n")
     assert load_module(path).answer() == 43
+
+
+def test_a_file_is_taken_for_what_it_holds(tmp_path: Path) -> None:
+    """A file that was truncated, edited or swapped is written again; the right one is left alone, mark of use apart."""
+    path = tmp_path / "module.py"
+    write_text(path, "answer = 42\n")
+    assert load_module(path).answer == 42
+    for damaged in (b"answer", b"answer = 41\n", b"\xff\x00"):
+        path.write_bytes(damaged)
+        write_text(path, "answer = 42\n")
+        assert path.read_text() == "answer = 42\n" and load_module(path).answer == 42
+    os.utime(path, (1e9, 1e9))
+    before = path.stat()
+    write_text(path, "answer = 42\n")
+    assert path.stat().st_ino == before.st_ino and path.stat().st_mtime > 1e9
+
+
+def test_a_right_file_in_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    write_text(tmp_path / "module.py", "answer = 42\n")
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    write_text(tmp_path / "module.py", "answer = 42\n")
+    with pytest.raises(OSError, match="Read-only"):
+        write_text(tmp_path / "module.py", "answer = 43\n")
+
+
+def test_bytecode_beside_a_module_is_not_trusted(tmp_path: Path) -> None:
+    """Python would take bytecode of another source of the same size and second for the module's own."""
+    path = tmp_path / "module.py"
+    path.write_text("answer = 41\n")
+    os.utime(path, (1e9, 1e9))
+    py_compile.compile(str(path))
+    path.write_text("answer = 42\n")
+    os.utime(path, (1e9, 1e9))
+    assert load_module(path).answer == 42
+    other = tmp_path / "other.py"
+    other.write_text("x = 1\n")
+    load_module(other)
+    assert not list((tmp_path / "__pycache__").glob("other*")), "and none is written"
 
 
 def test_a_module_that_fails_to_import_is_not_kept(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Round-to-nearest weight quantization against torchao, on the same model, text and script.
 
     pip install --no-deps torchao
-    python benchmarks/quantization.py --model demo:smollm2 --json benchmarks/results/DATE-quantization.json
+    python benchmarks/quantization.py --device cpu --json benchmarks/results/DATE-quantization.json
 
 Each row is one scheme: perplexity of the original, ours through `fuseline.optimize`, torchao's through `quantize_`, and
 the bytes of the quantized linears as a share of bf16. The head stays as it is on both sides.
@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import Run, arguments
 
 import fuseline
 from fuseline.models import metrics, text
 from fuseline.models.spec import load
 
+COLUMNS = ("name", "perplexity", "to_original", "perplexity_torchao", "to_torchao", "kl", "kl_torchao", "bytes_to_bf16")
 SCHEMES = ("int8", "int8:asym", "int4:g64:asym", "int4:g64:sym", "int4:g32:sym", "int4:g192:asym")
 
 
@@ -58,59 +57,64 @@ def linear_bytes(compilation: Any) -> tuple[int, int]:
     return quantized, 2 * parameters
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--scheme", action="append")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    loaded = load(options.model)
-    original = loaded.model.eval()
-    texts = text.windows(text.evaluation_text(), loaded.encode, options.length, options.windows)
+    return parser.parse_args(words)
 
-    def logits(model: torch.nn.Module) -> metrics.Logits:
+
+class Benchmark:
+    """One model and its text, in float32."""
+
+    def __init__(self, options: argparse.Namespace):
+        loaded = load(options.model)
+        self.device = torch.device(options.device)
+        self.original = loaded.model.eval().to(self.device)
+        self.texts = text.windows(text.evaluation_text(), loaded.encode, options.length, options.windows)
+
+    def compared(self, model: torch.nn.Module) -> metrics.Metrics:
+        """Beside the original."""
+        return metrics.compare(self.logits(self.original), self.logits(model), self.texts)
+
+    def logits(self, model: torch.nn.Module) -> metrics.Logits:
         @torch.no_grad()
         def call(ids: torch.Tensor) -> torch.Tensor:
-            return model(ids, use_cache=False).logits
+            return model(ids.to(self.device), use_cache=False).logits.cpu()
 
         return call
 
-    rows = []
-    for scheme in options.scheme or SCHEMES:
-        torch.compiler.reset()
-        ours = fuseline.optimize(copy.deepcopy(original), f"quantize{{weights={scheme}}}")
-        mine = metrics.compare(logits(original), logits(ours), texts)
+    def fill(self, row: dict[str, Any], scheme: str) -> None:
+        row["scheme"] = scheme
+        ours = fuseline.optimize(copy.deepcopy(self.original), f"quantize{{weights={scheme}}}")
+        mine = self.compared(ours)
         quantized, wide = linear_bytes(fuseline.reports(ours)[0])
-        peer = metrics.compare(logits(original), logits(torchao_quantized(copy.deepcopy(original), scheme)), texts)
-        rows.append(
-            {
-                "scheme": scheme,
-                "perplexity_original": mine.perplexity_before,
-                "perplexity": mine.perplexity_after,
-                "perplexity_torchao": peer.perplexity_after,
-                "to_original": mine.perplexity_after / mine.perplexity_before,
-                "to_torchao": mine.perplexity_after / peer.perplexity_after,
-                "kl": mine.kl,
-                "kl_torchao": peer.kl,
-                "top1": mine.top1,
-                "bytes_to_bf16": quantized / wide,
-            }
-        )
-        row = rows[-1]
-        print(
-            f"{scheme:16} perplexity {row['perplexity']:8.3f} = {row['to_original']:.4f}x of the original, "
-            f"{row['to_torchao']:.4f}x of torchao's   bytes {row['bytes_to_bf16']:.4f}x of bf16",
-            flush=True,
-        )
-    if options.json:
-        import torchao
+        row |= {
+            "perplexity_original": mine.perplexity_before,
+            "perplexity": mine.perplexity_after,
+            "to_original": mine.perplexity_after / mine.perplexity_before,
+            "kl": mine.kl,
+            "top1": mine.top1,
+            "bytes_to_bf16": quantized / wide,
+        }
+        peer = self.compared(torchao_quantized(copy.deepcopy(self.original), scheme))
+        row |= {
+            "perplexity_torchao": peer.perplexity_after,
+            "to_torchao": mine.perplexity_after / peer.perplexity_after,
+            "kl_torchao": peer.kl,
+        }
 
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "torchao": torchao.__version__}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {"versions": versions, "command": vars(options) | {"json": str(options.json)}, "rows": rows}
-        options.json.write_text(json.dumps(record, indent=1))
+
+def main() -> None:
+    options = parse()
+    run, benchmark = Run("quantization", options, floors=False), Benchmark(options)
+    schemes = options.scheme or SCHEMES
+    run.check(schemes)
+    for scheme in schemes:
+        run.measure(scheme, lambda row, scheme=scheme: benchmark.fill(row, scheme))
+    run.table(COLUMNS)
 
 
 if __name__ == "__main__":

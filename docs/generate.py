@@ -15,20 +15,24 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSES = ROOT / "docs" / "passes.md"
+FAMILIES = ROOT / "docs" / "families.md"
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"```console\n\$ (?P<command>.+)\n(?P<output>(?:(?!```).*\n)*)```")
 
+RESULTS = ROOT / "benchmarks" / "results"
 TABLE = re.compile(
-    r"(?P<marker><!-- table (?P<name>[\w.-]+): (?P<columns>[\w,\s]+) -->)\n(?:(?!<!-- end -->).*\n)*<!-- end -->"
+    r"(?P<marker><!-- table (?P<name>[\w.*?-]+): (?P<columns>[\w,\s]+) -->)\n(?:(?!<!-- end -->).*\n)*<!-- end -->"
 )
 
 
@@ -78,12 +82,35 @@ def tidy(text: str) -> str:
 
 
 def table(name: str, columns: list[str]) -> str:
-    """A measured table: the `rows` of a file in benchmarks/results, those columns, numbers to four digits."""
-    record = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
-    show = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
-    rows = [[show(row.get(column, "")) for column in columns] for row in record["rows"]]
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """A measured table: the `rows` of a file in benchmarks/results, those columns, numbers to four digits.
+
+    A name with `*` or `?` is the newest file that it matches, named with its circumstances under the table. A row that
+    failed says why in the place of its figures.
+    """
+    found = sorted(RESULTS.glob(name))
+    if not found:
+        return "Not measured yet.\n"
+    record = json.loads(found[-1].read_text(encoding="utf-8"))
+    lines = [columns, ["---"] * len(columns), *(cells(row, columns) for row in record["rows"])]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text if name == found[-1].name else f"{text}\n{circumstances(found[-1].name, record['environment'])}"
+
+
+def cells(row: Mapping[str, Any], columns: list[str]) -> list[str]:
+    reason = next((f"{key}: {row[key]}" for key in ("failed", "skipped") if key in row), None)
+    if reason is not None and columns[1] not in row:
+        return [str(row["name"]), reason.replace("|", "\\|"), *([""] * (len(columns) - 2))]
+    values = (row.get(column, "") for column in columns)
+    return [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
+
+
+def circumstances(name: str, facts: Mapping[str, Any]) -> str:
+    """Where a file's figures come from, in a line or two."""
+    versions = [
+        f"{package} {facts[package]}" for package in ("torch", "triton", "transformers", "torchao") if package in facts
+    ]
+    where = f"{facts['gpu']}, driver {facts.get('driver', 'unknown')}, commit {facts['commit']}"
+    return f"`benchmarks/results/{name}`:\n{where},\n{', '.join(versions)}.\n"
 
 
 def refresh(text: str, answers: Mapping[str, str] | None = None) -> str:
@@ -128,10 +155,16 @@ def passes() -> str:
     return "\n".join(parts)
 
 
+def families() -> str:
+    """docs/families.md, from the records of tests/families."""
+    return runpy.run_path(str(ROOT / "docs" / "families.py"))["page"]()
+
+
 def documents(answers: Mapping[str, str] | None = None) -> dict[Path, str]:
     """Each document and what it should hold."""
-    found = {path: refresh(path.read_text(encoding="utf-8"), answers) for path in DOCUMENTS if path != PASSES}
-    return {**found, PASSES: passes()}
+    written = [path for path in DOCUMENTS if path not in (PASSES, FAMILIES)]
+    found = {path: refresh(path.read_text(encoding="utf-8"), answers) for path in written}
+    return {**found, PASSES: passes(), FAMILIES: families()}
 
 
 def main() -> None:

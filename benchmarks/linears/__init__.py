@@ -1,0 +1,1 @@
+"""What `linear_kernels.py` sweeps."""

@@ -1,6 +1,7 @@
 """Fuseline: a graph compiler for PyTorch models."""
 
 from . import passes as _passes  # registers the passes of this package
+from .artifact import load, save
 from .calibrate import analyze
 from .compiler.capture import capture
 from .compiler.errors import FuselineError, UserError
@@ -9,10 +10,10 @@ from .compiler.pipeline import Pipeline
 from .compiler.program import Program
 from .compiler.registry import register
 from .compiler.rule import Rule
-from .optimize import optimize, refresh, reports
+from .optimize import breaks, optimize, refresh, reports
 
 __version__ = "0.1.0"
 __all__ = [
-    "FuselineError", "Level", "Pass", "Pipeline", "Program", "Rule", "Tier", "UserError", "analyze", "capture",
-    "optimize", "refresh", "register", "reports",
+    "FuselineError", "Level", "Pass", "Pipeline", "Program", "Rule", "Tier", "UserError", "analyze", "breaks",
+    "capture", "load", "optimize", "refresh", "register", "reports", "save",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from .compiler.capture import CapturedModule, capture
 from .compiler.errors import UserError
 from .compiler.pipeline import Pipeline
 from .compiler.plan import Plan
+from .compiler.reads import refuse_dropped
 
 
 def analyze(model: torch.nn.Module, pipeline: Any, calibration: Iterable[Any]) -> Plan:
@@ -22,17 +23,19 @@ def analyze(model: torch.nn.Module, pipeline: Any, calibration: Iterable[Any]) -
     Raises:
         UserError: no batch, or batches that are not laid out alike.
     """
-    batches = [_call(batch) for batch in calibration]
+    batches = [call_arguments(batch) for batch in calibration]
     if not batches:
         raise UserError("calibration holds no batch", remedy="calibration=[(input_ids,), …]")
     args, kwargs = batches[0]
     program = capture(model, args, kwargs)
+    refuse_dropped(program)
     module = program.to_module()
     assert isinstance(module, CapturedModule)
     return Pipeline(pipeline).analyze(program, [module.arguments(*a, **k) for a, k in batches])
 
 
-def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of one call: a tensor, a tuple or a dict."""
     if isinstance(batch, torch.Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):

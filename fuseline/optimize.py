@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -25,15 +26,38 @@ from .calibrate import analyze
 from .compile import TARGETS, Compilation
 from .compiler.action import Observer
 from .compiler.binder import refresh as _refresh_binders
+from .compiler.compat import own_recompilations
 from .compiler.errors import UserError, nearest
+from .compiler.expressions import Expression
 from .compiler.framework import Pass
+from .compiler.graph_breaks import GraphBreak, watched
 from .compiler.pipeline import DEFAULT, Pipeline, needs_calibration
 from .compiler.plan import Plan
 from .compiler.weights import STORE
+from .originals import drop_originals
 
 Passes = str | Path | Iterable[Pass] | Pipeline
 Module = TypeVar("Module", bound=torch.nn.Module)
-_compilations: weakref.WeakKeyDictionary[torch.nn.Module, list[Compilation]] = weakref.WeakKeyDictionary()
+CAPTURES = 64
+"""Captures of one piece of a model's code before Dynamo gives up and runs it in eager: see docs/generation.md."""
+
+
+@dataclass
+class Optimized:
+    """How a model was optimized, and what was compiled for it so far.
+
+    derived: expressions over the model's parameters, by their names, whose values a loaded model came with.
+    """
+
+    pipeline: Pipeline
+    plan: Plan | None
+    keep_originals: bool
+    compilations: list[Compilation] = field(default_factory=list)
+    breaks: list[GraphBreak] = field(default_factory=list)
+    derived: tuple[Expression, ...] = ()
+
+
+_optimized: weakref.WeakKeyDictionary[torch.nn.Module, Optimized] = weakref.WeakKeyDictionary()
 
 
 @overload
@@ -46,6 +70,8 @@ def optimize(
     target: str | None = ...,
     observers: Sequence[Observer] = ...,
     verify: str = ...,
+    cuda_graphs: bool = ...,
+    keep_originals: bool = ...,
     dynamic: bool | None = ...,
     fullgraph: bool = ...,
 ) -> Module: ...
@@ -57,6 +83,8 @@ def optimize(
     target: str | None = ...,
     observers: Sequence[Observer] = ...,
     verify: str = ...,
+    cuda_graphs: bool = ...,
+    keep_originals: bool = ...,
     dynamic: bool | None = ...,
     fullgraph: bool = ...,
 ) -> Callable[[type[Module]], type[Module]]: ...
@@ -69,6 +97,8 @@ def optimize(
     target: str | None = None,
     observers: Sequence[Observer] = (),
     verify: str = "quick",
+    cuda_graphs: bool = True,
+    keep_originals: bool = True,
     dynamic: bool | None = None,
     fullgraph: bool = False,
 ) -> Any:
@@ -80,6 +110,10 @@ def optimize(
         calibration: batches for passes that need data, on an instance; see `fuseline.analyze`.
         plan: what such passes decided earlier: a Plan, or its file's path.
         target: "auto" (default), "eager", "inductor" or "triton".
+        cuda_graphs: whether calls that are repeated with the same sizes and caches are captured, on a GPU.
+        keep_originals: False drops each parameter that the graphs read only quantized or folded, once the call that
+            compiled them is over; `state_dict()`, `train()`, conversions and copies are refused from then on, and
+            `fuseline.save` keeps the model. See docs/saving.md.
         dynamic, fullgraph: as in torch.compile.
 
     Raises:
@@ -88,7 +122,8 @@ def optimize(
     if target is not None and target not in TARGETS:
         raise UserError(f"unknown target '{target}'{nearest(target, TARGETS)}")
     settings: dict[str, Any] = {
-        "target": target, "observers": observers, "verify": verify, "dynamic": dynamic, "fullgraph": fullgraph,
+        "target": target, "observers": observers, "verify": verify, "cuda_graphs": cuda_graphs,
+        "keep_originals": keep_originals, "dynamic": dynamic, "fullgraph": fullgraph,
     }  # fmt: skip
     if isinstance(model, type) and issubclass(model, torch.nn.Module):
         raise UserError("the decorator takes a pipeline", remedy='@fuseline.optimize("raise,fuse")')
@@ -109,24 +144,28 @@ def optimize(
 
 
 def _compile_in_place(model: torch.nn.Module, pipeline: Pipeline, settings: dict[str, Any]) -> torch.nn.Module:
-    _compilations[model] = []
+    state = Optimized(pipeline, settings["plan"], settings["keep_originals"])
+    _optimized[model] = state
     weak = weakref.ref(model)  # Dynamo keeps what it is given here, beyond the model's life
 
     def record(compilation: Compilation) -> None:
         compiled = weak()
         if compiled is not None:
-            _compilations[compiled].append(compilation)
+            _optimized[compiled].compilations.append(compilation)
 
     choices: dict[str, Any] = {
         "backend": backend_compile,
         "dynamic": settings["dynamic"],
         "fullgraph": settings["fullgraph"],
+        **own_recompilations(CAPTURES),
         "options": {
             "pipeline": pipeline,
             "plan": settings["plan"],
             "target": settings["target"],
             "observers": tuple(settings["observers"]),
             "verify": settings["verify"],
+            "cuda_graphs": settings["cuda_graphs"],
+            "keep_originals": settings["keep_originals"],
             "record": record,
         },
     }
@@ -142,7 +181,26 @@ def _compile_in_place(model: torch.nn.Module, pipeline: Pipeline, settings: dict
         model._compiled_call_impl = torch.compile(forward, **choices)
     else:
         model.compile(**choices)
+    model._compiled_call_impl = watched(model._compiled_call_impl, state.breaks, type(model).__name__)
+    if not state.keep_originals:
+        _drop_after_calls(model, state)
     return model
+
+
+def _drop_after_calls(model: torch.nn.Module, state: Optimized) -> None:
+    """Drops originals at the end of each call that compiled something: by then all graphs of the call are known."""
+    STORE.forget([*model.parameters(), *model.buffers()])  # what another pipeline derived would stay beside it
+    compiled, weak, known = model._compiled_call_impl, weakref.ref(model), 0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal known
+        result = compiled(*args, **kwargs)
+        if len(state.compilations) != known and (module := weak()) is not None:
+            known = len(state.compilations)
+            drop_originals(module, state.compilations)
+        return result
+
+    model._compiled_call_impl = call
 
 
 def _decorate(kind: type[torch.nn.Module], pipeline: Pipeline, settings: dict[str, Any]) -> type[torch.nn.Module]:
@@ -161,9 +219,23 @@ def _decorate(kind: type[torch.nn.Module], pipeline: Pipeline, settings: dict[st
 
 def reports(model: torch.nn.Module) -> list[Compilation]:
     """What was compiled for a model so far, one entry a captured graph."""
-    if model not in _compilations:
+    return list(optimized(model).compilations)
+
+
+def breaks(model: torch.nn.Module) -> list[GraphBreak]:
+    """Where graphs of a model ended before its forward did, so far: file, line and reason of each."""
+    return list(optimized(model).breaks)
+
+
+def optimized(model: torch.nn.Module) -> Optimized:
+    """How `model` was optimized.
+
+    Raises:
+        UserError: it was not.
+    """
+    if model not in _optimized:
         raise UserError("this model was not optimized", remedy="fuseline.optimize(model, …)")
-    return list(_compilations[model])
+    return _optimized[model]
 
 
 def refresh(model: torch.nn.Module) -> None:

@@ -1,11 +1,17 @@
-"""Expanding quantized weights once, for targets that have no kernel reading packed codes."""
+"""Expanding quantized weights, for targets that have no kernel reading packed codes: once, or where each is used."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+
+import torch
 from torch.fx import GraphModule, Node
 
 from .expressions import Dequantize, Expression
 from .ops import dequantize
+
+BLOCK = defaultdict(lambda: 1 << 24, cpu=1 << 18)
+"""Weights expanded at a time, by device: what a CPU's caches hold; elsewhere, enough to be worth the launches."""
 
 
 def expand_weights(module: GraphModule, weights: list[Expression]) -> list[Expression]:
@@ -40,3 +46,32 @@ def expand_weights(module: GraphModule, weights: list[Expression]) -> list[Expre
             del of_node[placeholder]
     module.recompile()
     return [*of_node.values(), *expanded]
+
+
+def expand_at_use(module: GraphModule) -> GraphModule:
+    """Has every `dequantize` run right before its first use, and block by block; returns the module.
+
+    One weight at a time is expanded, with little memory beside it. The values are the same to the bit.
+    """
+    order = {node: i for i, node in enumerate(module.graph.nodes)}
+    for node in list(module.graph.nodes):
+        if node.target is dequantize.overload:
+            node.target = dequantize_in_blocks
+            if node.users:
+                min(node.users, key=order.__getitem__).prepend(node)
+    module.recompile()
+    return module
+
+
+def dequantize_in_blocks(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, group: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """`fuseline::dequantize`, some rows at a time, so that its intermediate values stay small."""
+    channels = codes.shape[-1] * (2 if bits == 4 else 1)
+    values = torch.empty((*codes.shape[:-1], channels), dtype=dtype, device=codes.device)
+    rows = max(1, BLOCK[codes.device.type] // channels)
+    split = lambda tensor: tensor.flatten(0, -2).split(rows)
+    parts = [split(values), split(codes), split(scale), *([split(zero)] if zero is not None else [])]
+    for block, *given in zip(*parts, strict=True):
+        block.copy_(dequantize.naive(*given[:2], given[2] if zero is not None else None, bits, group, dtype))
+    return values

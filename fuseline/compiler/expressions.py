@@ -179,6 +179,17 @@ class Transpose(Expression):
 
 
 @dataclass(frozen=True)
+class Reshape(Expression):
+    """x's elements, row by row, in another shape (a convolution's kernel as a matrix)."""
+
+    x: Expression
+    shape: tuple[int, ...]
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return values[0].reshape(self.shape)
+
+
+@dataclass(frozen=True)
 class Quantize(Expression):
     """Several tensors: codes, scale and, when the scheme is asymmetric, zero. Pick one with `Output`."""
 
@@ -229,8 +240,10 @@ class Dequantize(Expression):
 
 GRAMMAR: dict[str, type[Expression]] = {
     kind.__name__.lower(): kind
-    for kind in (Param, Constant, Cast, Matmul, Scale, Slice, Concat, Transpose, Quantize, Output, Pack, Dequantize)
-}
+    for kind in (
+        Param, Constant, Cast, Matmul, Scale, Slice, Concat, Transpose, Reshape, Quantize, Output, Pack, Dequantize,
+    )
+}  # fmt: skip
 
 
 def _encode(value: Any) -> Any:

@@ -12,6 +12,7 @@ from ..action import Observer
 from ..errors import UserError
 from ..framework import Pass
 from ..program import Program
+from ..reads import refuse_dropped
 from ..report import PassReport, Report
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Numerics(Observer):
         flat = self._flat if self._flat is not None else program.examples
         if flat is None:
             raise UserError("numerics need example inputs, and this program has none", remedy="Numerics(flat=[…])")
+        refuse_dropped(program)
         self._inputs = list(flat)
         self._reference = floats(run_promoted(program, self._inputs))
         self._noise = self._error(program)

@@ -17,12 +17,14 @@ import torch
 
 from .compile import Compilation, compile_program
 from .compiler.action import Observer
-from .compiler.capture import from_dynamo
+from .compiler.capture import from_dynamo, is_training
 from .compiler.errors import UserError, nearest
+from .compiler.graph_breaks import tell_of
+from .compiler.lengths import ask_for_symbols
 from .compiler.pipeline import DEFAULT, Pipeline
 from .compiler.plan import Plan
 
-OPTIONS = ("pipeline", "plan", "target", "verify", "observers", "record")
+OPTIONS = ("pipeline", "plan", "target", "verify", "observers", "cuda_graphs", "keep_originals", "record")
 recent: deque[Compilation] = deque(maxlen=8)
 """The last compilations of this process, newest last; they keep no model's tensors alive."""
 
@@ -43,7 +45,9 @@ def compile(
         target: "auto", "eager", "inductor" or "triton".
         verify: "off", "quick" or "full".
         observers: watch the passes.
+        cuda_graphs: whether calls that are repeated on a GPU are captured (default: yes).
         record: a callable given the `Compilation`.
+        keep_originals: False is for a caller that drops them itself, and takes `record` to do so.
     """
     settings = {**(options or {}), **settings}
     for name in settings:
@@ -51,13 +55,31 @@ def compile(
             raise UserError(f"backend 'fuseline' has no option '{name}'{nearest(name, OPTIONS)}")
     if mode is not None:
         raise UserError("backend 'fuseline' has no modes", remedy='options={"target": …, "pipeline": …}')
+    if not settings.get("keep_originals", True) and "record" not in settings:
+        raise UserError(
+            "backend 'fuseline' cannot drop originals: it sees parameters, not the model, and could not keep its "
+            "state_dict() and to() from handing out what is gone",
+            remedy="fuseline.optimize(model, pipeline, keep_originals=False)",
+        )
     pipeline = Pipeline(settings.get("pipeline", DEFAULT))
     observers: Sequence[Observer] = settings.get("observers", ())
     plan = settings.get("plan")
     plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+    if "record" not in settings:  # fuseline.optimize tells of all breaks of its model itself
+        tell_of(module)
+    if not is_training(inputs):
+        ask_for_symbols(module, inputs)
     program = from_dynamo(module, inputs)
     compilation = compile_program(
-        program, inputs, pipeline, settings.get("target"), observers, settings.get("verify", "quick"), plan
+        program,
+        inputs,
+        pipeline,
+        settings.get("target"),
+        observers,
+        settings.get("verify", "quick"),
+        plan,
+        settings.get("cuda_graphs", True),
+        settings.get("keep_originals", True),
     )
     recent.append(
         replace(

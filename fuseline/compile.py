@@ -15,14 +15,18 @@ from .codegen.kernel import Kernel
 from .compiler import compat
 from .compiler.action import Observer
 from .compiler.errors import FuselineError, UserError, nearest
-from .compiler.expand import expand_weights
+from .compiler.expand import expand_at_use, expand_weights
 from .compiler.flatten import anchors_only, flatten
 from .compiler.outline import inline
 from .compiler.pipeline import Pipeline
 from .compiler.plan import Plan
 from .compiler.program import Program
+from .compiler.reads import refuse_dropped
 from .compiler.report import Report
 from .runtime.executable import Executable
+from .runtime.graphs import CudaGraphs, Layout
+from .runtime.location import cache_root, keep_module
+from .runtime.recorder import CudaRecorder
 
 TARGETS = ("auto", "eager", "inductor", "triton")
 
@@ -43,10 +47,7 @@ class Compilation:
 
 def cache_directory() -> Path:
     """Where generated modules are written: `FUSELINE_CACHE`, or `~/.cache/fuseline`."""
-    root = (
-        os.environ.get("FUSELINE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fuseline"
-    )
-    return Path(root) / "modules"
+    return cache_root() / "modules"
 
 
 def choose_target(target: str | None, program: Program) -> str:
@@ -85,23 +86,52 @@ def compile_program(
     observers: Sequence[Observer] = (),
     verification: str = "quick",
     plan: Plan | None = None,
+    cuda_graphs: bool = True,
+    keep_originals: bool = True,
 ) -> Compilation:
     """Runs the pipeline over a captured program and makes it executable on its flat arguments.
 
     Args:
         inputs: the caller's flat example arguments; derived weights are computed from them right away, so that a bad
             weight is reported here and not in the middle of a call.
+        cuda_graphs: capture calls that are repeated, where the target is Triton on a GPU.
+        keep_originals: False leaves quantized weights packed in eager too, each expanded where it is used.
+
+    Raises:
+        UserError: the rewritten graph reads a parameter as it is whose values were dropped.
     """
     chosen = choose_target(target, program)
     after, report = pipeline.run(program, observers, verification, plan)
+    refuse_dropped(after)
     result = Compilation(program, after, report, chosen, _unbuilt)
     if after.training:
         result.executable = _training(after, inputs, chosen)
         return result
-    executable = {"eager": _eager, "inductor": _through_inductor, "triton": _kernels}[chosen](after, inputs, result)
+    eager = _eager if keep_originals else _packed
+    executable = {"eager": eager, "inductor": _through_inductor, "triton": _kernels}[chosen](after, inputs, result)
     executable.binder(inputs)
+    if cuda_graphs and chosen == "triton":
+        executable.graphs = _cuda_graphs(after, executable)
     result.executable = executable
     return result
+
+
+def _cuda_graphs(program: Program, executable: Executable) -> CudaGraphs | None:
+    """Captures for a program that works on one GPU."""
+    values = [n.meta["val"] for n in program.placeholders]
+    devices = {v.device for n in program.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)}
+    if len(devices) != 1 or (device := devices.pop()).type != "cuda":  # a copy between devices waits for the GPU
+        return None
+    positions = dict(zip((n.name for n in program.placeholders), program.arguments, strict=True))
+    symbolic = any(_is_symbolic(v) for v in values)
+    layout = Layout(executable.arguments, [positions[name] for name in sorted(program.mutated)], symbolic)
+    return CudaGraphs(executable.run, layout, executable.binder, CudaRecorder(device))
+
+
+def _is_symbolic(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return any(isinstance(s, torch.SymInt) for s in (*value.shape, *value.stride()))
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def _unbuilt(*flat: Any) -> Any:
@@ -113,6 +143,12 @@ def _eager(program: Program, inputs: Sequence[Any], result: Compilation) -> Exec
     module, weights = program.lift()
     module = inline(module)
     return Executable(module, program.arguments, program.binder(expand_weights(module, weights)))
+
+
+def _packed(program: Program, inputs: Sequence[Any], result: Compilation) -> Executable:
+    """The graph as it stands, packed weights expanded one at a time, where each is used: as slow as it is small."""
+    module, weights = program.lift()
+    return Executable(expand_at_use(inline(module)), program.arguments, program.binder(weights))
 
 
 def _through_inductor(program: Program, inputs: Sequence[Any], result: Compilation) -> Executable:
@@ -127,11 +163,12 @@ def _kernels(program: Program, inputs: Sequence[Any], result: Compilation) -> Ex
     """A generated module of Triton kernels, written to the cache and imported from there."""
     from .codegen.lower import lower  # needs no triton, but the module that it writes does
     from .codegen.module_file import load_module
+    from .runtime.kernels import wrap
 
     lowered = lower(program)
-    result.path = lowered.write(cache_directory())
+    result.path = keep_module(lowered.write, cache_directory())
     result.kernels, result.refusals = lowered.kernels, lowered.refusals
-    return Executable(load_module(result.path).call, program.arguments, program.binder(lowered.weights))
+    return Executable(wrap(load_module(result.path)).call, program.arguments, program.binder(lowered.weights))
 
 
 def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

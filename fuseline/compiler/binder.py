@@ -8,15 +8,16 @@ needs of them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
 
 from .compat import real_tensors
 from .expressions import Expression, Memo, Param
-from .weights import STORE, State, WeightStore, state_of
+from .weights import STORE, States, WeightStore, states_of, versions_of
 
 _epoch = 0
 
@@ -31,12 +32,16 @@ def _no_parameter(name: str) -> torch.Tensor:
     raise KeyError(name)
 
 
-@dataclass
-class _Bound:
+@dataclass(eq=False)
+class Bound:
+    """The derived weights of one set of parameters, and the state that the parameters were in."""
+
+    key: tuple[int, ...]  # the parameters' identities
     sources: list[weakref.ref[torch.Tensor]]
-    states: list[State]
+    states: States
     values: list[torch.Tensor]
     epoch: int
+    dropped: bool = False  # the parameters hold no values that could be edited
 
 
 class Binder:
@@ -64,7 +69,8 @@ class Binder:
                 self.derived.append((position, expression, [sources[n] for n in expression.parameters()]))
         self.count = len(expressions)
         self.watched = sorted({i for _, _, indices in self.derived for i in indices})
-        self.bound: dict[tuple[int, ...], _Bound] = {}
+        self._watched = _getter(self.watched)
+        self.bound: dict[tuple[int, ...], Bound] = {}
 
     def __call__(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
         """The weights, in order, for these flat arguments."""
@@ -73,22 +79,20 @@ class Binder:
             weights[position] = arguments[index]
         for position, constant in self.constants.items():
             weights[position] = constant
-        if self.derived:
-            for (position, _, _), value in zip(self.derived, self._derived_values(arguments), strict=True):
-                weights[position] = value
+        for (position, _, _), value in zip(self.derived, self.bound_to(arguments).values, strict=True):
+            weights[position] = value
         return weights
 
-    def _derived_values(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
-        watched = [arguments[i] for i in self.watched]
+    def bound_to(self, arguments: Sequence[Any]) -> Bound:
+        """The derived weights for these flat arguments: the same object as long as no parameter was changed."""
+        if not self.derived:
+            return _NOTHING
+        watched = self._watched(arguments)
+        # Identities are enough: an entry goes when one of its parameters dies, before the identity can be used again.
         key = tuple(map(id, watched))
         bound = self.bound.get(key)
-        if (
-            bound is not None
-            and bound.epoch == _epoch
-            and all(ref() is t for ref, t in zip(bound.sources, watched, strict=True))
-            and all(state == state_of(t) for state, t in zip(bound.states, watched, strict=True))
-        ):
-            return bound.values
+        if bound is not None and bound.epoch == _epoch and bound.states == states_of(watched):
+            return bound
         values = self._evaluate(arguments)
         while len(self.bound) >= self.LIMIT:
             self.bound.pop(next(iter(self.bound)))
@@ -100,8 +104,26 @@ class Binder:
                 binder.bound.pop(key, None)
 
         sources = [weakref.ref(t, drop) for t in watched]
-        self.bound[key] = _Bound(sources, [state_of(t) for t in watched], values, _epoch)
-        return values
+        dropped = all(map(self.store.dropped, watched))
+        self.bound[key] = bound = Bound(key, sources, states_of(watched), values, _epoch, dropped)
+        return bound
+
+    def holds(self, bound: Bound, arguments: Sequence[Any]) -> bool:
+        """Whether `bound` is still right for these arguments, whose `addressed` are known to lie where they did.
+
+        Cheaper than `bound_to`. The parameters of a bound that is alive are alive, so that another tensor at their
+        address shares their memory.
+        """
+        if not self.derived:
+            return True
+        watched = self._watched(arguments)
+        if bound.dropped:
+            return bound.epoch == _epoch and tuple(map(id, watched)) == bound.key
+        return bound.epoch == _epoch and versions_of(watched) == bound.states[0]
+
+    def addressed(self, bound: Bound) -> list[int]:
+        """Positions of the parameters whose addresses `holds` relies on."""
+        return [] if bound.dropped else self.watched
 
     def _evaluate(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
         values: list[torch.Tensor] = []
@@ -113,3 +135,13 @@ class Binder:
                 memo, previous = {}, names
             values.append(self.store.get(expression, [arguments[i] for i in indices], memo))
         return values
+
+
+_NOTHING = Bound((), [], ((), ()), [], 0)
+
+
+def _getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """The elements at `positions`, as fast as Python can."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda values: tuple(values[i] for i in positions)

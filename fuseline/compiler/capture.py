@@ -36,8 +36,13 @@ def from_dynamo(module: GraphModule, inputs: Sequence[Any]) -> Program:
             states[position] = Source(name, position, value, value.requires_grad)
         else:
             names[position] = node.name
-    training = torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in inputs)
+    training = is_training(inputs)
     return normalize(module, fakes, mode, states, names=names, training=training, examples=list(inputs))
+
+
+def is_training(inputs: Sequence[Any]) -> bool:
+    """Whether gradients are wanted through a graph with these inputs."""
+    return torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in inputs)
 
 
 def capture(

@@ -6,17 +6,24 @@ Checked with torch 2.11.0 and 2.13.0. A new PyTorch version is a change to this 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 CHECKED_VERSIONS = ("2.11.0", "2.13.0")
+
+# Both are missing from builds without CUDA.
+_ADDRESSES_EQUAL = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+_RAW_STREAM = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 _ATTRIBUTE = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 _STATE = re.compile(r"\._(?:parameters|buffers)\['[^']+'\]$")
@@ -40,6 +47,31 @@ def dynamo_fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]
     return mode, fakes
 
 
+@contextlib.contextmanager
+def on_fake_values(mode: FakeTensorMode) -> Iterator[None]:
+    """Operations on fake tensors, without gradients. Composite ones (`linear`) run as PyTorch's Python decompositions:
+    on torch 2.11 those in C++ refuse symbolic sizes."""
+    with enable_python_dispatcher(), mode, torch.no_grad():
+        yield
+
+
+def same_addresses(values: Sequence[Any], addresses: list[int | None], positions: list[int]) -> bool:
+    """Whether the tensors at `positions` of `values` lie at those of `addresses`, a list as long as `values`.
+
+    Builds with CUDA have a loop for it in C++, which matters where hundreds of weights are looked at for each token.
+    """
+    if _ADDRESSES_EQUAL is not None:
+        return bool(_ADDRESSES_EQUAL(list(values), addresses, positions))
+    return all(values[i].data_ptr() == addresses[i] for i in positions)
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of a CUDA device's current stream, without the cost of an object for it."""
+    if _RAW_STREAM is not None and device.index is not None:
+        return int(_RAW_STREAM(device.index))
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
 def _is_real(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)
 
@@ -49,6 +81,126 @@ def dynamo_source(node: torch.fx.Node) -> str:
     source = getattr(node.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", None)
     return str(name() if callable(name) else name or "")
+
+
+def own_recompilations(limit: int) -> dict[str, Any]:
+    """Arguments of torch.compile that let a model be captured `limit` times, whatever other models take.
+
+    Dynamo counts captures per code object, 8 by default, and runs the model in eager beyond them. Models of one library
+    share code objects. PyTorch 2.11 knows one limit for the whole process: it is raised there.
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": limit, "isolate_recompiles": True}
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    return {}
+
+
+def sizes_may_become_symbolic() -> bool:
+    """Whether the capture under way learns sizes as it goes: not under `dynamic=False`, nor outside of Dynamo."""
+    from torch._dynamo import config
+
+    return bool(config.automatic_dynamic_shapes) and TracingContext.try_get() is not None
+
+
+def capture_again_with_symbols(
+    sizes: Collection[tuple[str, int]], scalars: Collection[int], holders: Collection[str]
+) -> None:
+    """Has Dynamo restart the capture under way with these sizes as symbols; returns if nothing is left to ask for.
+
+    Dynamo makes a size symbolic where its records hold two values of it; here they are told that they do. Marking the
+    tensors would do as well, but the marks are guarded, and a cache lives on with them.
+
+    Args:
+        sizes: sources of the graph's inputs and dimensions of them.
+        scalars, holders: a Python int of such a value that Dynamo read from an attribute of one of these sources.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
+    from torch._dynamo.pgo import auto_dynamic, get_code_state
+
+    asked = False
+    records = [code.automatic_dynamic for code in get_code_state().values()]
+    for source, dim in sizes:
+        for record in records:
+            entry = record.get(source)
+            if entry is not None and isinstance(entry.size, tuple) and dim < len(entry.size):
+                if entry.size[dim] is not auto_dynamic:
+                    entry.size = tuple(auto_dynamic if i == dim else size for i, size in enumerate(entry.size))
+                    asked = True
+    for source in {name for name in _guarded_names() if scalars and name.rpartition(".")[0] in holders}:
+        for record in records:
+            entry = record.get(source)
+            if entry is not None and isinstance(entry.scalar, int) and entry.scalar in scalars:
+                entry.scalar = auto_dynamic
+                asked = True
+    if not asked:
+        return
+
+    class Restart(TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis):  # type: ignore[misc]
+        """The first lets it out of the backend call, the second forgets what the trace had speculated."""
+
+    raise Restart(restart_reason="fuseline asked for symbolic lengths")
+
+
+def _guarded_names() -> Iterator[str]:
+    """The sources that the capture under way guards."""
+    context = TracingContext.try_get()
+    for guard in context.guards_context.dynamo_guards if context is not None else ():
+        name = guard.originating_source.name
+        yield str(name() if callable(name) else name)
+
+
+@dataclass(frozen=True)
+class BreakNote:
+    """What Dynamo noted of a graph break: its message, the frames (file, line) that led there, outermost first, and
+    the function that was left to Python as a whole, if one was."""
+
+    reason: str
+    frames: tuple[tuple[str, int], ...]
+    function: str | None = None
+
+
+def break_after(module: torch.fx.GraphModule) -> BreakNote | None:
+    """The break that ended a graph which Dynamo hands to a backend; None where the function ended."""
+    return _break_note(getattr(module, "compile_subgraph_reason", None))
+
+
+def _break_note(reason: Any) -> BreakNote | None:
+    if reason is None or not reason.graph_break:
+        return None
+    return BreakNote(reason.reason, tuple((f.filename, f.lineno or 0) for f in reason.user_stack))
+
+
+class BreakNotes:
+    """What Dynamo notes of graph breaks, from now on. Dynamo keeps one list for the whole process, of the breaks that
+    it went on behind, and one of its last 64 attempts, with the reason for those that came to nothing."""
+
+    def __init__(self) -> None:
+        from torch._dynamo import utils
+
+        self._utils = utils
+        self._attempts = -1
+        self.skip()
+
+    def skip(self) -> None:
+        """Passes over what was noted so far."""
+        attempts = self._utils.counters["frames"]["total"]
+        if attempts != self._attempts:
+            self._attempts = attempts
+            self._noted = len(self._utils.graph_break_reasons)
+            self._time = max((m.start_time_us or 0 for m in self._utils.get_compilation_metrics()), default=0)
+
+    def fresh(self) -> list[BreakNote]:
+        """What was noted since the last look."""
+        if self._utils.counters["frames"]["total"] == self._attempts:
+            return []
+        reasons = self._utils.graph_break_reasons
+        notes = [_break_note(r) for r in reasons[self._noted if self._noted <= len(reasons) else 0 :]]
+        for attempt in self._utils.get_compilation_metrics():
+            if (attempt.start_time_us or 0) > self._time and attempt.fail_reason and attempt.fail_user_frame_filename:
+                where = (attempt.fail_user_frame_filename, attempt.fail_user_frame_lineno or 0)
+                notes.append(BreakNote(attempt.fail_reason, (where,), attempt.co_name))
+        self.skip()
+        return [note for note in notes if note is not None]
 
 
 def is_state_source(source: str) -> bool:
@@ -67,6 +219,14 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorM
     """`function` traced on fake inputs into ATen overloads before dispatch, metadata of running nodes kept."""
     with mode, torch.fx.traceback.preserve_node_meta():
         return make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+
+
+def trace_below_transforms(
+    function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode
+) -> torch.fx.GraphModule:
+    """`function`, which opens and closes vmap or torch.func levels, traced where the dispatcher has resolved them."""
+    with mode, torch.fx.traceback.preserve_node_meta():
+        return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
 
 
 def aot_autograd(

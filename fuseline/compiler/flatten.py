@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from . import compat
-from .normalize import Inliner
+from .inliner import Inliner
 from .ops import Kind, Op, find
 from .program import Program
 

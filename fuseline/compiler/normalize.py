@@ -6,56 +6,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from . import compat
 from .errors import CaptureError
 from .expressions import Constant, Param
+from .inliner import Inliner
 from .program import Program, Source
 from .provenance import source_line
 from .sites import identifier
 from .traits import arguments
+from .transforms import resolve_transforms
 
 aten = torch.ops.aten
 LARGEST_CONSTANT = 65536
 _ASSERTIONS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range"}
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
-
-
-class Inliner(Interpreter):
-    """Runs a graph node by node; the bodies of wrapper higher-order ops run in line."""
-
-    def __init__(self, module: GraphModule):
-        super().__init__(module)
-        self._autocasts: list[torch.autocast] = []
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().run(*args, **kwargs)
-        finally:
-            while self._autocasts:  # an error in the middle of a region
-                self._autocasts.pop().__exit__(None, None, None)
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = getattr(target, "__name__", "")
-        if target is torch.amp.autocast_mode._enter_autocast:
-            # Under a tracer the bare function is recorded but not run: dtypes would be those without autocast.
-            self._autocasts.append(torch.autocast(*args))
-            return self._autocasts[-1].__enter__()
-        if target is torch.amp.autocast_mode._exit_autocast:
-            return self._autocasts.pop().__exit__(None, None, None)
-        if isinstance(target, torch._ops.HigherOrderOperator):
-            if name == "wrap_with_set_grad_enabled":
-                with torch.set_grad_enabled(args[0]):
-                    return args[1](*args[2:])
-            if name == "wrap_with_autocast":
-                device, dtype, enabled, cache, body, *rest = args
-                with torch.autocast(device, dtype, enabled, cache):
-                    return body(*rest)
-            if name == "tag_activation_checkpoint":
-                body, *rest = args
-                return Inliner(body).run(*rest) if isinstance(body, GraphModule) else body(*rest)
-        return super().call_function(target, args, kwargs)
 
 
 def normalize(
@@ -78,10 +44,14 @@ def normalize(
         names: readable names for the other placeholders.
         runner: how to run the module when it is not enough to interpret its graph.
     """
-    run = runner or (lambda *inputs: Inliner(module).run(*inputs))
     try:
+        if runner is None:
+            module = resolve_transforms(module, fakes, mode)
+        run = runner or (lambda *inputs: Inliner(module).run(*inputs))
         with torch.enable_grad() if training else torch.no_grad():
             traced = compat.trace(run, fakes, mode)
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(
             f"the graph could not be brought to normal form: {type(error).__name__}",
@@ -216,6 +186,12 @@ def _write_constants_down(module: GraphModule) -> None:
 
 
 def _constant(node: Node, tensor: torch.Tensor) -> Constant:
+    if isinstance(tensor, torch._subclasses.FakeTensor):
+        raise CaptureError(
+            "a value was computed where the capture does not see it, and would be frozen",
+            [f"at {source_line(node)}"],
+            "put that call in a function under torch.compiler.disable: the rest is still compiled",
+        )
     if tensor.numel() > LARGEST_CONSTANT:
         raise CaptureError(
             f"the model's code builds a constant of {tensor.numel()} elements in its forward",

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from . import sites as _sites
 from .action import Action, Observer
+from .compat import on_fake_values
 from .errors import VerificationError
 from .expressions import Expression
 from .order import touches_written, writes
@@ -231,8 +232,7 @@ def fake_call(program: Program, target: Callable[..., Any], args: Any, kwargs: A
     """The fake result of a call, from its arguments' fake values, inside these regions of autocast."""
     fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
     with contextlib.ExitStack() as regions:
-        regions.enter_context(program.fake_mode)
-        regions.enter_context(torch.no_grad())
+        regions.enter_context(on_fake_values(program.fake_mode))
         for region in autocast:
             regions.enter_context(torch.autocast(*region))
         return target(*fake_args, **fake_kwargs)
@@ -244,7 +244,7 @@ def fake_weight(program: Program, expression: Expression, known: dict[Any, Any])
     tensors = {name: program.sources[name].tensor for name in expression.parameters()}
     kinds = {name: f"{tuple(t.shape)} {t.dtype} {t.device}" for name, t in tensors.items()}
     key = expression.rename(kinds)
-    with mode, torch.no_grad():
+    with on_fake_values(mode):
         if key not in known:
             known[key] = expression.evaluate(lambda n: mode.from_tensor(tensors[n], static_shapes=True).detach())
         return torch.empty(known[key].shape, dtype=known[key].dtype, device=known[key].device)

@@ -13,6 +13,7 @@ import torch
 from torch.fx import Graph, Interpreter, Node
 
 from .action import Observer
+from .compat import on_fake_values
 from .errors import UserError, VerificationError, nearest
 from .expressions import Expression
 from .framework import Pass
@@ -71,7 +72,7 @@ def propagation(program: Program) -> Iterator[Finding]:
     recorded = {n: describe_value(n.meta.get("val")) for n in program.graph.nodes}
     interpreter = _Recompute(program)
     try:
-        with program.fake_mode, torch.no_grad():
+        with on_fake_values(program.fake_mode):
             interpreter.run(*[n.meta["val"] for n in program.placeholders])
     except Exception as error:
         failed = next(n for n in program.graph.nodes if n not in interpreter.found)

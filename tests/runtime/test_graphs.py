@@ -1,0 +1,236 @@
+"""Captures: when a call is recorded, what is copied, and what makes another capture. The GPU is played by a recorder
+that runs the work again at each replay; tests/gpu has the real one."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from fuseline.compiler.binder import Binder
+from fuseline.compiler.expressions import Constant, Param, Scale
+from fuseline.compiler.weights import WeightStore
+from fuseline.runtime import graphs
+from fuseline.runtime.graphs import CudaGraphs, Layout
+
+DOUBLED = Scale(Param("w"), Constant((2.0,), (1,), torch.float32, "cpu"), 0)
+
+
+class Rerun:
+    """Replays by running the work again into the first results; counts recordings and replays."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+        self.recording = False
+
+    def busy(self) -> bool:
+        return self.recording
+
+    def place(self) -> int:
+        return 0
+
+    def record(self, work: Any) -> Any:
+        self.recorded += 1
+        self.recording = True
+        results: list[torch.Tensor] = []
+
+        def replay() -> None:
+            self.replayed += 1
+            for kept, fresh in zip(results, work(), strict=True):
+                kept.copy_(fresh)
+
+        snapshot = [t.clone() for t in Step.caches]
+        results += work()
+        for cache, before in zip(Step.caches, snapshot, strict=True):
+            cache.copy_(before)  # recording runs nothing
+        self.recording = False
+        return replay, results
+
+
+class Step:
+    """cache[at] = x @ w; returns (cache.sum(), x * 2w). Arguments: x, cache, at, w."""
+
+    caches: list[torch.Tensor] = []
+
+    def __init__(self, symbolic: bool = False) -> None:
+        self.recorder = Rerun()
+        self.plain_calls = 0
+        binder = Binder([Param("w"), DOUBLED], {"w": 3}, WeightStore())
+        self.graphs = CudaGraphs(self.run, Layout([0, 1, 2], [1], symbolic), binder, self.recorder)
+
+    def run(self, x: torch.Tensor, cache: torch.Tensor, at: torch.Tensor, w: Any, doubled: Any) -> list[torch.Tensor]:
+        self.plain_calls += 1
+        cache.index_copy_(0, at, (x * w).sum()[None])
+        return [cache.sum(), x * doubled]
+
+    def __call__(self, x: torch.Tensor, cache: torch.Tensor, at: int, w: Any) -> tuple[torch.Tensor, ...]:
+        Step.caches = [cache]
+        return tuple(self.graphs((x, cache, torch.tensor([at]), w)))
+
+
+def expected(x: torch.Tensor, cache: torch.Tensor, at: int, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    cache[at] = (x * w).sum()
+    return cache.sum(), x * 2 * w
+
+
+def weight(value: float = 3.0) -> Parameter:
+    return Parameter(torch.full((1, 4), value), requires_grad=False)
+
+
+def check(step: Step, cache: torch.Tensor, twin: torch.Tensor, at: int, w: torch.Tensor, size: int = 1) -> Any:
+    x = torch.randn(size, 4)
+    results = step(x, cache, at, w)
+    for got, want in zip(results, expected(x, twin, at, w), strict=True):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(cache, twin)
+    return results
+
+
+def test_the_third_call_is_recorded_and_later_ones_replayed() -> None:
+    step, w, cache, twin = Step(), weight(), torch.zeros(8), torch.zeros(8)
+    for at in range(8):
+        check(step, cache, twin, at, w)
+    assert (step.recorder.recorded, step.recorder.replayed) == (1, 6)
+
+
+def test_results_that_a_caller_kept_do_not_change() -> None:
+    step, w, cache, twin = Step(), weight(), torch.zeros(8), torch.zeros(8)
+    kept = [check(step, cache, twin, at, w) for at in range(6)]
+    copies = [[t.clone() for t in results] for results in kept]
+    check(step, cache, twin, 6, w)
+    for results, before in zip(kept, copies, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(results, before, strict=True))
+
+
+def test_another_cache_is_another_capture_and_the_first_one_is_kept() -> None:
+    step, w = Step(), weight()
+    pairs = [(torch.zeros(8), torch.zeros(8)) for _ in range(2)]
+    for _ in range(2):
+        for cache, twin in pairs:
+            for at in range(4):
+                check(step, cache, twin, at, w)
+    assert step.recorder.recorded == 2
+
+
+def test_weights_edited_replaced_or_moved_are_noticed() -> None:
+    step, w, cache, twin = Step(), weight(), torch.zeros(8), torch.zeros(8)
+    for at in range(4):
+        check(step, cache, twin, at, w)
+    w.mul_(2)  # the plain weight is read where it lies; the derived one is computed again
+    for at in range(4):
+        check(step, cache, twin, at, w)
+    w.data = torch.full((1, 4), 7.0)
+    for at in range(4):
+        check(step, cache, twin, at, w)
+    other = weight(11.0)
+    for at in range(4):
+        check(step, cache, twin, at, other)
+    assert step.recorder.recorded == 4
+
+
+def test_sizes_are_part_of_the_key_where_they_may_differ() -> None:
+    step, w, cache, twin = Step(symbolic=True), weight(), torch.zeros(8), torch.zeros(8)
+    for at in range(4):
+        for size in (1, 2):
+            check(step, cache, twin, at, w, size)
+    assert step.recorder.recorded == 2
+
+
+def test_numbers_tell_the_sizes_where_there_are_any() -> None:
+    """As Dynamo passes them: a symbol's value beside the tensors that have it as a size."""
+    recorder = Rerun()
+    graphs = CudaGraphs(lambda n, x: [x * n], Layout([0, 1], [], True), Binder([], {}, WeightStore()), recorder)
+    Step.caches = []
+    for _ in range(4):
+        for n in (2, 3):
+            x = torch.randn(n)
+            torch.testing.assert_close(graphs((n, x))[0], x * n)
+    assert recorder.recorded == 2
+
+
+def test_inputs_that_stay_are_read_where_they_lie_until_one_moves() -> None:
+    step, w, cache, twin = Step(), weight(), torch.zeros(8), torch.zeros(8)
+    at, x = torch.zeros(1, dtype=torch.int64), torch.zeros(2, 4)
+
+    def call(given: torch.Tensor, number: int) -> None:
+        at.fill_(number)
+        given.copy_(torch.randn(2, 4))
+        Step.caches = [cache]
+        results = step.graphs((given, cache, at, w))
+        for got, want in zip(results, expected(given, twin, number, w), strict=True):
+            torch.testing.assert_close(got, want)
+
+    for number in range(5):
+        call(x, number)
+    (capture,) = step.graphs.captured.values()
+    assert not capture.moving and step.recorder.recorded == 1
+    others = [torch.zeros(2, 4) for _ in range(5)]
+    for number, other in enumerate(others):
+        call(other, number)
+    (capture,) = step.graphs.captured.values()
+    assert len(capture.moving) == 2 and step.recorder.recorded == 2
+    call(x, 1)
+    assert step.recorder.recorded == 2
+
+
+def test_expanded_inputs_are_copied_once() -> None:
+    step, w, cache, twin = Step(), weight(), torch.zeros(8), torch.zeros(8)
+    for at in range(5):
+        x = torch.randn(1, 4).expand(3, 4)
+        got, want = step(x, cache, at, w), expected(x, twin, at, w)
+        torch.testing.assert_close(got[1], want[1])
+    assert step.recorder.recorded == 1
+
+
+def test_captures_do_not_outlive_their_weights() -> None:
+    step, w, cache, twin = Step(), weight(), torch.zeros(8), torch.zeros(8)
+    for at in range(2):
+        check(step, cache, twin, at, w)
+    assert step.graphs.captured
+    del w
+    gc.collect()
+    assert not step.graphs.captured
+
+
+def test_the_number_of_captures_is_bounded() -> None:
+    step, w = Step(), weight()
+    kept = [torch.zeros(8) for _ in range(graphs.CAPTURES + 3)]
+    for cache in kept:
+        twin = torch.zeros(8)
+        for at in range(3):
+            check(step, cache, twin, at, w)
+    assert len(step.graphs.captured) == graphs.CAPTURES
+
+
+def test_large_inputs_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "COPIED", 8)
+    step, w, cache, twin = Step(), weight(), torch.zeros(8), torch.zeros(8)
+    for at in range(5):
+        check(step, cache, twin, at, w)
+    assert step.recorder.recorded == 0 and step.plain_calls == 5
+
+
+def test_a_result_that_is_an_input_is_never_captured() -> None:
+    binder = Binder([], {}, WeightStore())
+    runner = CudaGraphs(lambda cache, x: [cache.add_(x)], Layout([0, 1], [0]), binder, Rerun())
+    cache = torch.zeros(4)
+    Step.caches = [cache]
+    for n in range(1, 6):
+        (result,) = runner((cache, torch.ones(4)))
+        assert result is cache and cache[0] == n
+    assert runner.refusal == "a result shares memory with an input"
+
+
+def test_what_cannot_be_recorded_runs_plainly_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    class Refusing(Rerun):
+        def record(self, work: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    runner = CudaGraphs(lambda x: [x + 1], Layout([0]), Binder([], {}, WeightStore()), Refusing())
+    for n in range(5):
+        assert runner((torch.full((2,), float(n)),))[0].tolist() == [n + 1, n + 1]
+    assert runner.refusal == "operation not permitted when stream is capturing"
+    assert len(caplog.records) == 1 and "cannot be captured" in caplog.text

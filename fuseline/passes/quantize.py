@@ -10,9 +10,11 @@ Before                                  after  quantize{weights=int4:g64,activat
 `only`, `skip`  module paths to take or to leave, with `*`, separated by `|`: `only=*.mlp.*|*.o_proj`.
 
 Every linear whose weight is a parameter is a site, and so is a product with a parameter of the transposed layout
-(`addmm`, `mm`). The head, a linear over the vocabulary of an embedding of the same program, is quantized only when
-`only` names it, and so are embeddings. Codes, scales and zero points are weight expressions: computed once, shared by
-all graphs of the model, again when the parameter changes.
+(`addmm`, `mm`) and a convolution (`conv1d`, `conv2d`, `conv3d`): its kernel is the matrix [out, in · positions], and
+`activations` refuses it. Refused too are experts stacked in one tensor, recurrent layers and transposed convolutions.
+The head, a linear over the vocabulary of an embedding of the same program, is quantized only when `only` names it, and
+so are embeddings. Codes, scales and zero points are weight expressions: computed once, shared by all graphs of the
+model, again when the parameter changes.
 
 Lossy. Source: ZeroQuant (Yao et al., 2022), group-wise weights and token-wise activations.
 """
@@ -22,38 +24,23 @@ from __future__ import annotations
 import fnmatch
 import math
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.fx import Node
 
 from ..compiler import ops
 from ..compiler.errors import UserError
-from ..compiler.expressions import Expression, Output, Pack, Param, Transpose
+from ..compiler.expressions import Expression, Output, Pack, Param
 from ..compiler.expressions import Quantize as QuantizeExpression
 from ..compiler.framework import Pass, Tier
-from ..compiler.order import Reachability
 from ..compiler.program import Program
-from ..compiler.provenance import module_path
 from ..compiler.registry import register
 from ..compiler.rewriter import Builder, Rewriter
 from ..compiler.schemes import Scheme
+from .quantize_sites import Site, heads, out_of_reach, path_of, sites
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Site:
-    """A product with a weight: x [..., in], the weight as an expression [out, in], an optional bias."""
-
-    node: Node
-    x: Node
-    weight: Expression
-    bias: Node | None
-    shape: tuple[int, int]
-    path: str
 
 
 @register
@@ -93,20 +80,23 @@ class Quantize(Pass):
     def run(self, program: Program, rewriter: Rewriter) -> None:
         weights, activations = self.schemes()
         quantized_inputs: dict[Node, Node] = {}
-        heads = _heads(program)
-        for site in linear_sites(program):
-            reason = self._refuse(program, site, weights, site.node in heads)
+        over_vocabulary = heads(program)
+        for node, path, why in out_of_reach(program) if weights else ():
+            if not self._left_out(path):
+                rewriter.refuse(node, why)
+        for site in sites(program):  # found one by one: a rewrite changes what the next one reads
+            reason = self._refuse(program, site, weights, site.node in over_vocabulary)
             if reason is None:
                 rewriter.rewrite(
                     site.node,
                     [site.node],
                     lambda new, site=site: _quantized(new, site, weights, activations, quantized_inputs),  # type: ignore[misc]
-                    "linear",
+                    "convolution" if site.kernel else "linear",
                 )
             elif reason:
                 rewriter.refuse(site.node, reason)
         for node in list(program.graph.nodes):
-            if node.target is aten.embedding.default and self._names(_path_of(program, node.args[0])) and weights:
+            if node.target is aten.embedding.default and self._names(path_of(node.args[0])) and weights:
                 self._embedding(program, rewriter, node, weights)
 
     def _embedding(self, program: Program, rewriter: Rewriter, node: Node, scheme: Scheme) -> None:
@@ -134,29 +124,33 @@ class Quantize(Pass):
     def _names(self, path: str) -> bool:
         return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.only)
 
+    def _left_out(self, path: str) -> bool:
+        skipped = any(fnmatch.fnmatchcase(path, pattern) for pattern in self.skip)
+        return skipped or bool(self.only and not self._names(path))
+
     def _refuse(self, program: Program, site: Site, weights: Scheme | None, head: bool) -> str | None:
         """A reason; "" for a site that the options leave out without a word; None to go ahead."""
-        if any(fnmatch.fnmatchcase(site.path, pattern) for pattern in self.skip):
-            return ""
-        if self.only and not self._names(site.path):
+        if self._left_out(site.path):
             return ""
         if head and not self._names(site.path):
             return f"the model's head over its vocabulary: name it to quantize it, only={site.path}"
         if not site.node.meta["val"].dtype.is_floating_point:
             return f"its result is {site.node.meta['val'].dtype}, not a floating-point type"
+        if self.activations and site.kernel:
+            return "a convolution's input has no tokens to share a scale: leave the convolutions out, skip=…"
         return (weights.refuse(site.shape[1]) if weights else None) or _needs_gradient(program, site.weight)
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
-        sites = list(linear_sites(program))
+        found = list(sites(program))
         asked = ", ".join(f"{k}={v}" for k, v in (("weights", self.weights), ("activations", self.activations)) if v)
-        if not sites:
+        if not found:
             return (f"asked for: {asked}; the program has no product with a parameter",)
-        closest = sites[0]
-        return (f"asked for: {asked} on {len(sites)} linears, such as {closest.path} ({closest.shape[1]} inputs)",)
+        closest = found[0]
+        return (f"asked for: {asked} on {len(found)} linears, such as {closest.path} ({closest.shape[1]} inputs)",)
 
     def remedy(self, program: Program) -> str | None:
         weights, _ = self.schemes()
-        widths = [site.shape[1] for site in linear_sites(program)]
+        widths = [site.shape[1] for site in sites(program)]
         if weights is None or not weights.group or not widths or any(w % weights.group == 0 for w in widths):
             return None
         common = weights.fitting(math.gcd(*widths))
@@ -165,56 +159,6 @@ class Quantize(Pass):
             if common
             else None
         )
-
-
-def linear_sites(program: Program) -> Iterator[Site]:
-    """Every product of an activation with a weight, in graph order."""
-    for node in list(program.graph.nodes):
-        bias: Any = None
-        if node.target is aten.linear.default:
-            x, table, *rest = node.args
-            bias, transposed = (rest[0] if rest else None), False
-        elif node.target is aten.addmm.default and not node.kwargs:
-            bias, x, table = node.args
-            transposed = True
-        elif node.target in (aten.mm.default, aten.matmul.default):
-            x, table = node.args
-            transposed = True
-        else:
-            continue
-        expression = table.meta.get("weight") if isinstance(table, Node) else None
-        value = table.meta.get("val") if isinstance(table, Node) else None
-        if not isinstance(expression, Expression) or not isinstance(value, torch.Tensor) or value.dim() != 2:
-            continue
-        if any(isinstance(e, Output) for e in expression.walk()):
-            continue  # already codes
-        rows, columns = int(value.shape[0]), int(value.shape[1])
-        weight = Transpose(expression, 0, 1) if transposed else expression
-        shape = (columns, rows) if transposed else (rows, columns)
-        yield Site(node, x, weight, bias, shape, _path_of(program, table))  # type: ignore[arg-type]
-
-
-def _path_of(program: Program, table: Any) -> str:
-    """The module that owns a weight: the parameter's name without its last part."""
-    expression = table.meta.get("weight") if isinstance(table, Node) else None
-    if isinstance(expression, Expression) and expression.parameters():
-        return expression.parameters()[0].rpartition(".")[0]
-    return module_path(table) if isinstance(table, Node) else ""
-
-
-def _heads(program: Program) -> set[Node]:
-    """Linears over the vocabulary: as many outputs as an embedding has rows, and no other product downstream."""
-    rows = {
-        int(n.args[0].meta["val"].shape[0])
-        for n in program.graph.nodes
-        if n.target is aten.embedding.default and isinstance(n.args[0], Node)
-    }
-    sites = list(linear_sites(program))
-    candidates = [s for s in sites if s.shape[0] in rows]
-    if not candidates:
-        return set()
-    reach = Reachability(program.graph)
-    return {s.node for s in candidates if not any(reach.depends(o.node, s.node) for o in sites if o is not s)}
 
 
 def _needs_gradient(program: Program, weight: Expression) -> str | None:
@@ -251,6 +195,19 @@ def _quantized(
         table = new(ops.dequantize, *parts, weights.bits, weights.group_of(channels), dtype)
     else:
         table = new.weight(site.weight)
+    if site.kernel is not None:
+        return _convolution(new, site, table)
     if site.bias is not None and site.bias.meta["val"].dim() != 1:  # `addmm` adds anything that broadcasts
         return new(aten.add.Tensor, new(aten.linear.default, x, table, None), site.bias)
     return new(aten.linear.default, x, table, site.bias)
+
+
+def _convolution(new: Builder, site: Site, matrix: Node) -> Node:
+    """The same call on the matrix folded back to [out, in / groups, *kernel], in the memory format that it had."""
+    before = site.node.args[1].meta["val"]  # type: ignore[union-attr]
+    table = new(aten.view.default, matrix, list(site.kernel))  # type: ignore[arg-type]
+    for layout in (torch.channels_last, torch.channels_last_3d):
+        if before.dim() == (4 if layout is torch.channels_last else 5) and not before.is_contiguous():
+            if before.is_contiguous(memory_format=layout):
+                table = new(aten.clone.default, table, memory_format=layout)
+    return new(site.node.target, site.x, table, *site.node.args[2:], **site.node.kwargs)

@@ -128,6 +128,31 @@ def test_products_with_a_transposed_weight(options: str) -> None:
         assert error(actual.double(), reference) < 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: x @ w.T, lambda x, w: x @ w.t(), lambda x, w: x @ w.transpose(-1, 0), lambda x, w: x @ w.mT,
+        lambda x, w: torch.mm(x, w.permute(1, 0)),
+    ],
+)  # fmt: skip
+def test_products_with_a_transposed_view_of_a_weight(product) -> None:
+    class Product(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.randn(6, 16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return product(x, self.w)
+
+    model, x = Product(), torch.randn(3, 16)
+    program = fuseline.capture(model, (x,))
+    after, report = Pipeline("quantize{weights=int8}").run(program, verification="full")
+    assert report["quantize"].matched == 1 and ops(after) == ["dequantize", "linear"]
+    weight = round_to_nearest(model.w.detach(), 8, 16, True)  # a scale for each of the six outputs
+    assert error(after.to_module()(x).double(), x.double() @ weight.t()) < 1e-5
+
+
 def test_a_group_that_does_not_divide_is_refused_and_named() -> None:
     with pytest.raises(EmptyPassError) as caught:
         quantized(Linear(48), (torch.randn(1, 48),), "weights=int4:g32")

@@ -20,7 +20,7 @@ class Modes:
 
     def __init__(self, graph: Graph, training: bool):
         self._of: dict[Node, Mode] = {}
-        recorded, casting = training, [False]
+        recorded, casting = training, [_around(graph)]
         for node in graph.nodes:
             name = getattr(node.target, "__name__", "")
             if name == "_set_grad_enabled":
@@ -38,6 +38,12 @@ class Modes:
         if len(modes) > 1:
             return "part of it runs under torch.no_grad: the whole would get other gradients"
         return None
+
+
+def _around(graph: Graph) -> bool:
+    """Whether autocast was on around the call that is being compiled: no node of the graph says so."""
+    values = (n.meta.get("val") for n in graph.nodes)
+    return any(torch.is_autocast_enabled(d) for d in {v.device.type for v in values if isinstance(v, torch.Tensor)})
 
 
 def _computes(node: Node) -> bool:

@@ -69,7 +69,8 @@ def read(path: Path) -> Entry | Miss:
         if hashlib.sha256(content).hexdigest() != expected["sha256"]:
             return Miss(f"{file} is not what was stored: its SHA-256 differs", damaged=True)
         files[file] = content
-    return Entry(*(header[k] for k in ("kind", "name", "fields")), path, files, header["because"], header["made"])
+    kind, name, fields = header["kind"], header["name"], header["fields"]
+    return Entry(kind, name, fields, path, files, header["because"], header["made"])
 
 
 def _header(path: Path) -> dict[str, Any] | Miss:
@@ -87,7 +88,14 @@ def _fault(header: Any, path: Path) -> str | None:
     """What makes a header one that this class did not write for this place."""
     if not isinstance(header, dict) or header.get("version") != VERSION:
         return f"no header of format {VERSION}"
-    kinds = {"kind": str, "name": str, "fields": dict, "files": dict, "because": str, "made": (int, float)}
+    kinds: dict[str, Any] = {
+        "kind": str,
+        "name": str,
+        "fields": dict,
+        "files": dict,
+        "because": str,
+        "made": (int, float),
+    }
     for key, kind_of in kinds.items():
         if not isinstance(header.get(key), kind_of):
             return f"'{key}' is missing"

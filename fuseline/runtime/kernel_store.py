@@ -90,7 +90,9 @@ class KernelStore:
     def load(self, name: str, **made_of: Any) -> dict[str, bytes] | None:
         """The files of the kernel `name` by their endings ("cubin", "json", …), or None where it must be compiled."""
         found = self.find(name, **made_of)
-        return {file.rpartition(".")[2]: data for file, data in found.files.items()} if found else None
+        if isinstance(found, Miss):
+            return None
+        return {file.rpartition(".")[2]: data for file, data in found.files.items()}
 
     def save(self, name: str, files: Mapping[str, str | bytes], replace: bool = False, **made_of: Any) -> None:
         """Keeps what Triton compiled, given by its files' endings."""

@@ -134,7 +134,7 @@ class KernelLauncher:
                         for dtype, a, skip in zip(map(self._pointee, pointers), addresses, skipped)
                     ]
                     made = Specialisation.of(self.function, (*kinds, *types), constants)
-                    self.known[key] = made and self._ready(made, devices[0])
+                    self.known[key] = self._ready(made, devices[0]) if made else None
             return self.known[key]
 
     def _pointee(self, tensor: torch.Tensor) -> str:
@@ -148,7 +148,7 @@ class KernelLauncher:
         except Exception as error:  # Triton's launch either works, or raises what the user should see
             log.debug("kernel %s is launched by Triton: %s: %s", made.name, type(error).__name__, error)
             return None
-        return loaded and Ready(loaded.launch, loaded.head, tuple(made.given.values()), device)
+        return Ready(loaded.launch, loaded.head, tuple(made.given.values()), device) if loaded else None
 
 
 def _hooked(runtime: Any) -> bool:

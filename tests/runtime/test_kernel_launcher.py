@@ -105,7 +105,11 @@ def instructions(ptx: str) -> list[str]:
     return [line for line in lines if line.endswith(";") and not line.startswith(".")]
 
 
-@pytest.mark.parametrize("grid", [(5,), (5, 2), (5, 2, 3), (0,), [5, 2], lambda meta: (meta["BLOCK"],)], ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [(5,), (5, 2), (5, 2, 3), (0,), [5, 2], lambda meta: (meta["BLOCK"],)],
+    ids=["one", "two", "three", "none", "list", "function"],
+)
 def test_grids(gpu: FakeGpu, store: KernelStore, tmp_path: Path, grid: Any) -> None:
     ours, plain = both(tmp_path, store)
     same_launch(gpu, ours, plain, grid, X, Y, 7, 3, **OPTIONS)

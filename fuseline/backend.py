@@ -23,6 +23,8 @@ from .compiler.graph_breaks import tell_of
 from .compiler.lengths import ask_for_symbols
 from .compiler.pipeline import DEFAULT, Pipeline
 from .compiler.plan import Plan
+from .compiler.sharded import run_as_captured
+from .compiler.streams import refuse_streams
 
 OPTIONS = ("pipeline", "plan", "target", "verify", "observers", "cuda_graphs", "keep_originals", "record")
 recent: deque[Compilation] = deque(maxlen=8)
@@ -67,6 +69,10 @@ def compile(
     plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     if "record" not in settings:  # fuseline.optimize tells of all breaks of its model itself
         tell_of(module)
+    captured = run_as_captured(module, inputs, pipeline)
+    if captured is not None:
+        return captured
+    refuse_streams(module)
     if not is_training(inputs):
         ask_for_symbols(module, inputs)
     program = from_dynamo(module, inputs)

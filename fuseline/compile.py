@@ -23,6 +23,7 @@ from .compiler.plan import Plan
 from .compiler.program import Program
 from .compiler.reads import refuse_dropped
 from .compiler.report import Report
+from .compiler.sharded import refuse_derived
 from .runtime.executable import Executable
 from .runtime.graphs import CudaGraphs, Layout
 from .runtime.location import cache_root, keep_module
@@ -103,6 +104,7 @@ def compile_program(
     chosen = choose_target(target, program)
     after, report = pipeline.run(program, observers, verification, plan)
     refuse_dropped(after)
+    refuse_derived(after)
     result = Compilation(program, after, report, chosen, _unbuilt)
     if after.training:
         result.executable = _training(after, inputs, chosen)

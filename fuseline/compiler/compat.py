@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -275,3 +276,25 @@ def size_hint(value: Any, fallback: int = 8192) -> int:
 def symbolic_expression(value: Any) -> Any:
     """The sympy expression behind a SymInt, an int otherwise."""
     return value.node.expr if isinstance(value, torch.SymInt) else value
+
+
+def gathered(tensors: Collection[torch.Tensor]) -> list[torch.Tensor]:
+    """Those that `fully_shard` (FSDP2) fills from all ranks before each use: it hides that from their versions."""
+    module = sys.modules.get("torch.distributed._composable_state")
+    wanted = {id(t) for t in tensors}
+    found = []
+    for reference in list(getattr(module, "_module_state_mapping", {}).values()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for parameter in (p for group in groups if group is not None for p in group.fsdp_params):
+            tensor = getattr(parameter, "_unsharded_param", None)
+            if id(tensor) in wanted:
+                found.append(tensor)
+    return found
+
+
+def is_wrapper(value: Any) -> bool:
+    """Whether a value is a tensor made of others, such as a DTensor or another library's quantized weight."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)

@@ -1,13 +1,17 @@
-"""Models that are code or an exported program: `py:package.module:factory` and `FILE.pt2`."""
+"""Models that are code or an exported program: `py:package.module:factory`, `py:FILE.py:factory` and `FILE.pt2`."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import logging
-import os
+import re
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,11 +27,13 @@ from fuseline.models.loaded import LoadedModel
 def load_factory(spec: str, name: str, dtype: torch.dtype | None) -> LoadedModel:
     """Calls `factory()`, which returns a module or a tuple (module, example_args[, example_kwargs]).
 
-    A Hugging Face model needs no example inputs. The current folder is searched for the module, as `python -m` does.
+    A Hugging Face model needs no example inputs. The current folder is searched for a module, as `python -m` does; a
+    file's own folder is searched for what it imports, as `python FILE` does.
     """
-    module_name, separator, factory_name = spec.partition(":")
+    module_name, separator, factory_name = spec.rpartition(":")
     if not (separator and module_name and factory_name):
-        raise UserError(f"{name!r} is not of the form py:package.module:factory")
+        remedy = f"{name}:FUNCTION" if spec.endswith(".py") else None
+        raise UserError(f"{name!r} is not of the form py:package.module:factory or py:FILE.py:factory", remedy=remedy)
     factory = _factory(module_name, factory_name)
     result = factory()
     model, args, kwargs = _unpack(result, name)
@@ -50,22 +56,51 @@ def load_factory(spec: str, name: str, dtype: torch.dtype | None) -> LoadedModel
 
 
 def _factory(module_name: str, factory_name: str) -> Any:
-    here = os.getcwd()
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"cannot import {module_name!r}: {error}", remedy="run in the folder that holds it") from error
-    finally:
-        if added:
-            sys.path.remove(here)
+    if module_name.endswith(".py"):
+        module = _from_file(Path(module_name).expanduser())
+    else:
+        with _searched(Path.cwd()):
+            try:
+                module = importlib.import_module(module_name)
+            except ModuleNotFoundError as error:
+                raise UserError(
+                    f"cannot import {module_name!r}: {error}",
+                    remedy=f"run in the folder that holds it, or name the file: py:PATH/FILE.py:{factory_name}",
+                ) from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise UserError(f"{module_name} has no function {factory_name!r}{nearest(factory_name, names)}")
     return factory
+
+
+def _from_file(path: Path) -> ModuleType:
+    """The module that a file is; classes in it find it by its name."""
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    spec = importlib.util.spec_from_file_location("fuseline_model_" + re.sub(r"\W", "_", path.stem), path)
+    assert spec is not None and spec.loader is not None  # of a path that ends in .py
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        with _searched(path.resolve().parent):
+            spec.loader.exec_module(module)
+    except (ModuleNotFoundError, SyntaxError) as error:
+        del sys.modules[spec.name]
+        raise UserError(f"cannot import {path}: {error}") from error
+    return module
+
+
+@contextlib.contextmanager
+def _searched(folder: Path) -> Iterator[None]:
+    """Modules are also looked for in this folder."""
+    added = str(folder) not in sys.path
+    if added:
+        sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        if added:
+            sys.path.remove(str(folder))
 
 
 def _unpack(result: Any, name: str) -> tuple[nn.Module, tuple[Any, ...] | None, dict[str, Any]]:

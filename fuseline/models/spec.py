@@ -14,7 +14,7 @@ from fuseline.models.huggingface import load_directory
 from fuseline.models.loaded import LoadedModel
 from fuseline.models.module import load_exported, load_factory
 
-FORMS = ("demo:NAME", "hf:DIR", "gguf:FILE", "py:package.module:factory", "FILE.pt2")
+FORMS = ("demo:NAME", "hf:DIR", "gguf:FILE", "py:package.module:factory", "py:FILE.py:factory", "FILE.pt2")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -27,7 +27,7 @@ def load(spec: str, dtype: torch.dtype | None = None) -> LoadedModel:
     """Loads the model that `spec` names, in eval mode on the CPU.
 
     Args:
-        spec: demo:NAME, hf:DIR, gguf:FILE, py:package.module:factory, or the path of a .pt2 file.
+        spec: demo:NAME, hf:DIR, gguf:FILE, py:package.module:factory, py:FILE.py:factory, or the path of a .pt2 file.
         dtype: of the floating-point weights; None keeps the checkpoint's (float32 for GGUF and for demo: models).
 
     Raises:
@@ -47,6 +47,8 @@ def load(spec: str, dtype: torch.dtype | None = None) -> LoadedModel:
         return load_gguf(Path(rest).expanduser(), spec, dtype)
     if kind == "py":
         return load_factory(rest, spec, dtype)
+    if kind.endswith(".py"):
+        raise UserError(f"{spec!r} is not a model; did you mean 'py:{spec}'?")
     raise UserError(f"unknown model source {kind!r}{nearest(kind, ['demo', 'hf', 'gguf', 'py'])}")
 
 
@@ -63,6 +65,8 @@ def _suggestion(spec: str) -> str:
         return f"; did you mean 'hf:{spec}'?"
     if path.suffix == ".gguf":
         return f"; did you mean 'gguf:{spec}'?"
+    if path.suffix == ".py":
+        return f"; did you mean 'py:{spec}:FUNCTION'?"
     demos = [f"demo:{name}" for name in DEMOS]
     close = difflib.get_close_matches(spec, [*DEMOS, *demos], n=1, cutoff=0.5)
     return f"; did you mean 'demo:{close[0].removeprefix('demo:')}'?" if close else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,31 @@ def test_factory(factories: str) -> None:
     assert isinstance(loaded.model, nn.Linear) and loaded.tokenizer is None
     assert loaded.model.weight.dtype is torch.float64
     assert loaded.model(*loaded.example_args).shape == (2, 3), "floating-point example inputs follow the dtype"
+
+
+def test_factory_of_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "not a package"
+    folder.mkdir()
+    (folder / "beside.py").write_text("WIDTH = 3")
+    (folder / "my-model.py").write_text("from beside import WIDTH\n" + FACTORIES.replace("4, 3", "4, WIDTH"))
+    path = list(sys.path)
+    loaded = load(f"py:{folder}/my-model.py:good")
+    assert loaded.model(*loaded.example_args).shape == (2, 3)
+    assert type(loaded.model) is nn.Linear and sys.path == path
+    with pytest.raises(UserError, match="did you mean 'good'"):
+        load(f"py:{folder}/my-model.py:godo")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("import no_such_module_at_all", "No module named 'no_such_module_at_all'"), ("def good(:", "invalid syntax")],
+)
+def test_a_file_that_cannot_be_imported(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    with pytest.raises(UserError) as raised:
+        load(f"py:{file}:good")
+    assert f"cannot import {file}" in str(raised.value) and message in str(raised.value)
 
 
 @pytest.mark.parametrize(

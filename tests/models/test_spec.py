@@ -25,6 +25,10 @@ from fuseline.models import load, logits_of, parse_dtype
         ("py:json", "not of the form py:package.module:factory"),
         ("py:no_such_module_at_all:make", "cannot import 'no_such_module_at_all'"),
         ("py:fractions:Fractoin", "did you mean 'Fraction'?"),
+        ("model.py", "did you mean 'py:model.py:FUNCTION'?"),
+        ("model.py:make", "did you mean 'py:model.py:make'?"),
+        ("py:model.py", "try: py:model.py:FUNCTION"),
+        ("py:/nowhere/model.py:make", "no such file: /nowhere/model.py"),
     ],
 )
 def test_wrong_spec(spec: str, message: str) -> None:

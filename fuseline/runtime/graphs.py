@@ -80,6 +80,7 @@ class CudaGraphs:
     captured: OrderedDict[Hashable, _Capture] = field(default_factory=OrderedDict)
     latest: _Capture | None = None
     seen: OrderedDict[Hashable, Sequence[int]] = field(default_factory=OrderedDict)
+    large: OrderedDict[Hashable, None] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
         written = set(self.layout.written)
@@ -145,6 +146,8 @@ class CudaGraphs:
         Inputs that lay in the same place twice are taken to stay there, and are read where they lie. Should one move
         after all, the key gets another capture, with buffers for all of them.
         """
+        if key in self.large:
+            return self._plainly(flat)
         tensors = {i: flat[i] for i in self._given if isinstance(flat[i], torch.Tensor)}
         before, now = self.seen.get(key), [x.data_ptr() for x in tensors.values()]
         moved = self.captured.pop(key, None) is not None
@@ -155,6 +158,7 @@ class CudaGraphs:
         stays = {i for i, a, b in zip(tensors, before, now, strict=False) if a == b and not moved}
         moving = [i for i in tensors if i not in stays]
         if _bytes([tensors[i] for i in moving]) > COPIED:
+            self._is_large(key)
             return self._plainly(flat)
         with torch.inference_mode(False), torch.no_grad():
             buffers = [
@@ -181,13 +185,21 @@ class CudaGraphs:
         )
         results = self._on_buffers(flat, capture)
         outputs = _tensors([results] if isinstance(results, torch.Tensor) else results)
-        read = {x.untyped_storage().data_ptr() for x in (*buffers, *_tensors([flat[i] for i in still]))}
-        if any(x.untyped_storage().data_ptr() in read for x in outputs):
+        read, written = _storages([*buffers, *(flat[i] for i in still)]), _storages(outputs)
+        if not set(read).isdisjoint(written):
             self.refusal = "a result shares memory with an input"
-        elif _bytes(outputs) <= COPIED:
+        elif len(set(written)) < len(written):
+            self.refusal = "two results share memory"
+        elif _bytes(outputs) > COPIED:
+            self._is_large(key)
+        else:
             self.captured[key] = capture
             _shorten(self.captured, CAPTURES)
         return results
+
+    def _is_large(self, key: Hashable) -> None:
+        self.large[key] = None
+        _shorten(self.large, SEEN)
 
     def _record(self, flat: Sequence[Any], capture: _Capture) -> bool:
         try:
@@ -219,6 +231,10 @@ def _once(tensor: torch.Tensor) -> torch.Tensor:
 
 def _tensors(values: Sequence[Any]) -> list[torch.Tensor]:
     return [x for x in values if isinstance(x, torch.Tensor)]
+
+
+def _storages(tensors: Sequence[torch.Tensor]) -> list[int]:
+    return [x.untyped_storage().data_ptr() for x in tensors if x.numel()]
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:

@@ -213,6 +213,28 @@ def test_large_inputs_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step.recorder.recorded == 0 and step.plain_calls == 5
 
 
+def test_large_results_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Rerun()
+    runner = CudaGraphs(lambda x: [x.repeat(100)], Layout([0]), Binder([], {}, WeightStore()), recorder)
+    monkeypatch.setattr(graphs, "COPIED", 64)
+    for n in range(6):
+        assert runner((torch.full((4,), float(n)),))[0].tolist() == [n] * 400
+    assert recorder.recorded == 0 and len(runner.large) == 1 and runner.refusal is None
+
+
+def test_results_that_share_memory_are_never_captured() -> None:
+    def run(x: torch.Tensor) -> list[torch.Tensor]:
+        y = x * 2
+        return [y, y[1:]]
+
+    runner = CudaGraphs(run, Layout([0]), Binder([], {}, WeightStore()), Rerun())
+    for _ in range(5):
+        whole, part = runner((torch.ones(3),))
+        part.zero_()
+        assert whole.tolist() == [2, 0, 0]
+    assert runner.refusal == "two results share memory"
+
+
 def test_a_result_that_is_an_input_is_never_captured() -> None:
     binder = Binder([], {}, WeightStore())
     runner = CudaGraphs(lambda cache, x: [cache.add_(x)], Layout([0, 1], [0]), binder, Rerun())

@@ -35,6 +35,14 @@ def test_kernels_compile_for_every_target(name: str, target: str) -> None:
         compile_kernel(kernel, target)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head", [64, 128, 256])
+def test_shared_memory_is_that_of_a_small_gpu(head: int, dtype: torch.dtype) -> None:
+    split = emitted(Attend("wide", head=head, head_v=head, mask="bool"), dtype).kernels[0]
+    assert split.constants["BLOCK_T"] >= 16
+    assert compile_kernel(split, "sm_80").shared_bytes <= 99 << 10
+
+
 def test_what_is_hidden_is_not_read() -> None:
     (split, _) = emitted(Attend("mask", mask="bool")).kernels
     test = split.source.index("if tl.max(tl.max(seen")

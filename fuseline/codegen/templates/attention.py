@@ -27,11 +27,13 @@ from ..dtypes import is_supported, pointer_type
 from ..kernel import Kernel, Launcher, Refusal
 from ..kernel_text import call
 from . import decode
+from .config import next_power_of_two
 from .text import Names, Text
 
 ROWS_MAX = 64  # query rows that one program holds: queries times the query heads of one key head
 PROGRAMS = 256  # programs to split the keys among: about two a multiprocessor of a large GPU
 HEAD_MAX = 256
+TILE_BYTES = 16384  # of keys, and of values: two stages of both fit into the shared memory of any GPU that Triton takes
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def emit_attention(region: GraphModule, name: str) -> Launcher | Refusal:
     if isinstance(attention, Refusal):
         return attention
     given = attention.given
-    block = 64 if max(attention.head, attention.head_v) <= 128 else 32
+    width = next_power_of_two(max(attention.head, attention.head_v)) * given["q"].meta["val"].dtype.itemsize
+    block = min(64, TILE_BYTES // width)
     split_constants = {"ROWS": 16, "KEYS": block, "BLOCK_T": block}
     join_constants = {"SPLITS": 16, "CHUNK": 16}
     split = decode.split_kernel(

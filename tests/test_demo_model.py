@@ -9,6 +9,7 @@ import torch
 
 import fuseline
 from fuseline.compiler import ops
+from fuseline.compiler.outline import inline
 from fuseline.compiler.provenance import source_line
 from fuseline.models.spec import load
 from tests.helpers.models import error
@@ -30,7 +31,7 @@ def test_raise_and_fuse_find_everything_and_change_nothing(demo):
     rules = report["raise"].rules
     assert (rules["RMSNorm"], rules["SwiGLU"], rules["Attention"], rules["RotaryPair"]) == (61, 30, 30, 30)
     assert not report["raise"].refused
-    attentions = [n for n in after.graph.nodes if n.target is ops.attention.overload]
+    attentions = [n for n in inline(after.module).graph.nodes if n.target is ops.attention.overload]
     assert len(attentions) == 30 and all(n.args[5] == "causal" for n in attentions)
     computing = [n for n in after.graph.nodes if n.op in ("call_function", "call_module")]
     assert sum(source_line(n) is not None for n in computing) >= 0.99 * len(computing)

@@ -80,12 +80,12 @@ def compile(
         program,
         inputs,
         pipeline,
-        settings.get("target"),
-        observers,
-        settings.get("verify", "quick"),
-        plan,
-        settings.get("cuda_graphs", True),
-        settings.get("keep_originals", True),
+        target=settings.get("target"),
+        observers=observers,
+        verification=settings.get("verify", "quick"),
+        plan=plan,
+        cuda_graphs=settings.get("cuda_graphs", True),
+        keep_originals=settings.get("keep_originals", True),
     )
     recent.append(
         replace(

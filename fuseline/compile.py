@@ -26,7 +26,7 @@ from .compiler.report import Report
 from .compiler.sharded import refuse_derived
 from .runtime.executable import Executable
 from .runtime.graphs import CudaGraphs, Layout
-from .runtime.location import cache_root, keep_module
+from .runtime.location import keep_module
 from .runtime.recorder import CudaRecorder
 
 TARGETS = ("auto", "eager", "inductor", "triton")
@@ -44,11 +44,6 @@ class Compilation:
     kernels: tuple[Kernel, ...] = ()
     refusals: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
-
-
-def cache_directory() -> Path:
-    """Where generated modules are written: `FUSELINE_CACHE`, or `~/.cache/fuseline`."""
-    return cache_root() / "modules"
 
 
 def choose_target(target: str | None, program: Program) -> str:
@@ -168,7 +163,7 @@ def _kernels(program: Program, inputs: Sequence[Any], result: Compilation) -> Ex
     from .runtime.kernels import wrap
 
     lowered = lower(program)
-    result.path = keep_module(lowered.write, cache_directory())
+    result.path = keep_module(lowered.write)
     result.kernels, result.refusals = lowered.kernels, lowered.refusals
     return Executable(wrap(load_module(result.path)).call, program.arguments, program.binder(lowered.weights))
 

@@ -16,7 +16,7 @@ from fuseline.runtime.cache import KERNELS, Cache
 from fuseline.runtime.entry import Entry, differences
 from fuseline.runtime.housekeeping import folder_bytes, remove
 from fuseline.runtime.kernel_store import versions
-from fuseline.runtime.location import cache_root, size_limit
+from fuseline.runtime.location import cache_root, modules_root
 
 
 def cache(
@@ -34,9 +34,10 @@ def cache(
 
 def show(store: Cache, output: Output) -> dict[str, Any]:
     """Path, number and bytes of entries by kind, and what is damaged."""
-    counts, sizes, damaged = Counter[str](), Counter[str](), []
+    counts, sizes, damaged, first = Counter[str](), Counter[str](), [], None
     for entry in store.entries():
         if isinstance(entry, Entry):
+            first = first or entry.name
             counts[entry.kind] += 1
             sizes[entry.kind] += folder_bytes(entry.path)
         else:
@@ -44,16 +45,15 @@ def show(store: Cache, output: Output) -> dict[str, Any]:
     modules = _modules()
     counts["modules"] = sum(path.suffix == ".py" for path in modules)
     sizes["modules"] = sum(path.stat().st_size for path in modules)
-    root, limit = cache_root(), size_limit()
+    root, limit = cache_root(), store.limit
     output.line(f"{root}    (FUSELINE_CACHE)")
     output.line(f"at most {_bytes(limit)} of compiled code, the least recently used goes first (FUSELINE_CACHE_SIZE)")
     rows = [[kind, str(counts[kind]), _bytes(sizes[kind])] for kind in sorted({KERNELS, *counts})]
     table(output, ["kind", "entries", "size"], rows)
     for item in damaged:
         output.line(f"damaged, and replaced when it is needed: {item['path']}: {item['reason']}")
-    names = [entry.name for entry in store.entries() if isinstance(entry, Entry)]
-    if names:
-        following(output, f"fuseline cache --why {names[0]}", "why it was compiled")
+    if first is not None:
+        following(output, f"fuseline cache --why {first}", "why it was compiled")
     kinds = {kind: {"entries": counts[kind], "bytes": sizes[kind]} for kind in sorted({KERNELS, *counts})}
     return {"path": str(root), "limit": limit, "kinds": kinds, "damaged": damaged}
 
@@ -101,7 +101,7 @@ def _clear(store: Cache, output: Output) -> dict[str, Any]:
 
 def _modules() -> list[Any]:
     """The files of generated modules."""
-    return [p for p in (cache_root() / "modules").glob("fuseline_*") if p.suffix in (".py", ".json") and p.is_file()]
+    return [p for p in modules_root().glob("fuseline_*") if p.suffix in (".py", ".json") and p.is_file()]
 
 
 def _bytes(count: int) -> str:

@@ -19,6 +19,7 @@ from .errors import UserError
 from .framework import Tier
 from .pipeline import Pipeline
 from .program import Program
+from .reads import derived_reads
 
 log = logging.getLogger("fuseline")
 
@@ -56,7 +57,7 @@ def refuse_derived(program: Program) -> None:
     Raises:
         UserError: naming a parameter.
     """
-    names = {name for n in program.weights() for name in n.meta["weight"].parameters() if program.parameter(n) is None}
+    names = {name for expression in derived_reads(program) for name in expression.parameters()}
     sources = {name: program.sources[name].tensor for name in names}
     stale = compat.gathered(list(sources.values()))
     if stale:

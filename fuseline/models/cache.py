@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..runtime.location import cache_root
+
 
 def cache_dir() -> Path:
-    """`$FUSELINE_CACHE`, else `$XDG_CACHE_HOME/fuseline`, else `~/.cache/fuseline`; created if absent."""
-    root = os.environ.get("FUSELINE_CACHE")
-    if not root:
-        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fuseline")
-    path = Path(root)
+    """`runtime.location.cache_root()`, created if absent."""
+    path = cache_root()
     path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -36,6 +36,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fuseline"
 
 
+def modules_root() -> Path:
+    """Where generated modules are kept."""
+    return cache_root() / "modules"
+
+
 def size_limit() -> int:
     """Bytes of compiled code to keep: `FUSELINE_CACHE_SIZE` ("512M", "2 GiB", 0 for nothing), else 1 GiB.
 
@@ -66,14 +71,14 @@ def warn_once(directory: Path, error: OSError) -> None:
 
 
 def keep_module(write: Callable[[Path], Path], directory: Path | None = None) -> Path:
-    """Writes a generated module by `write(directory)`, the cache's `modules` by default, and returns its path.
+    """Writes a generated module by `write(directory)`, in `modules_root()` by default, and returns its path.
 
     Where that fails there is one warning, and the module goes into a folder that lives as long as this process.
 
     Raises:
         UserError: no folder at all can be written.
     """
-    directory = cache_root() / "modules" if directory is None else directory
+    directory = modules_root() if directory is None else directory
     try:
         path = write(directory)
         _tidy(directory)

@@ -85,7 +85,7 @@ def emit_attention(region: GraphModule, name: str) -> Launcher | Refusal:
         )
         for tag, (source, parameters), constants in (("split", split, split_constants), ("join", join, join_constants))
     )
-    return Launcher(name, _host(attention, name, kernels, split[1], join[1]), kernels)
+    return Launcher(name, _host(attention, name, kernels), kernels)
 
 
 def _analyse(region: GraphModule) -> Attention | Refusal:
@@ -111,13 +111,7 @@ def _analyse(region: GraphModule) -> Attention | Refusal:
     return Attention(node, given, placeholders, q.shape[-1], v.shape[-1], dtype)
 
 
-def _host(
-    attention: Attention,
-    name: str,
-    kernels: tuple[Kernel, ...],
-    split_parameters: list[str],
-    join_parameters: list[str],
-) -> str:
+def _host(attention: Attention, name: str, kernels: tuple[Kernel, ...]) -> str:
     given = attention.given
     locals_ = ("torch", "triton", "b", "h", "s", "t", "_", "rows", "pairs", "keys", "splits", "parts", "stats", "out")
     names = Names([*locals_, name, *(k.name for k in kernels), "visible"])
@@ -160,13 +154,10 @@ def _host(
         }
         known |= {"G": str(group), "offset": value(given["offset"]), "window": value(given["window"])}
         with text.block(f"with torch.cuda.device_of({q}):"):
-            for kernel, parameters, grid in (
-                (split, split_parameters, "pairs, splits"),
-                (join, join_parameters, "b * h * s,"),
-            ):
+            for kernel, grid in ((split, "pairs, splits"), (join, "b * h * s,")):
                 values = [
                     f"{p}={known.get(p, kernel.constants[p])}" if p in kernel.constants else known[p]
-                    for p in parameters
+                    for p in kernel.signature
                 ]
                 values += [f"num_warps={kernel.num_warps}", f"num_stages={kernel.num_stages}"]
                 text.add(*call(f"{kernel.name}[({grid})](", values, ")"))

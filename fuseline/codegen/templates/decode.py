@@ -6,7 +6,7 @@ import torch
 
 from ..kernel_text import call
 from .config import next_power_of_two
-from .text import Text, joined
+from .text import Text, joined, load
 
 LOG2_E = 1.4426950408889634
 
@@ -37,6 +37,7 @@ def split_kernel(
     precision = ', input_precision="ieee"' if dtype == torch.float32 else ""
     text = Text()
     text.add("@triton.jit", *call(f"def {name}(", [*parameters, *(f"{c}: tl.constexpr" for c in constants)], "):"))
+    q_pointer = "q_rows[:, None] + d[None, :] * q_s3"
     with text.indented():
         text.add(
             "pid = tl.program_id(0).to(tl.int64)",
@@ -50,8 +51,7 @@ def split_kernel(
             f"d = tl.arange(0, {wide})",
             f"dv = tl.arange(0, {wide_v})",
             "q_rows = q_ptr + batch * q_s0 + head * q_s1 + query * q_s2",
-            "q = tl.load(q_rows[:, None] + d[None, :] * q_s3"
-            f"{_mask('inside_row[:, None]', in_d and f'({in_d})[None, :]')})",
+            f"q = {load(q_pointer, ('inside_row[:, None]', in_d and f'({in_d})[None, :]'))}",
             "k_head = k_ptr + batch * k_s0 + kv_head * k_s1",
             "v_head = v_ptr + batch * v_s0 + kv_head * v_s1",
         )
@@ -88,9 +88,9 @@ def split_kernel(
                     )
             with text.block("if tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0:"):
                 k_pointer = "k_head + t.to(tl.int64)[None, :] * k_s2 + d[:, None] * k_s3"
-                text.add(f"k = tl.load({k_pointer}{_mask('inside[None, :]', in_d and f'({in_d})[:, None]')})")
+                text.add(f"k = {load(k_pointer, ('inside[None, :]', in_d and f'({in_d})[:, None]'))}")
                 v_pointer = "v_head + t.to(tl.int64)[:, None] * v_s2 + dv[None, :] * v_s3"
-                text.add(f"v = tl.load({v_pointer}{_mask('inside[:, None]', in_dv and f'({in_dv})[None, :]')})")
+                text.add(f"v = {load(v_pointer, ('inside[:, None]', in_dv and f'({in_dv})[None, :]'))}")
                 dot = f"tl.dot(q, k{precision})"
                 if softcap:
                     x = f"{dot} * {2 * scale / softcap}"
@@ -141,6 +141,7 @@ def join_kernel(name: str, head_v: int, dtype: torch.dtype) -> tuple[str, list[s
             "total = 0.0",
             f"acc = tl.zeros(({wide},), tl.float32)",
         )
+        part = f"parts_ptr + slot[:, None] * {head_v} + dv[None, :]"
         with text.block("for i0 in range(0, SPLITS, CHUNK):"):
             text.add(
                 "i = i0 + tl.arange(0, CHUNK)",
@@ -148,8 +149,7 @@ def join_kernel(name: str, head_v: int, dtype: torch.dtype) -> tuple[str, list[s
                 "slot = first + i * (S * G)",
                 'tops = tl.load(stats_ptr + slot, mask=inside, other=float("-inf"))',
                 "totals = tl.load(stats_ptr + count + slot, mask=inside, other=0.0)",
-                f"part = tl.load(parts_ptr + slot[:, None] * {head_v} + dv[None, :]"
-                f"{joined(('inside[:, None]', in_dv and f'({in_dv})[None, :]'))}, other=0.0)",
+                f"part = {load(part, ('inside[:, None]', in_dv and f'({in_dv})[None, :]'))}",
                 "higher = tl.maximum(top, tl.max(tops, 0))",
                 'level = tl.where(higher == float("-inf"), 0.0, higher)',
                 "weight = tl.exp2(tops - level)",
@@ -164,7 +164,3 @@ def join_kernel(name: str, head_v: int, dtype: torch.dtype) -> tuple[str, list[s
             f"tl.store(out, result.to(out_ptr.dtype.element_ty){joined((in_dv,))})",
         )
     return str(text), [*parameters, "SPLITS", "CHUNK"]
-
-
-def _mask(*conditions: str | None) -> str:
-    return f"{joined(conditions)}, other=0.0"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,22 +14,46 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .program import Program
     from .report import PassReport, Report
+    from .rule import Rule
 
 
 @dataclass
 class Action:
-    """One rewrite: its number in the pipeline (from 1, the same at every run), who does it, where, and what changed."""
+    """One rewrite: its number in the pipeline (from 1, the same at every run), who does it, where, and what changed.
+
+    root: the node that is replaced; removed: the nodes of the match, the root among them; created: the new nodes;
+    replaced: what stands for each replaced node now; source: the rule, or the function that builds the replacement.
+    """
 
     number: int
     pass_name: str
     rule: str
     site: str
     removed: tuple[Node, ...]
+    root: Node
+    source: Rule | Callable[..., Any]
     created: list[Node] = field(default_factory=list)
+    replaced: dict[Node, Node] = field(default_factory=dict)
     skipped: bool = False
 
     def __str__(self) -> str:
         return f"#{self.number} {self.pass_name}/{self.rule} at {self.site}"
+
+    @property
+    def location(self) -> str | None:
+        """`file:line` of the rule's class, or of the function that builds the replacement."""
+        code = self.source if inspect.isroutine(self.source) else type(self.source)
+        try:
+            return f"{inspect.getsourcefile(code)}:{inspect.getsourcelines(code)[1]}"
+        except (OSError, TypeError):
+            return None
+
+
+class PassEnds(Exception):
+    """Raised by an observer in `allows`: the pass makes no further rewrite, and the pipeline goes on behind it.
+
+    It ends a pass that would rewrite for ever, which skipping its rewrites one by one would not.
+    """
 
 
 class Observer:
@@ -38,7 +64,7 @@ class Observer:
     def pass_starts(self, step: Pass, program: Program) -> None: ...
 
     def allows(self, action: Action) -> bool:
-        """Asked before each rewrite; False skips it."""
+        """Asked before each rewrite, while the nodes it removes are whole; False skips it, `PassEnds` ends the pass."""
         return True
 
     def rewritten(self, action: Action, program: Program) -> None: ...

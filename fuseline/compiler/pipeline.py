@@ -8,6 +8,7 @@ option    = name | name "=" value         a bare name means true; quote a value 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 import tomllib
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import registry
-from .action import Observer
+from .action import Observer, PassEnds
 from .errors import EmptyPassError, FuselineError, PassError, UserError
 from .framework import Level, Pass, Tier, build
 from .plan import Plan
@@ -138,7 +139,8 @@ class Pipeline:
             observer.pass_starts(step, program)
         started = time.perf_counter()
         try:
-            step.run(program, rewriter)
+            with contextlib.suppress(PassEnds):
+                step.run(program, rewriter)
         except Exception as error:
             for observer in observers:
                 observer.failed(step, program, error)

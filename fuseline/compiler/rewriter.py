@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from . import sites as _sites
-from .action import Action, Observer
+from .action import Action, Observer, PassEnds
 from .compat import on_fake_values
 from .errors import VerificationError
 from .expressions import Expression
@@ -143,7 +143,7 @@ class Rewriter:
 
     def apply(self, rule: Rule, match: Match) -> bool:
         """One rewrite by a rule."""
-        return self.rewrite(match.root, match.nodes, lambda new: rule.after(match, new), rule.name)
+        return self.rewrite(match.root, match.nodes, lambda new: rule.after(match, new), rule.name, rule)
 
     def refuse(self, node: Node, reason: str) -> None:
         """Records why a site was left alone."""
@@ -155,6 +155,7 @@ class Rewriter:
         origins: Sequence[Node],
         build: Callable[[Builder], Node | dict[Node, Node]],
         rule: str,
+        source: Rule | None = None,
     ) -> bool:
         """Replaces `root` (or the keys of the mapping that `build` returns) and erases what becomes dead.
 
@@ -163,11 +164,9 @@ class Rewriter:
         Raises:
             VerificationError: the new value differs from the old in shape or dtype.
         """
-        action = Action(self.next_number, self.pass_name, rule, self._site(root), tuple(origins))
-        self.next_number += 1
-        if not all(observer.allows(action) for observer in self.observers):
-            action.skipped = True
-            self.skipped += 1
+        number, self.next_number = self.next_number, self.next_number + 1
+        action = Action(number, self.pass_name, rule, self._site(root), tuple(origins), root, source or build)
+        if not self._allowed(action):
             return False
         maker = f"{self.pass_name}/{rule}"
         new = Builder(self.program, root, list(origins) or [root], maker, self._weights, self._types)
@@ -178,11 +177,22 @@ class Rewriter:
             old.replace_all_uses_with(replacement)
             self.site_of.setdefault(replacement, self._site(old))
         self._erase_dead([*replacements, *origins])
-        action.created = new.created
+        action.created, action.replaced = new.created, replacements
         self.matched[rule] = self.matched.get(rule, 0) + 1
         for observer in self.observers:
             observer.rewritten(action, self.program)
         return True
+
+    def _allowed(self, action: Action) -> bool:
+        try:
+            if all(observer.allows(action) for observer in self.observers):
+                return True
+        except PassEnds:
+            self.skipped += 1
+            raise
+        action.skipped = True
+        self.skipped += 1
+        return False
 
     def _site(self, node: Node) -> str:
         return self.site_of.get(node, node.name)

@@ -1,0 +1,22 @@
+"""GRAPH on the command line: a program from a model's spec, a `.pt2` file or a dumped stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fuseline.cli.compiling import capture_model
+from fuseline.compiler.errors import UserError
+from fuseline.compiler.program import Program
+
+
+def load_program(spec: str, dtype: str | None = None) -> Program:
+    """The program that a GRAPH names: MODEL or FILE.pt2, captured, or a dumped stage (`DIR/003_fuse.py`).
+
+    Raises:
+        UserError: there is no such model or file, or it is not what its name says.
+    """
+    from fuseline.models import load, parse_dtype
+
+    if spec.endswith(".py") and not spec.startswith("py:"):
+        raise UserError(f"{spec} is a Python file, and not a dumped stage", remedy=f"py:{Path(spec)}:FACTORY")
+    return capture_model(load(spec, parse_dtype(dtype)))

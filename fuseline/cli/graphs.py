@@ -7,6 +7,7 @@ from pathlib import Path
 from fuseline.cli.compiling import capture_model
 from fuseline.compiler.errors import UserError
 from fuseline.compiler.program import Program
+from fuseline.compiler.stage import is_stage, load_stage
 
 
 def load_program(spec: str, dtype: str | None = None) -> Program:
@@ -18,5 +19,9 @@ def load_program(spec: str, dtype: str | None = None) -> Program:
     from fuseline.models import load, parse_dtype
 
     if spec.endswith(".py") and not spec.startswith("py:"):
-        raise UserError(f"{spec} is a Python file, and not a dumped stage", remedy=f"py:{Path(spec)}:FACTORY")
+        if not Path(spec).exists():
+            raise UserError(f"no such file: {spec}")
+        if not is_stage(spec):
+            raise UserError(f"{spec} is a Python file, and not a dumped stage", remedy=f"py:{Path(spec)}:FACTORY")
+        return load_stage(spec)
     return capture_model(load(spec, parse_dtype(dtype)))

@@ -22,11 +22,15 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 CHECKED_VERSIONS = ("2.11.0", "2.13.0")
 
+# The address of a C function that reads a tensor's address, `void *(PyObject *)`: what Inductor hands to the code that it
+# generates. It throws C++ exceptions. None where this PyTorch has none.
+ADDRESS_READER: int | None = getattr(torch._C._dynamo.guards, "_torchinductor_pyobject_tensor_data_ptr", None)
+
 # Both are missing from builds without CUDA.
 _ADDRESSES_EQUAL = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 _RAW_STREAM = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
-_ATTRIBUTE = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+_ATTRIBUTE = re.compile(r"\.(?:__dict__\['_modules'\]|_(?:modules|parameters|buffers))\['([^']+)'\]")
 _STATE = re.compile(r"\._(?:parameters|buffers)\['[^']+'\]$")
 
 
@@ -59,7 +63,7 @@ def on_fake_values(mode: FakeTensorMode) -> Iterator[None]:
 def same_addresses(values: Sequence[Any], addresses: list[int | None], positions: list[int]) -> bool:
     """Whether the tensors at `positions` of `values` lie at those of `addresses`, a list as long as `values`.
 
-    Builds with CUDA have a loop for it in C++, which matters where hundreds of weights are looked at for each token.
+    Builds with CUDA have a loop for it in C++. `runtime/watch.py` has a faster one, and this for where that cannot be.
     """
     if _ADDRESSES_EQUAL is not None:
         return bool(_ADDRESSES_EQUAL(list(values), addresses, positions))
@@ -250,6 +254,52 @@ def inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..
     return compile_fx(module, list(inputs))
 
 
+def fresh_copies(values: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
+    """Copies of fake tensors and symbolic numbers in a mode of their own: the same shapes and strides, over symbols
+    whose guards nobody else sees."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
+    known: dict[Any, Any] = {}
+
+    def size(value: Any) -> Any:
+        if not isinstance(value, torch.SymInt):
+            return value
+        for symbol in value.node.expr.free_symbols - known.keys():
+            hint = value.node.shape_env.backed_var_to_val if hasattr(value.node.shape_env, "backed_var_to_val") else {}
+            real = torch.empty(max(int(hint.get(symbol, 8192)), 2), device="meta")
+            context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            known[symbol] = mode.from_tensor(real, symbolic_context=context).shape[0]
+        return sympy_interp(PythonReferenceAnalysis, known, value.node.expr)
+
+    copies: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            shape, strides = [*map(size, value.shape)], [*map(size, value.stride())]
+            with mode:
+                copies.append(torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device))
+        else:
+            copies.append(size(value))
+    return mode, copies
+
+
+def guarded(mode: FakeTensorMode, inputs: Sequence[Any]) -> Callable[[Sequence[Any]], bool] | None:
+    """What a compilation took for granted of its symbolic inputs, as a test of real ones; None where nothing."""
+    env = mode.shape_env
+    text = env.produce_guards_expression(inputs) if env is not None else None
+    return None if text is None else lambda real: bool(env.evaluate_guards_expression(text, real))  # type: ignore[union-attr]
+
+
+def inductor_region(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A graph in plain ATen, traced on these fake inputs, compiled by Inductor apart from any capture under way."""
+    from torch._inductor import standalone_compile
+
+    with torch.inference_mode(False), torch.no_grad():
+        return standalone_compile(module, list(inputs), dynamic_shapes="from_graph")
+
+
 @contextlib.contextmanager
 def real_tensors() -> Iterator[None]:
     """Computes real tensors inside a backend, where a fake mode is active."""
@@ -278,6 +328,56 @@ def symbolic_expression(value: Any) -> Any:
     return value.node.expr if isinstance(value, torch.SymInt) else value
 
 
+def symbols_in(value: Any) -> list[str]:
+    """The names of the symbols in a value's sizes, strides or expression, in order."""
+    found: dict[str, None] = {}
+    for leaf in torch.utils._pytree.tree_leaves(value):
+        parts = (*leaf.shape, *leaf.stride()) if isinstance(leaf, torch.Tensor) else (leaf,)
+        for part in parts:
+            if isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                for symbol in sorted(part.node.expr.free_symbols, key=str):
+                    found[str(symbol)] = None
+    return list(found)
+
+
+def symbol_bounds(mode: FakeTensorMode) -> dict[str, dict[str, int]]:
+    """Each symbol's hint and range: `{"s0": {"hint": 64, "low": 2, "high": 4096}}`; no `high` where there is none."""
+    env = mode.shape_env
+    found: dict[str, dict[str, int]] = {}
+    if env is None:
+        return found
+    hints = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+    for symbol, bounds in env.var_to_range.items():
+        if symbol not in hints:
+            continue
+        entry = {"hint": int(hints[symbol])}
+        for name, bound in (("low", bounds.lower), ("high", bounds.upper)):
+            if bound.is_number and abs(bound) < 2**48:  # what is larger, or symbolic, stands for no bound
+                entry[name] = int(bound)
+        found[str(symbol)] = entry
+    return found
+
+
+def new_symbols(mode: FakeTensorMode, bounds: dict[str, dict[str, int]]) -> dict[str, torch.SymInt]:
+    """Fresh symbols of a mode, with these hints and ranges."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+    from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    env = mode.shape_env
+    found: dict[str, torch.SymInt] = {}
+    for name, entry in bounds.items():
+        assert env is not None
+        source = ConstantSource(name)
+        symbol = env.create_symbol(
+            entry["hint"], source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
+        )
+        env.var_to_range[symbol] = ValueRanges(entry.get("low", 0), entry.get("high", int_oo))
+        found[name] = env.create_symintnode(symbol, hint=entry["hint"], source=source)
+    return found
+
+
 def gathered(tensors: Collection[torch.Tensor]) -> list[torch.Tensor]:
     """Those that `fully_shard` (FSDP2) fills from all ranks before each use: it hides that from their versions."""
     module = sys.modules.get("torch.distributed._composable_state")
@@ -298,3 +398,40 @@ def is_wrapper(value: Any) -> bool:
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
+
+
+@contextlib.contextmanager
+def fresh_size_records() -> Iterator[None]:
+    """Dynamo starts without the sizes and numbers that it saw in earlier calls, and has them back afterwards."""
+    from torch._dynamo.pgo import get_code_state
+
+    state = get_code_state()
+    kept = dict(state)
+    state.clear()
+    try:
+        yield
+    finally:
+        state.clear()
+        state.update(kept)
+
+
+def capture_id() -> str | None:
+    """Dynamo's name of the capture under way, `frame/compilation`; None outside of one."""
+    context = torch._guards.CompileContext.current_compile_id()
+    return str(context) if context is not None else None
+
+
+def structured_tracing() -> bool:
+    """Whether TORCH_TRACE asks for structured traces (PyTorch's own handler is there without it, and has no folder)."""
+    handlers = torch._logging._internal.trace_log.handlers
+    return any(getattr(handler, "root_dir", "") is not None for handler in handlers)
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], Any]) -> None:
+    """Writes a named artifact ("string" or "json") into the structured trace, where one is written."""
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=payload,
+        expect_trace_id=False,
+    )

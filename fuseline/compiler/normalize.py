@@ -93,7 +93,7 @@ def normalize(
     functionalize(graph)
     _share_constants(graph)
     clean(graph, training)
-    _mark_autocast(graph)
+    mark_autocast(graph)
     traced.recompile()
     return Program(
         traced,
@@ -151,7 +151,7 @@ def _is_handed_out(node: Node) -> bool:
     return any(user.op == "output" for user in node.users)
 
 
-def _mark_autocast(graph: torch.fx.Graph) -> None:
+def mark_autocast(graph: torch.fx.Graph) -> None:
     """Notes on each node the autocast regions it is in (`meta["autocast"]`), so that types there can be computed."""
     regions: list[tuple[Any, ...]] = []
     for node in graph.nodes:

@@ -20,6 +20,7 @@ from . import registry
 from .action import Observer, PassEnds
 from .errors import EmptyPassError, FuselineError, PassError, UserError
 from .framework import Level, Pass, Tier, build
+from .observe.ambient import ambient
 from .plan import Plan
 from .program import Program
 from .report import PassReport, Report
@@ -105,7 +106,7 @@ class Pipeline:
             plan.check(str(self), program)
         elif self.needs_data:
             raise needs_calibration(self)
-        watching: list[Observer] = list(observers)
+        watching: list[Observer] = [*observers, *ambient()]
         if verification != "off":
             watching.append(Verify(verification))
         program = program.copy()

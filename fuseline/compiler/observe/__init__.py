@@ -2,8 +2,11 @@
 
 from ..verifier import Verify
 from .dump import Dump
+from .logged import Logged
 from .numerics import Numerics
+from .record import Record
 from .statistics import Statistics
+from .structured import Structured
 from .timing import Timing
 
-__all__ = ["Dump", "Numerics", "Statistics", "Timing", "Verify"]
+__all__ = ["Dump", "Logged", "Numerics", "Record", "Statistics", "Structured", "Timing", "Verify"]

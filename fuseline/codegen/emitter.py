@@ -26,7 +26,7 @@ from .call import Unsupported, dtype_of
 from .dtypes import cast, compute_dtype
 from .host import Host, Output
 from .indexing import reshape
-from .kernel import Kernel, Launcher, Refusal
+from .kernel import BufferUse, Kernel, Launcher, Refusal
 from .kernel_text import call, kernel_source
 from .schedule import Domain, Schedule
 from .sizes import product, same, shape, size
@@ -106,8 +106,18 @@ def _emit(nodes: list[torch.fx.Node], host: Host, domain: Domain) -> Launcher:
         made_by=tuple(dict.fromkeys(maker for n in calls for maker in makers(n))),
         num_warps=launch.num_warps,
         num_stages=2,
+        buffers=tuple(_buffers(host, signature)),
     )
     return host.launcher(kernel, tile.arguments, domain, launch, rows_only=bool(by_row))
+
+
+def _buffers(host: Host, signature: Mapping[str, str]) -> Iterator[BufferUse]:
+    """What the kernel's pointers point to, in the order of its arguments."""
+    uses = {f"{text}_ptr": (node.name, "read") for node, text in host.inputs.items()}
+    uses |= {f"{output.name}_ptr": (output.node.name, "write") for output in host.outputs}
+    for argument in signature:
+        if argument in uses:
+            yield BufferUse(argument, *uses[argument])
 
 
 def _short(line: str) -> str:

@@ -6,6 +6,20 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class BufferUse:
+    """A pointer argument of a kernel, and what it points to in one region.
+
+    value: the region's node; for memory that only the launcher's kernels share, a name and its `shape` on the host.
+    access: "read" or "write".
+    """
+
+    argument: str
+    value: str
+    access: str
+    shape: tuple[int | str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One Triton kernel, complete enough to be compiled without a GPU.
 
@@ -23,6 +37,7 @@ class Kernel:
     made_by: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 2
+    buffers: tuple[BufferUse, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,11 +46,13 @@ class Launcher:
 
     It returns what the region's graph returns. It may use `torch`, `triton` and its kernels by name; kernels are
     launched as `kernel[grid](…, num_warps=…, num_stages=…)`, so the same text runs under Triton's interpreter.
+    `buffers`: kernel → what its arguments are here, where regions share the kernel.
     """
 
     name: str
     source: str
     kernels: tuple[Kernel, ...] = field(default=())
+    buffers: dict[str, tuple[BufferUse, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,3 +60,8 @@ class Refusal:
     """Why a region has no kernel; it then runs through PyTorch."""
 
     reason: str
+
+
+def function_name(region: str) -> str:
+    """The name of a region's host function; the region's own name is often that of a value."""
+    return f"run_{region}"

@@ -10,23 +10,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from ..compiler.expressions import Expression
 from ..compiler.program import Program
 from ..compiler.provenance import makers, source_lines
 from .emitter import emit_region
-from .kernel import Kernel, Launcher, Refusal
+from .kernel import Kernel, Launcher, Refusal, function_name
+from .leftovers import gather
+from .manifest import describe
 from .module_file import deduplicate, load_module, render, write_text
 from .templates.attention import emit_attention
 from .templates.linear import emit_linear
-
-MANIFEST_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Lowered:
     """A lowered program.
 
     source: the module's text; kernels: the distinct ones; refusals: region → why it runs through PyTorch;
-    weights: the expressions of `call`'s trailing inputs.
+    weights: the expressions of `call`'s trailing inputs; graph: what `call` does, `regions` its calls of regions;
+    leftovers: function → a region that Inductor may compile.
     """
 
     source: str
@@ -43,28 +44,12 @@ class Lowered:
     refusals: dict[str, str]
     weights: tuple[Expression, ...]
     regions: dict[str, GraphModule]
+    graph: Graph
+    leftovers: dict[str, GraphModule] = field(default_factory=dict)
 
     def manifest(self) -> dict[str, Any]:
-        """The versioned description of every kernel, as JSON data."""
-        return {
-            "version": MANIFEST_VERSION,
-            "kernels": [
-                {
-                    "name": k.name,
-                    "ops": list(k.ops),
-                    "lines": list(k.lines),
-                    "made_by": list(k.made_by),
-                    "signature": k.signature,
-                    "constants": k.constants,
-                    "num_warps": k.num_warps,
-                    "num_stages": k.num_stages,
-                    "regions": [x.name for x in self.launchers if any(y.name == k.name for y in x.kernels)],
-                }
-                for k in self.kernels
-            ],
-            "eager": [{"region": region, "reason": reason} for region, reason in self.refusals.items()],
-            "weights": [w.to_json() for w in self.weights],
-        }
+        """The versioned description of every kernel, as JSON data (`manifest.py`)."""
+        return describe(self)
 
     def write(self, directory: Path) -> Path:
         """Writes `<digest>.py` and `<digest>.json`, atomically; returns the module's path."""
@@ -78,31 +63,54 @@ class Lowered:
         return load_module(self.write(directory)).call
 
 
-def lower(program: Program) -> Lowered:
-    """Generates code for a program whose regions `fuse` has marked; other nodes run through PyTorch."""
+def lower(program: Program, leftovers: bool = False) -> Lowered:
+    """Generates code for a program whose regions `fuse` has marked; other nodes run through PyTorch.
+
+    leftovers: whether what no region takes is gathered into functions of its own, for Inductor.
+    """
     module, weights = program.lift()
+    names = gather(replace(program, module=module)) if leftovers else []
+    gathered = {name: _region(module, name) for name in names}
     found: list[Launcher] = []
     refusals: dict[str, str] = {}
     regions: dict[str, GraphModule] = {}
     eager: list[str] = []
-    for node in module.graph.nodes:
-        if node.op != "call_module":
-            continue
-        name = str(node.target)
-        region = module.get_submodule(name)
-        assert isinstance(region, GraphModule)
+    for name, region in _regions(module):
+        function = function_name(name)
         regions[name] = region
-        launcher = emit(region, function_name(name))
+        if name in gathered:
+            title = f"# left over, for Inductor where that is faster: {region.meta['identity'][:16]}"
+            eager.append(f"{title}\n{_function(region, function)}")
+            continue
+        launcher = emit(region, function)
         if isinstance(launcher, Refusal):
             refusals[name] = launcher.reason
-            eager.append(f"# runs through PyTorch: {launcher.reason}\n{_function(region, function_name(name))}")
+            eager.append(f"# runs through PyTorch: {launcher.reason}\n{_function(region, function)}")
         else:
             found.append(launcher)
     launchers = deduplicate(found)
     call = _function(module, "call")
     source = f"{_header(program, launchers, refusals)}\n{render(launchers, chr(10).join([*eager, call]))}"
     kernels = {k.name: k for launcher in launchers for k in launcher.kernels}
-    return Lowered(source, tuple(kernels.values()), tuple(launchers), refusals, tuple(weights), regions)
+    left = {function_name(name): region for name, region in gathered.items()}
+    return Lowered(
+        source, tuple(kernels.values()), tuple(launchers), refusals, tuple(weights), regions, module.graph, left
+    )
+
+
+def _regions(module: GraphModule) -> Iterator[tuple[str, GraphModule]]:
+    """The regions that a graph calls, those inside of leftovers before them."""
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            region = _region(module, str(node.target))
+            yield from _regions(region)
+            yield str(node.target), region
+
+
+def _region(module: GraphModule, name: str) -> GraphModule:
+    region = module.get_submodule(name)
+    assert isinstance(region, GraphModule)
+    return region
 
 
 def emit(region: GraphModule, name: str) -> Launcher | Refusal:
@@ -114,18 +122,6 @@ _EMITTERS: dict[object, Callable[[GraphModule, str], Launcher | Refusal]] = {
     "linear": emit_linear,
     "attention": emit_attention,
 }
-
-
-def function_name(region: str) -> str:
-    """The name of a region's host function; the region's own name is often that of a value."""
-    return f"run_{region}"
-
-
-def describe(region: GraphModule) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """A region's ops, source lines and makers."""
-    nodes = [n for n in region.graph.nodes if n.op == "call_function"]
-    ops = tuple(str(n.target) for n in nodes)
-    return ops, source_lines(nodes), tuple(dict.fromkeys(m for n in nodes for m in makers(n)))
 
 
 _HEADER = '''"""A lowered program: {kernels} kernels for {regions} regions, {eager} regions run through PyTorch.

@@ -44,9 +44,9 @@ def deduplicate(launchers: Sequence[Launcher]) -> list[Launcher]:
         renamed.append((launcher, names))
     result = []
     for launcher, names in renamed:
-        kernels = dict.fromkeys(names.values())
-        source = _rename(launcher.source, names)
-        result.append(Launcher(launcher.name, source, tuple(merged[name] for name in kernels)))
+        kernels = tuple(merged[name] for name in dict.fromkeys(names.values()))
+        buffers = {names[kernel.name]: kernel.buffers for kernel in launcher.kernels}
+        result.append(Launcher(launcher.name, _rename(launcher.source, names), kernels, buffers))
     return result
 
 

@@ -40,6 +40,7 @@ class Compiled:
     target: str
     shared_bytes: int
     num_warps: int
+    num_stages: int
     asm: dict[str, str | bytes]
     stored: bool = False
 
@@ -49,9 +50,17 @@ class Store(Protocol):
 
     def load(self, name: str, **made_of: Any) -> dict[str, bytes] | None: ...
 
-    def save(self, name: str, files: Mapping[str, str | bytes], replace: bool = False, **made_of: Any) -> None: ...
+    def save(
+        self,
+        name: str,
+        files: Mapping[str, str | bytes],
+        replace: bool = False,
+        about: Mapping[str, Any] | None = None,
+        **made_of: Any,
+    ) -> None: ...
 
 
+_FIGURES = ("shared", "num_warps", "num_stages")  # of Triton's metadata, in the order of `Compiled`
 _DONE: dict[tuple[object, str, str | None], tuple[Compiled, str]] = {}
 
 
@@ -75,7 +84,8 @@ def compile_kernel(kernel: Kernel, target: str, store: Store | None = None) -> C
     if found:
         return found
     done, metadata = _once(kernel, target, named=True)
-    store.save(kernel.name, {**done.asm, "json": metadata}, replace=files is not None, **key)
+    about = {"ops": kernel.ops, "lines": kernel.lines, "made_by": kernel.made_by}
+    store.save(kernel.name, {**done.asm, "json": metadata}, files is not None, about, **key)
     return done
 
 
@@ -98,7 +108,7 @@ def _from_files(kernel: Kernel, target: str, files: Mapping[str, bytes]) -> Comp
     try:
         metadata = json.loads(files["json"])
         asm: dict[str, str | bytes] = {binary: files[binary], text: files[text].decode()}
-        return Compiled(kernel, target, metadata["shared"], metadata["num_warps"], asm, stored=True)
+        return Compiled(kernel, target, *(metadata[key] for key in _FIGURES), asm, stored=True)
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -136,7 +146,8 @@ def _compile(kernel: Kernel, target: str) -> tuple[Compiled, str]:
             remedy=f"read it in {path}",
         ) from error
     metadata = json.dumps(compiled.metadata._asdict(), default=vars)
-    return Compiled(kernel, target, compiled.metadata.shared, compiled.metadata.num_warps, dict(compiled.asm)), metadata
+    figures = (getattr(compiled.metadata, key) for key in _FIGURES)
+    return Compiled(kernel, target, *figures, dict(compiled.asm)), metadata
 
 
 @cache

@@ -60,10 +60,12 @@ class Cache:
         files: Mapping[str, bytes],
         because: str = "",
         replace: bool = False,
+        about: Mapping[str, Any] | None = None,
     ) -> Path | None:
         """Stores `files` (plain names, no folders) and returns their folder; None where that cannot be done.
 
         An intact entry of the same fields stays as it is unless `replace` is set: another process made it meanwhile.
+        about: JSON data that says what the entry is for, given back with it and no part of the key.
         """
         fields, size = plain(fields), sum(map(len, files.values()))
         if self.refused is not None or size > self.limit or self.limit == 0:
@@ -71,6 +73,7 @@ class Cache:
         path = self._path(kind, name, fields)
         header = {"version": VERSION, "kind": kind, "name": name, "fields": fields, "because": because}
         header["made"] = round(time.time(), 3)
+        header["about"] = plain(about or {})
         header["files"] = {n: {"bytes": len(x), "sha256": hashlib.sha256(x).hexdigest()} for n, x in files.items()}
         try:
             if replace or not read(path):

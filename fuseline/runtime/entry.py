@@ -42,7 +42,8 @@ class Miss:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is stored: `files` by name, checked as they were read; `because`: the miss that led to it; `made`: when."""
+    """What is stored: `files` by name, checked as they were read; `because`: the miss that led to it; `made`: when;
+    `about`: what the entry is for (it is no part of what is looked up)."""
 
     kind: str
     name: str
@@ -51,6 +52,7 @@ class Entry:
     files: dict[str, bytes] = field(repr=False)
     because: str = ""
     made: float = 0.0
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def read(path: Path) -> Entry | Miss:
@@ -70,7 +72,9 @@ def read(path: Path) -> Entry | Miss:
             return Miss(f"{file} is not what was stored: its SHA-256 differs", damaged=True)
         files[file] = content
     kind, name, fields = header["kind"], header["name"], header["fields"]
-    return Entry(kind, name, fields, path, files, header["because"], header["made"])
+    about = header.get("about")  # entries of earlier releases have none
+    about = about if isinstance(about, dict) else {}
+    return Entry(kind, name, fields, path, files, header["because"], header["made"], about)
 
 
 def _header(path: Path) -> dict[str, Any] | Miss:

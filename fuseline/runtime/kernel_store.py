@@ -94,9 +94,16 @@ class KernelStore:
             return None
         return {file.rpartition(".")[2]: data for file, data in found.files.items()}
 
-    def save(self, name: str, files: Mapping[str, str | bytes], replace: bool = False, **made_of: Any) -> None:
-        """Keeps what Triton compiled, given by its files' endings."""
+    def save(
+        self,
+        name: str,
+        files: Mapping[str, str | bytes],
+        replace: bool = False,
+        about: Mapping[str, Any] | None = None,
+        **made_of: Any,
+    ) -> None:
+        """Keeps what Triton compiled, given by its files' endings; about: the kernel's ops, lines and makers."""
         kept = {f"{name[:150]}.{ending}": data for ending, data in files.items() if ending in KEPT}
         because = str(self.misses.get(name, ""))
         encoded = {file: data.encode() if isinstance(data, str) else data for file, data in kept.items()}
-        self.cache.put(KERNELS, name, fields(**made_of), encoded, because, replace)
+        self.cache.put(KERNELS, name, fields(**made_of), encoded, because, replace, about)

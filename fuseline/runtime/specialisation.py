@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import triton_api
+from .about import about
 from .kernel_store import KernelStore
 
 log = logging.getLogger("fuseline")
@@ -87,5 +88,5 @@ def prepare(made: Specialisation, target: Any, store: KernelStore) -> triton_api
         except Exception as error:  # whole, but not fit for this Triton
             log.debug("the stored kernel %s cannot be loaded: %s: %s", made.name, type(error).__name__, error)
     compiled = triton_api.build(source, target, made.options)
-    store.save(made.name, triton_api.files_of(compiled), replace=files is not None, **key)
+    store.save(made.name, triton_api.files_of(compiled), files is not None, about(made.function), **key)
     return triton_api.load(compiled)

@@ -13,6 +13,7 @@ IEEE. A row that sees no key gives zeros, as PyTorch's call does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -24,7 +25,7 @@ from ...compiler.ops import find
 from ...compiler.provenance import makers, source_lines
 from ...compiler.traits import arguments
 from ..dtypes import is_supported, pointer_type
-from ..kernel import Kernel, Launcher, Refusal
+from ..kernel import BufferUse, Kernel, Launcher, Refusal
 from ..kernel_text import call
 from . import decode
 from .config import next_power_of_two
@@ -82,10 +83,22 @@ def emit_attention(region: GraphModule, name: str) -> Launcher | Refusal:
             tuple(dict.fromkeys(makers(attention.node))),
             4,
             2,
+            _buffers(attention, parameters),
         )
         for tag, (source, parameters), constants in (("split", split, split_constants), ("join", join, join_constants))
     )
     return Launcher(name, _host(attention, name, kernels), kernels)
+
+
+def _buffers(attention: Attention, parameters: Sequence[str]) -> tuple[BufferUse, ...]:
+    """What the kernels' pointers are; `parts` and `stats` are written by the one and read by the other."""
+    parts = ("pairs", "splits", "rows", attention.head_v)
+    uses = {f"{a}_ptr": BufferUse(f"{a}_ptr", n.name, "read") for a, n in attention.pointers.items()}
+    uses["out_ptr"] = BufferUse("out_ptr", attention.node.name, "write")
+    access = "read" if "out_ptr" in parameters else "write"
+    uses["parts_ptr"] = BufferUse("parts_ptr", "parts", access, parts)
+    uses["stats_ptr"] = BufferUse("stats_ptr", "stats", access, (2, *parts[:3]))
+    return tuple(uses[p] for p in parameters if p in uses)
 
 
 def _analyse(region: GraphModule) -> Attention | Refusal:

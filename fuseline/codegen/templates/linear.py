@@ -21,7 +21,7 @@ from . import gemm, gemv
 from .anchor import Anchor, Refused, analyse, value
 from .config import FEW_ROWS_BLOCK_M, FEW_ROWS_MAX, RowConfig, TileConfig, Tiling, tiling
 from .epilogue import check_operands
-from .signature import arguments, operands, outputs, signature
+from .signature import arguments, buffers, operands, outputs, signature
 from .text import Names, Text
 
 
@@ -74,6 +74,7 @@ def _kernel(
         tuple(dict.fromkeys(maker for n in nodes for maker in makers(n))),
         num_warps,
         num_stages,
+        buffers(anchor),
     )
 
 

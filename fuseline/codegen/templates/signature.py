@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from ..dtypes import pointer_type
+from ..kernel import BufferUse
 from ..kernel_text import call
 from .anchor import Anchor, Linear, Section, value
 
@@ -48,6 +49,12 @@ def arguments(anchor: Anchor) -> list[Argument]:
     pointers = [Argument("x_ptr", pointer_type(value(anchor.x).dtype))]
     pointers += [Argument(f"{anchor.names[n]}_ptr", pointer_type(value(n).dtype)) for n in operands(anchor)]
     return pointers + [Argument(f"{anchor.names[n]}_out", pointer_type(value(n).dtype)) for n in outputs(anchor)]
+
+
+def buffers(anchor: Anchor) -> tuple[BufferUse, ...]:
+    """What the pointers of `arguments` are."""
+    uses = [(n.name, "read") for n in (anchor.x, *operands(anchor))] + [(n.name, "write") for n in outputs(anchor)]
+    return tuple(BufferUse(pointer.name, *use) for pointer, use in zip(arguments(anchor), uses, strict=True))
 
 
 def signature_line(name: str, pointers: list[Argument], constants: tuple[str, ...]) -> list[str]:

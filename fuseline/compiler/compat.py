@@ -422,9 +422,12 @@ def capture_id() -> str | None:
 
 
 def structured_tracing() -> bool:
-    """Whether TORCH_TRACE asks for structured traces (PyTorch's own handler is there without it, and has no folder)."""
+    """Whether somebody reads PyTorch's structured trace. Its own handler is there without TORCH_TRACE too, and has no
+    folder then; others count where they format a trace, for pytest listens to every logger."""
     handlers = torch._logging._internal.trace_log.handlers
-    return any(getattr(handler, "root_dir", "") is not None for handler in handlers)
+    return any(
+        h.root_dir is not None if hasattr(h, "root_dir") else getattr(h.formatter, "_is_trace", False) for h in handlers
+    )
 
 
 def trace_artifact(name: str, encoding: str, payload: Callable[[], Any]) -> None:

@@ -40,8 +40,11 @@ def promotion(program: Program) -> dict[torch.dtype, torch.dtype]:
     return dict.fromkeys((*NARROW, torch.float32), torch.float64)
 
 
-def run_promoted(program: Program, flat: Sequence[Any]) -> Any:
-    """Runs the program in the next higher precision: inputs, weights and the dtypes written in the graph."""
+def run_promoted(program: Program, flat: Sequence[Any], written: dict[str, Any] | None = None) -> Any:
+    """Runs the program in the next higher precision: inputs, weights and the dtypes written in the graph.
+
+    written: takes the inputs that the program writes to, by name, as they are after the run.
+    """
     wider = promotion(program)
     module, expressions = program.lift()
     weights = program.binder(expressions)(flat)
@@ -54,8 +57,13 @@ def run_promoted(program: Program, flat: Sequence[Any]) -> Any:
             )
             return super().call_function(target, args, kwargs)
 
+    inputs = [widen(x, wider) for x in inputs]
     with torch.no_grad():
-        return Promoted(module).run(*[widen(x, wider) for x in inputs])
+        outputs = Promoted(module).run(*inputs)
+    if written is not None:
+        named = zip((n.name for n in program.placeholders), inputs[: len(program.arguments)], strict=True)
+        written.update((name, value) for name, value in named if name in program.mutated)
+    return outputs
 
 
 def clone(value: Any) -> Any:

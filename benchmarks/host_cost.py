@@ -11,9 +11,11 @@ wrapper_us     of that, outside our executable: Dynamo's guards, the model's own
 executable_us  our executable: inputs, weights, replay, results
 launch_us      of that, the replay of the captured graph: cudaGraphLaunch
 python_us      executable_us - launch_us: what we add to the launch. At most 60 is asked for.
+checks         what compares addresses and versions before each replay: runtime/watch.cpp ("C++") or the loops for
+               machines without a C++ compiler ("Python"), which the rows ending in -loops run for comparison
 stages         python_us by stage, measured apart, with timers around each, which add about a third of a microsecond
-               a call: finding the weights, the capture's key, copies into the capture's inputs, and the rest: copies
-               out of its results
+               a call: the checks, copies into the capture's inputs and out of its results, and the rest. What only
+               a call of another kind needs must be 0: finding the weights, the capture's key.
 
 Without a GPU nothing is captured: launch_us is then the time of the graph itself.
 """
@@ -21,7 +23,9 @@ Without a GPU nothing is captured: launch_us is then the time of the graph itsel
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import Any
+from unittest import mock
 
 import torch
 from decoding.candidates import PIPELINES, ours
@@ -33,9 +37,12 @@ from harness.stages import Stages
 
 import fuseline
 from fuseline.compiler.binder import Binder
+from fuseline.runtime import graphs, native
 from fuseline.runtime.graphs import CudaGraphs
 
-COLUMNS = ("name", "step_us", "wrapper_us", "executable_us", "launch_us", "python_us", "captured")
+COLUMNS = ("name", "step_us", "wrapper_us", "executable_us", "launch_us", "python_us", "captured", "checks")
+LOOPS = "-loops"
+ROWS = PIPELINES | {name + LOOPS: pipeline for name, pipeline in PIPELINES.items()}
 ASKED = 60.0  # microseconds of Python beyond the launch
 
 
@@ -87,8 +94,9 @@ class Profile:
         row["asked_us"] = ASKED
         row["captured"] = self.device.type == "cuda" and medians["launch"] > 0
         if self.device.type == "cuda" and not row["captured"]:
-            graphs = self.executable().graphs
-            raise RuntimeError(f"no step was captured: {graphs.refusal if graphs else 'this target captures nothing'}")
+            found = self.executable().graphs
+            raise RuntimeError(f"no step was captured: {found.refusal if found else 'this target captures nothing'}")
+        row["checks"] = "Python" if native.module("watch") is None else "C++"
         row["stages"] = self.stages()
 
     def stages(self) -> dict[str, float]:
@@ -98,7 +106,9 @@ class Profile:
             "executable": (type(self.executable()), "__call__"),
             "weights": (Binder, binder),
             "key": (CudaGraphs, "_key"),
+            "checks": (CudaGraphs, "_fits"),
             "copies in": (torch, "_foreach_copy_"),
+            "copies out": (graphs, "_copied"),
             "launch": self.launch(),
         }
         medians = self.measure(functions).medians()
@@ -109,9 +119,10 @@ class Profile:
 def main() -> None:
     options = decoding_arguments(__doc__).parse_args()
     run = Run("host-cost", options, floors=False)
-    run.check(PIPELINES)
-    for name, pipeline in PIPELINES.items():
-        row = run.measure(name, lambda row, pipeline=pipeline: Profile(options, run.device, pipeline).fill(row))
+    run.check(ROWS)
+    for name, pipeline in ROWS.items():
+        with mock.patch.object(native, "module", lambda _: None) if name.endswith(LOOPS) else contextlib.nullcontext():
+            row = run.measure(name, lambda row, pipeline=pipeline: Profile(options, run.device, pipeline).fill(row))
         if row and "stages" in row:
             run.console.print({stage: round(us, 1) for stage, us in row["stages"].items()})
     run.table(COLUMNS)

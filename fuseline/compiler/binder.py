@@ -17,7 +17,7 @@ import torch
 
 from .compat import real_tensors
 from .expressions import Expression, Memo, Param
-from .weights import STORE, States, WeightStore, states_of, versions_of
+from .weights import STORE, States, WeightStore, states_of
 
 _epoch = 0
 
@@ -108,22 +108,15 @@ class Binder:
         self.bound[key] = bound = Bound(key, sources, states_of(watched), values, _epoch, dropped)
         return bound
 
-    def holds(self, bound: Bound, arguments: Sequence[Any]) -> bool:
-        """Whether `bound` is still right for these arguments, whose `addressed` are known to lie where they did.
-
-        Cheaper than `bound_to`. The parameters of a bound that is alive are alive, so that another tensor at their
-        address shares their memory.
-        """
-        if not self.derived:
-            return True
-        watched = self._watched(arguments)
-        if bound.dropped:
-            return bound.epoch == _epoch and tuple(map(id, watched)) == bound.key
-        return bound.epoch == _epoch and versions_of(watched) == bound.states[0]
-
-    def addressed(self, bound: Bound) -> list[int]:
-        """Positions of the parameters whose addresses `holds` relies on."""
+    def versioned(self, bound: Bound) -> list[int]:
+        """Positions of the parameters that could be edited in place. `bound`, while it is alive and `is_current`, is
+        right for all arguments whose `watched` lie where they did, and whose versions at these positions are the same:
+        its parameters are alive, so that another tensor at the address of one shares its memory."""
         return [] if bound.dropped else self.watched
+
+    def is_current(self, bound: Bound) -> bool:
+        """Whether nothing asked for another look since."""
+        return bound is _NOTHING or bound.epoch == _epoch
 
     def _evaluate(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
         values: list[torch.Tensor] = []

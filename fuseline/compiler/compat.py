@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 CHECKED_VERSIONS = ("2.11.0", "2.13.0")
 
-# The address of a C function that reads a tensor's address, `void *(PyObject *)`: what Inductor hands to the code that it
+# Where a C function lies that reads a tensor's address, `void *(PyObject *)`: Inductor hands it to the code that it
 # generates. It throws C++ exceptions. None where this PyTorch has none.
 ADDRESS_READER: int | None = getattr(torch._C._dynamo.guards, "_torchinductor_pyobject_tensor_data_ptr", None)
 

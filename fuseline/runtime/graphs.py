@@ -6,6 +6,13 @@ run plainly and captured in its turn. The remaining inputs, a few tokens and pos
 capture unless they stay where they are, and results are copied out of it, so that what a caller keeps never changes
 under him.
 
+The copy of the results is 12 us of a replay, on an H100's host. Handing out the capture's own memory where nobody holds
+the last result would save most of that, and who holds a storage can be counted. What cannot be seen is what the
+allocator knows: a caller who reads a result on another stream calls `record_stream` and lets go of it, and memory from
+the allocator then waits for that stream, while the next replay would write into the capture's own at once. Besides, the
+captures of a stream share one pool, so that any of them may overwrite what another handed out. So each result is memory
+from the allocator, as in a call that was not captured.
+
 A key is run plainly the first time, on buffers of its own the second time (so that every kernel is loaded as the
 capture needs it), and captured the third.
 """
@@ -23,8 +30,8 @@ from typing import Any
 import torch
 
 from ..compiler.binder import Binder, Bound
-from ..compiler.compat import same_addresses
 from .recorder import Recorder
+from .watch import Watch, watch
 
 log = logging.getLogger("fuseline")
 COPIED = 16 << 20  # bytes of inputs, and of results, beyond which a call is not bound by its launches
@@ -49,14 +56,14 @@ class Layout:
 class _Capture:
     """A call's addresses and sizes, its buffers, and once it was recorded, how to run it again.
 
-    still: positions, among the caller's arguments, of tensors that are read where they lie, at `addresses`; moving: of
-    those that are copied into `buffers`, whose `targets` hold each element once.
+    unchanged: whether the tensors among a call's arguments that are read where they lie, weights and caches, lie there
+    still and were not edited; moving: positions of those that are copied into `buffers`, whose `targets` hold each
+    element once.
     """
 
     place: Hashable
     sizes: Hashable
-    still: list[int]
-    addresses: list[int | None]
+    unchanged: Watch
     moving: list[int]
     bound: weakref.ref[Bound]
     buffers: list[torch.Tensor]
@@ -103,10 +110,7 @@ class CudaGraphs:
             return self._plainly(flat)
         assert capture.replay is not None
         capture.replay()
-        results = capture.results
-        if isinstance(results, torch.Tensor):
-            return results.clone()
-        return tuple([x.clone() if isinstance(x, torch.Tensor) else x for x in results])
+        return _copied(capture.results)
 
     def _fits(self, capture: _Capture, flat: Sequence[Any]) -> bool:
         """Whether a call's tensors lie where the capture reads them, with the same sizes and unchanged weights."""
@@ -114,9 +118,9 @@ class CudaGraphs:
         return (
             bound is not None
             and capture.place == self.recorder.place()
-            and same_addresses(flat, capture.addresses, capture.still)
+            and capture.unchanged(flat)
             and (not self.layout.symbolic or capture.sizes == self._sizes(flat))
-            and self.binder.holds(bound, flat)
+            and self.binder.is_current(bound)
         )
 
     def _plainly(self, flat: Sequence[Any]) -> Any:
@@ -169,15 +173,11 @@ class CudaGraphs:
         for target, i in zip(targets, moving, strict=True):
             target.copy_(_once(flat[i]))
         bound = self.binder.bound_to(flat)
-        still = [*self._fixed, *self.binder.addressed(bound), *sorted(stays)]
-        addresses: list[int | None] = [None] * len(flat)
-        for i in still:
-            addresses[i] = flat[i].data_ptr()
+        still = sorted({*self._fixed, *self.binder.watched, *stays})
         capture = _Capture(
             self.recorder.place(),
             self._sizes(flat),
-            still,
-            addresses,
+            watch(flat, still, self.binder.versioned(bound)),
             moving,
             weakref.ref(bound, partial(_forget, weakref.ref(self), key)),
             buffers,
@@ -211,6 +211,12 @@ class CudaGraphs:
             log.warning("a graph cannot be captured and is launched kernel by kernel: %s", self.refusal)
             return False
         return True
+
+
+def _copied(results: Any) -> Any:
+    if isinstance(results, torch.Tensor):
+        return results.clone()
+    return tuple([x.clone() if isinstance(x, torch.Tensor) else x for x in results])
 
 
 def _forget(graphs: weakref.ref[CudaGraphs], key: Hashable, _: Any) -> None:

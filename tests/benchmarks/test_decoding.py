@@ -118,10 +118,11 @@ def test_decode_runs_without_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_host_cost_runs_without_a_gpu(tmp_path: Path) -> None:
-    found = rows("host_cost.py", tmp_path / "cost.json", *TINY, "--only", "fuseline-bf16")
-    row = found["fuseline-bf16"]
-    assert row["step_us"] > row["executable_us"] > row["launch_us"] > 0 and row["captured"] is False
-    assert {"executable", "weights", "key", "launch", "rest"} <= set(row["stages"])
+    found = rows("host_cost.py", tmp_path / "cost.json", *TINY, "--only", "fuseline-bf16", "fuseline-bf16-loops")
+    assert [found[name]["checks"] for name in ("fuseline-bf16", "fuseline-bf16-loops")] == ["C++", "Python"]
+    for row in found.values():
+        assert row["step_us"] > row["executable_us"] > row["launch_us"] > 0 and row["captured"] is False
+        assert {"executable", "weights", "key", "checks", "launch", "rest"} <= set(row["stages"])
 
 
 @pytest.mark.slow

@@ -10,21 +10,40 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from fuseline.compiler.binder import Binder
+from fuseline.compiler.binder import Binder, refresh
 from fuseline.compiler.expressions import Constant, Param, Scale
 from fuseline.compiler.weights import WeightStore
-from fuseline.runtime import graphs
+from fuseline.runtime import graphs, native
 from fuseline.runtime.graphs import CudaGraphs, Layout
 
 DOUBLED = Scale(Param("w"), Constant((2.0,), (1,), torch.float32, "cpu"), 0)
 
 
+@pytest.fixture(params=["C++", "Python"], autouse=True)
+def checks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds with either check of addresses and versions."""
+    if request.param == "Python":
+        monkeypatch.setattr(native, "module", lambda name: None)
+
+
 class Rerun:
-    """Replays by running the work again into the first results; counts recordings and replays."""
+    """Replays by running the graph again on the memory that was recorded, into the first results; counts recordings and
+    replays."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
         self.recording = False
+        self.calls: list[tuple[Any, list[Any]]] = []
+
+    def noting(self, run: Any) -> Any:
+        """`run`, whose calls are noted while they are recorded: where its arguments lie then, and nothing else."""
+
+        def noted(*given: Any) -> Any:
+            if self.recording:
+                self.calls.append((run, [x.detach() if isinstance(x, torch.Tensor) else x for x in given]))
+            return run(*given)
+
+        return noted
 
     def busy(self) -> bool:
         return self.recording
@@ -34,20 +53,24 @@ class Rerun:
 
     def record(self, work: Any) -> Any:
         self.recorded += 1
+        snapshot = [t.clone() for t in Step.caches]
         self.recording = True
-        results: list[torch.Tensor] = []
+        results = list(work())
+        self.recording = False
+        for cache, before in zip(Step.caches, snapshot, strict=True):
+            cache.copy_(before)  # recording runs nothing
+        run, given = self.calls.pop()
 
         def replay() -> None:
             self.replayed += 1
-            for kept, fresh in zip(results, work(), strict=True):
+            for kept, fresh in zip(results, run(*given), strict=True):
                 kept.copy_(fresh)
 
-        snapshot = [t.clone() for t in Step.caches]
-        results += work()
-        for cache, before in zip(Step.caches, snapshot, strict=True):
-            cache.copy_(before)  # recording runs nothing
-        self.recording = False
         return replay, results
+
+
+def capturing(run: Any, layout: Layout, binder: Binder, recorder: Rerun) -> CudaGraphs:
+    return CudaGraphs(recorder.noting(run), layout, binder, recorder)
 
 
 class Step:
@@ -59,7 +82,7 @@ class Step:
         self.recorder = Rerun()
         self.plain_calls = 0
         binder = Binder([Param("w"), DOUBLED], {"w": 3}, WeightStore())
-        self.graphs = CudaGraphs(self.run, Layout([0, 1, 2], [1], symbolic), binder, self.recorder)
+        self.graphs = capturing(self.run, Layout([0, 1, 2], [1], symbolic), binder, self.recorder)
 
     def run(self, x: torch.Tensor, cache: torch.Tensor, at: torch.Tensor, w: Any, doubled: Any) -> list[torch.Tensor]:
         self.plain_calls += 1
@@ -131,6 +154,72 @@ def test_weights_edited_replaced_or_moved_are_noticed() -> None:
     assert step.recorder.recorded == 4
 
 
+def test_a_moved_or_freed_cache_is_noticed() -> None:
+    step, w, cache, twin = Step(), weight(), torch.zeros(8), torch.zeros(8)
+    for at in range(4):
+        check(step, cache, twin, at, w)
+    cache.data = cache.data.clone()
+    for at in range(4):
+        check(step, cache, twin, at, w)
+    assert step.recorder.recorded == 2
+    cache.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        check(step, cache, twin, 0, w)
+    assert step.recorder.replayed == 4, "nothing wrote to memory that is gone"
+
+
+def test_dropped_parameters_that_get_values_are_noticed() -> None:
+    w, cache, twin = weight(), torch.zeros(8), torch.zeros(8)
+    store, recorder = WeightStore(), Rerun()
+    binder = Binder([DOUBLED], {"w": 2}, store)
+
+    def run(x: torch.Tensor, cache: torch.Tensor, doubled: torch.Tensor) -> list[torch.Tensor]:
+        return [x * doubled + cache.add_(1).sum()]
+
+    step = capturing(run, Layout([0, 1], [1]), binder, recorder)
+    Step.caches = [cache]
+    plain = torch.full((1, 4), 3.0)
+
+    def call() -> None:
+        x = torch.randn(1, 4)
+        torch.testing.assert_close(step((x, cache, w))[0], x * 2 * plain + twin.add_(1).sum())
+
+    call()
+    store.drop([w])
+    for _ in range(4):
+        call()
+    assert recorder.recorded == 1
+    plain = torch.full((1, 4), 5.0)
+    w.data = plain.clone()
+    for _ in range(4):
+        call()
+    assert recorder.recorded == 2
+
+
+def test_refresh_makes_a_capture_look_again() -> None:
+    step, w, cache, twin = Step(), weight(), torch.zeros(8), torch.zeros(8)
+    for at in range(4):
+        check(step, cache, twin, at, w)
+    w.data.mul_(2)  # no version tells
+    step.graphs.binder.store.forget()
+    refresh()
+    for at in range(4):
+        check(step, cache, twin, at, w)
+    assert step.recorder.recorded == 2
+
+
+def test_results_are_memory_of_their_own_in_every_replay() -> None:
+    """Also where nobody holds the last one: its memory may be waiting for another stream."""
+    step, w, cache, twin = Step(), weight(), torch.zeros(8), torch.zeros(8)
+    for at in range(4):
+        results = check(step, cache, twin, at, w)
+        own = {t.untyped_storage().data_ptr() for t in results}
+        (capture,) = step.graphs.captured.values() if step.graphs.captured else (None,)
+        inside = [t.untyped_storage().data_ptr() for t in capture.results] if capture else []
+        assert own.isdisjoint(inside)
+        del results
+
+
 def test_sizes_are_part_of_the_key_where_they_may_differ() -> None:
     step, w, cache, twin = Step(symbolic=True), weight(), torch.zeros(8), torch.zeros(8)
     for at in range(4):
@@ -142,7 +231,7 @@ def test_sizes_are_part_of_the_key_where_they_may_differ() -> None:
 def test_numbers_tell_the_sizes_where_there_are_any() -> None:
     """As Dynamo passes them: a symbol's value beside the tensors that have it as a size."""
     recorder = Rerun()
-    graphs = CudaGraphs(lambda n, x: [x * n], Layout([0, 1], [], True), Binder([], {}, WeightStore()), recorder)
+    graphs = capturing(lambda n, x: [x * n], Layout([0, 1], [], True), Binder([], {}, WeightStore()), recorder)
     Step.caches = []
     for _ in range(4):
         for n in (2, 3):
@@ -215,7 +304,7 @@ def test_large_inputs_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_large_results_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Rerun()
-    runner = CudaGraphs(lambda x: [x.repeat(100)], Layout([0]), Binder([], {}, WeightStore()), recorder)
+    runner = capturing(lambda x: [x.repeat(100)], Layout([0]), Binder([], {}, WeightStore()), recorder)
     monkeypatch.setattr(graphs, "COPIED", 64)
     for n in range(6):
         assert runner((torch.full((4,), float(n)),))[0].tolist() == [n] * 400
@@ -227,7 +316,7 @@ def test_results_that_share_memory_are_never_captured() -> None:
         y = x * 2
         return [y, y[1:]]
 
-    runner = CudaGraphs(run, Layout([0]), Binder([], {}, WeightStore()), Rerun())
+    runner = capturing(run, Layout([0]), Binder([], {}, WeightStore()), Rerun())
     for _ in range(5):
         whole, part = runner((torch.ones(3),))
         part.zero_()
@@ -237,7 +326,7 @@ def test_results_that_share_memory_are_never_captured() -> None:
 
 def test_a_result_that_is_an_input_is_never_captured() -> None:
     binder = Binder([], {}, WeightStore())
-    runner = CudaGraphs(lambda cache, x: [cache.add_(x)], Layout([0, 1], [0]), binder, Rerun())
+    runner = capturing(lambda cache, x: [cache.add_(x)], Layout([0, 1], [0]), binder, Rerun())
     cache = torch.zeros(4)
     Step.caches = [cache]
     for n in range(1, 6):
@@ -251,7 +340,7 @@ def test_what_cannot_be_recorded_runs_plainly_and_says_so(caplog: pytest.LogCapt
         def record(self, work: Any) -> Any:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    runner = CudaGraphs(lambda x: [x + 1], Layout([0]), Binder([], {}, WeightStore()), Refusing())
+    runner = capturing(lambda x: [x + 1], Layout([0]), Binder([], {}, WeightStore()), Refusing())
     for n in range(5):
         assert runner((torch.full((2,), float(n)),))[0].tolist() == [n + 1, n + 1]
     assert runner.refusal == "operation not permitted when stream is capturing"

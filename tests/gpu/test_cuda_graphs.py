@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fuseline
+from fuseline.runtime import native
 
 pytestmark = pytest.mark.gpu
 transformers = pytest.importorskip("transformers")
@@ -75,7 +76,32 @@ def test_kept_logits_do_not_change(model: Any) -> None:
         torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
 
 
-def test_edited_weights_are_seen_by_captured_steps(model: Any) -> None:
+def test_results_may_be_read_on_another_stream(model: Any) -> None:
+    """As PyTorch has it: `record_stream`, and the result may be let go of while that stream is yet to read it."""
+    compiled = fuseline.optimize(copy.deepcopy(model), "raise,fuse")
+    inputs = [torch.randint(1, 320, (1, 6), device="cuda") for _ in range(8)]
+    side, copies = torch.cuda.Stream(), []
+    with torch.no_grad():
+        want = [model(ids, use_cache=False).logits for ids in inputs]
+        for ids in inputs:
+            logits = compiled(ids, use_cache=False).logits
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(20_000_000)  # about 10 ms: the next replay is over before
+                copies.append(logits.clone())
+            logits.record_stream(side)
+            del logits
+    torch.cuda.synchronize()
+    assert captures(compiled)
+    for got, expected in zip(copies, want, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("checks", ["C++", "Python"])
+def test_edited_weights_are_seen_by_captured_steps(model: Any, checks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if checks == "Python":
+        monkeypatch.setattr(native, "module", lambda name: None)
+    assert (native.module("watch") is None) == (checks == "Python")
     for pipeline in ("raise,fuse", "raise,quantize{weights=int8},fuse"):
         original = copy.deepcopy(model)
         compiled = fuseline.optimize(copy.deepcopy(model), pipeline)

@@ -10,7 +10,7 @@ import typer
 
 from fuseline.cli import options
 from fuseline.cli.output import Output
-from fuseline.cli.render import following, megabytes, table
+from fuseline.cli.render import following, megabytes, place, shorten_ops, table
 from fuseline.compiler.errors import FuselineError, UserError, nearest
 from fuseline.runtime.cache import KERNELS, Cache
 from fuseline.runtime.entry import Entry, differences
@@ -73,6 +73,7 @@ def explain(store: Cache, name: str, output: Output) -> dict[str, Any]:
                 "made": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(entry.made)),
                 "target": entry.fields.get("target"),
                 "because": entry.because,
+                "about": entry.about,
                 "other_versions": {package: {"stored": a, "here": b} for package, (a, b) in other.items()},
                 "fields": entry.fields,
                 "path": str(entry.path),
@@ -80,6 +81,11 @@ def explain(store: Cache, name: str, output: Output) -> dict[str, Any]:
         )
         output.line(f"{data[-1]['made']}  {entry.fields.get('target')}  {entry.path.name}")
         output.line(f"  compiled because: {entry.because or 'it was asked for'}")
+        if entry.about:
+            output.line(
+                f"  computes: {shorten_ops(entry.about.get('ops', []))}, for {place(entry.about.get('lines', []))}"
+            )
+            output.line(f"  made by: {', '.join(entry.about.get('made_by', [])) or 'capture alone'}")
         for package, (a, b) in other.items():
             output.line(f"  not used here: {package} {a} stored, {b} here")
     return {"name": name, "entries": data}

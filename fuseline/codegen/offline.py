@@ -77,13 +77,13 @@ def compile_kernel(kernel: Kernel, target: str, store: Store | None = None) -> C
     if target not in TARGETS:
         raise UserError(f"unknown target {target!r}{nearest(target, TARGETS)}")
     if store is None:
-        return replace(_once(kernel, target)[0], kernel=kernel)
+        return replace(compile_once(kernel, target)[0], kernel=kernel)
     key = _made_of(kernel, target)
     files = store.load(kernel.name, **key)
     found = files and _from_files(kernel, target, files)
     if found:
         return found
-    done, metadata = _once(kernel, target, named=True)
+    done, metadata = compile_once(kernel, target, named=True)
     about = {"ops": kernel.ops, "lines": kernel.lines, "made_by": kernel.made_by}
     store.save(kernel.name, {**done.asm, "json": metadata}, files is not None, about, **key)
     return done
@@ -113,8 +113,11 @@ def _from_files(kernel: Kernel, target: str, files: Mapping[str, bytes]) -> Comp
         return None
 
 
-def _once(kernel: Kernel, target: str, named: bool = False) -> tuple[Compiled, str]:
-    """named: the binary's entry point must bear the kernel's own name, not that of an equal one."""
+def compile_once(kernel: Kernel, target: str, named: bool = False) -> tuple[Compiled, str]:
+    """A kernel and Triton's metadata as JSON, compiled here with all stages.
+
+    named: the binary's entry point must bear the kernel's own name, not that of an equal one.
+    """
     key = (identity(kernel), target, kernel.name if named else None)
     if key not in _DONE:
         _DONE[key] = _compile(kernel, target)

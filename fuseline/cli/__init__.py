@@ -9,6 +9,8 @@ from typing import NoReturn
 import typer
 
 from fuseline.cli.cache import cache
+from fuseline.cli.command import split_command
+from fuseline.cli.diff import diff
 from fuseline.cli.kernels import kernels
 from fuseline.cli.opt import opt
 from fuseline.cli.passes import passes
@@ -29,18 +31,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 80, "help_option_names": ["-h", "--help"]},
 )
-for verb in (run, passes, opt, kernels, cache):
+for verb in (run, passes, opt, kernels, cache, diff):
     app.command()(verb)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits; `arguments` default to those of the process."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments, command = split_command(list(sys.argv[1:] if arguments is None else arguments))
     debug = "--debug" in arguments
     # A bare --verify means the quick checks; the parser knows only options that always take a value.
     arguments = ["--verify=quick" if a == "--verify" else a for a in arguments if a != "--debug"]
     try:
-        app(arguments)
+        app(arguments, obj={"command": command})
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -52,7 +52,8 @@ class Action:
 class PassEnds(Exception):
     """Raised by an observer in `allows`: the pass makes no further rewrite, and the pipeline goes on behind it.
 
-    It ends a pass that would rewrite for ever, which skipping its rewrites one by one would not.
+    It ends a pass that would rewrite for ever, which skipping its rewrites one by one would not. A pass whose graph is
+    out of order between two rewrites puts it right in a `finally`.
     """
 
 

@@ -2,6 +2,7 @@
 
 from ..verifier import Verify
 from .dump import Dump
+from .limit import Limit
 from .logged import Logged
 from .numerics import Numerics
 from .record import Record
@@ -9,4 +10,4 @@ from .statistics import Statistics
 from .structured import Structured
 from .timing import Timing
 
-__all__ = ["Dump", "Logged", "Numerics", "Record", "Statistics", "Structured", "Timing", "Verify"]
+__all__ = ["Dump", "Limit", "Logged", "Numerics", "Record", "Statistics", "Structured", "Timing", "Verify"]

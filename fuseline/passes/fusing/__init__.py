@@ -60,15 +60,17 @@ class Fuse(Pass):
             # An attention that reads a cache which the graph writes to stays in its place: it is cut out alone.
             attentions = [n for n in program.graph.nodes if n.target is ops.attention.overload]
             regions += [Region("attention", "attention", [n]) for n in attentions]
-        for region in regions:
-            piece = cut(program, region.nodes, region.kind)
-            rewriter.rewrite(
-                region.nodes[-1],
-                region.nodes,
-                lambda new, piece=piece, kind=region.kind: new.region(kind, piece),  # type: ignore[misc]
-                region.rule,
-            )
-        sort(program.graph)
+        try:
+            for region in regions:
+                piece = cut(program, region.nodes, region.kind)
+                rewriter.rewrite(
+                    region.nodes[-1],
+                    region.nodes,
+                    lambda new, piece=piece, kind=region.kind: new.region(kind, piece),  # type: ignore[misc]
+                    region.rule,
+                )
+        finally:  # however many of them were made: a region stands where its last node stood
+            sort(program.graph)
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
         return ("the program has no linear, no attention, and no two pointwise operations that follow each other",)

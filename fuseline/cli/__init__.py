@@ -11,6 +11,7 @@ import typer
 from fuseline.cli.cache import cache
 from fuseline.cli.command import split_command
 from fuseline.cli.diff import diff
+from fuseline.cli.examine import examine
 from fuseline.cli.kernels import kernels
 from fuseline.cli.opt import opt
 from fuseline.cli.passes import passes
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 80, "help_option_names": ["-h", "--help"]},
 )
-for verb in (run, passes, opt, kernels, cache, diff):
+for verb in (run, passes, opt, kernels, cache, diff, examine):
     app.command()(verb)
 
 

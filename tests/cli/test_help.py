@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 
-@pytest.mark.parametrize("verb", [(), ("run",), ("passes",), ("opt",), ("kernels",), ("cache",)])
+@pytest.mark.parametrize("verb", [(), ("run",), ("passes",), ("opt",), ("kernels",), ("cache",), ("diff",)])
 def test_help_fits_one_screen(cli: Callable, verb: tuple[str, ...]) -> None:
     result = cli(*verb, "--help")
     lines = result.out.rstrip("\n").split("\n")
@@ -20,7 +20,7 @@ def test_help_fits_one_screen(cli: Callable, verb: tuple[str, ...]) -> None:
 
 def test_help_names_the_verbs_in_full(cli: Callable) -> None:
     out = cli("--help").out.split("Commands:")[1]
-    for verb in ("run", "passes", "opt", "kernels", "cache"):
+    for verb in ("run", "passes", "opt", "kernels", "cache", "diff"):
         assert f"\n  {verb} " in out
     assert "..." not in out, "a summary was cut"
 

@@ -26,7 +26,7 @@ from .compiler.plan import Plan
 from .compiler.sharded import run_as_captured
 from .compiler.streams import refuse_streams
 
-OPTIONS = ("pipeline", "plan", "target", "verify", "observers", "cuda_graphs", "keep_originals", "record")
+OPTIONS = ("pipeline", "plan", "target", "verify", "observers", "cuda_graphs", "keep_originals", "leftovers", "record")
 recent: deque[Compilation] = deque(maxlen=8)
 """The last compilations of this process, newest last; they keep no model's tensors alive."""
 
@@ -48,6 +48,7 @@ def compile(
         verify: "off", "quick" or "full".
         observers: watch the passes.
         cuda_graphs: whether calls that are repeated on a GPU are captured (default: yes).
+        leftovers: what runs operations without a kernel of ours: "auto", "inductor" or "eager".
         record: a callable given the `Compilation`.
         keep_originals: False is for a caller that drops them itself, and takes `record` to do so.
     """
@@ -86,6 +87,7 @@ def compile(
         plan=plan,
         cuda_graphs=settings.get("cuda_graphs", True),
         keep_originals=settings.get("keep_originals", True),
+        leftovers=settings.get("leftovers", "auto"),
     )
     recent.append(
         replace(

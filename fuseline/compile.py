@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from .compiler.action import Observer
 from .compiler.errors import FuselineError, UserError, nearest
 from .compiler.expand import expand_at_use, expand_weights
 from .compiler.flatten import anchors_only, flatten
+from .compiler.observe.structured import trace_module
 from .compiler.outline import inline
 from .compiler.pipeline import Pipeline
 from .compiler.plan import Plan
@@ -26,9 +29,11 @@ from .compiler.report import Report
 from .compiler.sharded import refuse_derived
 from .runtime.executable import Executable
 from .runtime.graphs import CudaGraphs, Layout
+from .runtime.leftovers import CHOICES, Leftover, install
 from .runtime.location import keep_module
 from .runtime.recorder import CudaRecorder
 
+log = logging.getLogger("fuseline")
 TARGETS = ("auto", "eager", "inductor", "triton")
 
 
@@ -44,6 +49,7 @@ class Compilation:
     kernels: tuple[Kernel, ...] = ()
     refusals: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
+    leftovers: dict[str, Leftover] = field(default_factory=dict, repr=False)
 
 
 def choose_target(target: str | None, program: Program) -> str:
@@ -55,9 +61,7 @@ def choose_target(target: str | None, program: Program) -> str:
     target = target or "auto"
     if target not in TARGETS:
         raise UserError(f"unknown target '{target}'{nearest(target, TARGETS)}")
-    on_gpu = any(
-        isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].device.type == "cuda" for n in program.graph.nodes
-    )
+    on_gpu = _on_gpu(program)
     has_triton = find_spec("triton") is not None
     if program.training:  # no kernel has a backward of its own yet: autograd works on ATen
         return "inductor" if target == "inductor" else "eager"
@@ -74,6 +78,11 @@ def choose_target(target: str | None, program: Program) -> str:
     return target
 
 
+def _on_gpu(program: Program) -> bool:
+    values = [n.meta.get("val") for n in program.graph.nodes]
+    return any(isinstance(v, torch.Tensor) and v.device.type == "cuda" for v in values)
+
+
 def compile_program(
     program: Program,
     inputs: Sequence[Any],
@@ -84,6 +93,7 @@ def compile_program(
     plan: Plan | None = None,
     cuda_graphs: bool = True,
     keep_originals: bool = True,
+    leftovers: str = "auto",
 ) -> Compilation:
     """Runs the pipeline over a captured program and makes it executable on its flat arguments.
 
@@ -92,11 +102,15 @@ def compile_program(
             weight is reported here and not in the middle of a call.
         cuda_graphs: capture calls that are repeated, where the target is Triton on a GPU.
         keep_originals: False leaves quantized weights packed in eager too, each expanded where it is used.
+        leftovers: what runs the operations that no kernel of ours takes, where the target is Triton on a GPU: "eager"
+            (PyTorch), "inductor", or "auto", the faster one.
 
     Raises:
         UserError: the rewritten graph reads a parameter as it is whose values were dropped.
     """
     chosen = choose_target(target, program)
+    if leftovers not in CHOICES:
+        raise UserError(f"leftovers cannot be '{leftovers}'{nearest(leftovers, CHOICES)}", remedy=", ".join(CHOICES))
     after, report = pipeline.run(program, observers, verification, plan)
     refuse_dropped(after)
     refuse_derived(after)
@@ -104,8 +118,12 @@ def compile_program(
     if after.training:
         result.executable = _training(after, inputs, chosen)
         return result
-    eager = _eager if keep_originals else _packed
-    executable = {"eager": eager, "inductor": _through_inductor, "triton": _kernels}[chosen](after, inputs, result)
+    targets: dict[str, Callable[..., Executable]] = {
+        "eager": _eager if keep_originals else _packed,
+        "inductor": _through_inductor,
+        "triton": partial(_kernels, leftovers=leftovers),
+    }
+    executable = targets[chosen](after, inputs, result)
     executable.binder(inputs)
     if cuda_graphs and chosen == "triton":
         executable.graphs = _cuda_graphs(after, executable)
@@ -156,16 +174,25 @@ def _through_inductor(program: Program, inputs: Sequence[Any], result: Compilati
     return Executable(_inductor(flatten(program, module), bound), program.arguments, binder)
 
 
-def _kernels(program: Program, inputs: Sequence[Any], result: Compilation) -> Executable:
+def _kernels(program: Program, inputs: Sequence[Any], result: Compilation, leftovers: str) -> Executable:
     """A generated module of Triton kernels, written to the cache and imported from there."""
     from .codegen.lower import lower  # needs no triton, but the module that it writes does
     from .codegen.module_file import load_module
     from .runtime.kernels import wrap
 
-    lowered = lower(program)
+    if leftovers == "auto" and not _on_gpu(program):  # kernels are interpreted: nothing to be measured
+        leftovers = "eager"
+    lowered = lower(program, leftovers=leftovers != "eager")
     result.path = keep_module(lowered.write)
     result.kernels, result.refusals = lowered.kernels, lowered.refusals
-    return Executable(wrap(load_module(result.path)).call, program.arguments, program.binder(lowered.weights))
+    trace_module(result.path, lowered.manifest)
+    log.info(
+        "%d kernels for %d regions, %d regions through PyTorch: %s",
+        len(lowered.kernels), len(lowered.launchers), len(lowered.refusals), result.path,
+    )  # fmt: skip
+    module = wrap(load_module(result.path))
+    result.leftovers = install(module, lowered.leftovers, result.refusals, leftovers)
+    return Executable(module.call, program.arguments, program.binder(lowered.weights))
 
 
 def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

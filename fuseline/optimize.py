@@ -35,6 +35,7 @@ from .compiler.pipeline import DEFAULT, Pipeline, needs_calibration
 from .compiler.plan import Plan
 from .compiler.weights import STORE
 from .originals import drop_originals
+from .runtime.leftovers import CHOICES
 
 Passes = str | Path | Iterable[Pass] | Pipeline
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -72,6 +73,7 @@ def optimize(
     verify: str = ...,
     cuda_graphs: bool = ...,
     keep_originals: bool = ...,
+    leftovers: str = ...,
     dynamic: bool | None = ...,
     fullgraph: bool = ...,
 ) -> Module: ...
@@ -85,6 +87,7 @@ def optimize(
     verify: str = ...,
     cuda_graphs: bool = ...,
     keep_originals: bool = ...,
+    leftovers: str = ...,
     dynamic: bool | None = ...,
     fullgraph: bool = ...,
 ) -> Callable[[type[Module]], type[Module]]: ...
@@ -99,6 +102,7 @@ def optimize(
     verify: str = "quick",
     cuda_graphs: bool = True,
     keep_originals: bool = True,
+    leftovers: str = "auto",
     dynamic: bool | None = None,
     fullgraph: bool = False,
 ) -> Any:
@@ -114,6 +118,8 @@ def optimize(
         keep_originals: False drops each parameter that the graphs read only quantized or folded, once the call that
             compiled them is over; `state_dict()`, `train()`, conversions and copies are refused from then on, and
             `fuseline.save` keeps the model. See docs/saving.md.
+        leftovers: what runs the operations that no kernel of ours takes, on a GPU: "eager" (PyTorch), "inductor", or
+            "auto", the one that was faster when their first call timed both.
         dynamic, fullgraph: as in torch.compile.
 
     Raises:
@@ -121,9 +127,11 @@ def optimize(
     """
     if target is not None and target not in TARGETS:
         raise UserError(f"unknown target '{target}'{nearest(target, TARGETS)}")
+    if leftovers not in CHOICES:
+        raise UserError(f"leftovers cannot be '{leftovers}'{nearest(leftovers, CHOICES)}", remedy=", ".join(CHOICES))
     settings: dict[str, Any] = {
         "target": target, "observers": observers, "verify": verify, "cuda_graphs": cuda_graphs,
-        "keep_originals": keep_originals, "dynamic": dynamic, "fullgraph": fullgraph,
+        "keep_originals": keep_originals, "leftovers": leftovers, "dynamic": dynamic, "fullgraph": fullgraph,
     }  # fmt: skip
     if isinstance(model, type) and issubclass(model, torch.nn.Module):
         raise UserError("the decorator takes a pipeline", remedy='@fuseline.optimize("raise,fuse")')
@@ -166,6 +174,7 @@ def _compile_in_place(model: torch.nn.Module, pipeline: Pipeline, settings: dict
             "verify": settings["verify"],
             "cuda_graphs": settings["cuda_graphs"],
             "keep_originals": settings["keep_originals"],
+            "leftovers": settings["leftovers"],
             "record": record,
         },
     }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from . import compat
@@ -25,6 +26,15 @@ def anchors_only(op: Op) -> bool:
 
 def flatten(program: Program, module: GraphModule, which: Callable[[Op], bool] = lambda op: True) -> GraphModule:
     """The lifted `module` of `program` traced again, dialect ops that `which` accepts written out in ATen."""
+    fakes: Sequence[Any] = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    with torch.enable_grad() if program.training else torch.no_grad():
+        return flatten_on(fakes, program.fake_mode, module, which)
+
+
+def flatten_on(
+    fakes: Sequence[Any], mode: FakeTensorMode, module: GraphModule, which: Callable[[Op], bool] = lambda op: True
+) -> GraphModule:
+    """`module` traced again on inputs of another mode, with sizes of their own; see `flatten`."""
 
     class Naive(Inliner):
         def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -37,6 +47,4 @@ def flatten(program: Program, module: GraphModule, which: Callable[[Op], bool] =
             inner = self.fetch_attr(target)
             return Naive(inner).run(*args) if isinstance(inner, GraphModule) else inner(*args, **kwargs)
 
-    fakes: Sequence[Any] = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-    with torch.enable_grad() if program.training else torch.no_grad():
-        return compat.trace(lambda *inputs: Naive(module).run(*inputs), fakes, program.fake_mode)
+    return compat.trace(lambda *inputs: Naive(module).run(*inputs), fakes, mode)

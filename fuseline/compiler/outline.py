@@ -7,7 +7,6 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .program import Program
@@ -23,7 +22,7 @@ class Cut:
 
 
 def cut(program: Program, nodes: Sequence[Node], kind: str) -> Cut:
-    """The subgraph of `nodes` (in graph order); the program itself is not changed."""
+    """The subgraph of `nodes` (in graph order), regions among them included; the program itself is not changed."""
     members = set(nodes)
     inputs = tuple(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in members))
     outputs = tuple(n for n in nodes if any(u not in members for u in n.users))
@@ -40,7 +39,8 @@ def cut(program: Program, nodes: Sequence[Node], kind: str) -> Cut:
     results = tuple(mapping[n] for n in outputs)
     out = graph.output(results[0] if len(results) == 1 else results)
     out.meta["val"] = tuple(n.meta["val"] for n in outputs) if len(outputs) > 1 else outputs[0].meta["val"]
-    module = GraphModule(torch.nn.Module(), graph, class_name=kind.title().replace("_", ""))
+    inner = {str(n.target): program.module.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
+    module = GraphModule(inner, graph, class_name=kind.title().replace("_", ""))
     module.meta["kind"] = kind
     return Cut(module, inputs, outputs)
 

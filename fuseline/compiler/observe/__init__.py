@@ -5,9 +5,10 @@ from .dump import Dump
 from .limit import Limit
 from .logged import Logged
 from .numerics import Numerics
+from .printing import Print
 from .record import Record
 from .statistics import Statistics
 from .structured import Structured
 from .timing import Timing
 
-__all__ = ["Dump", "Limit", "Logged", "Numerics", "Record", "Statistics", "Structured", "Timing", "Verify"]
+__all__ = ["Dump", "Limit", "Logged", "Numerics", "Print", "Record", "Statistics", "Structured", "Timing", "Verify"]

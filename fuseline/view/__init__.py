@@ -1,0 +1,6 @@
+"""One HTML page about a run of a pipeline: `record.json` in, `index.html` out. Needs no torch and no network."""
+
+from .data import page_data
+from .page import render
+
+__all__ = ["page_data", "render"]

@@ -11,7 +11,11 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 # What the demo runs; `make demo PIPELINE=raise,fuse` tries another pipeline.
 PIPELINE ?= raise,quantize{weights=int8},fuse
 
-.PHONY: setup demo test test-all lint format clean
+# What `make replay` compares the emitted kernels with, and for which models: tiny, families or a TOML file.
+REV ?= HEAD
+CORPUS ?= tiny
+
+.PHONY: setup demo test test-all lint format replay clean
 .DEFAULT_GOAL := help
 .PHONY: help
 
@@ -21,6 +25,7 @@ help:
 	@echo "make test       the tests that need no GPU and little time"
 	@echo "make test-all   those and the long ones"
 	@echo "make lint       ruff and mypy"
+	@echo "make replay     what the changes since REV ($(REV)) do to the emitted kernels"
 
 setup: $(STAMP)
 
@@ -69,6 +74,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+replay: setup
+	$(BIN)/python -m fuseline replay --against "$(REV)" --corpus "$(CORPUS)"
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,7 @@ from fuseline.cli.examine import examine
 from fuseline.cli.kernels import kernels
 from fuseline.cli.opt import opt
 from fuseline.cli.passes import passes
+from fuseline.cli.replay import replay
 from fuseline.cli.run import run
 from fuseline.compiler.errors import FuselineError
 
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 80, "help_option_names": ["-h", "--help"]},
 )
-for verb in (run, passes, opt, kernels, cache, diff, examine):
+for verb in (run, passes, opt, kernels, cache, diff, examine, replay):
     app.command()(verb)
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import pytest
 
 
-@pytest.mark.parametrize("verb", [(), ("run",), ("passes",), ("opt",), ("kernels",), ("cache",), ("diff",)])
+@pytest.mark.parametrize(
+    "verb", [(), ("run",), ("passes",), ("opt",), ("kernels",), ("cache",), ("diff",), ("replay",), ("examine",)]
+)
 def test_help_fits_one_screen(cli: Callable, verb: tuple[str, ...]) -> None:
     result = cli(*verb, "--help")
     lines = result.out.rstrip("\n").split("\n")
@@ -20,7 +22,7 @@ def test_help_fits_one_screen(cli: Callable, verb: tuple[str, ...]) -> None:
 
 def test_help_names_the_verbs_in_full(cli: Callable) -> None:
     out = cli("--help").out.split("Commands:")[1]
-    for verb in ("run", "passes", "opt", "kernels", "cache", "diff"):
+    for verb in ("run", "passes", "opt", "kernels", "cache", "diff", "replay", "examine"):
         assert f"\n  {verb} " in out
     assert "..." not in out, "a summary was cut"
 

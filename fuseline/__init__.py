@@ -10,10 +10,11 @@ from .compiler.pipeline import Pipeline
 from .compiler.program import Program
 from .compiler.registry import register
 from .compiler.rule import Rule
+from .examination import examine
 from .optimize import breaks, optimize, refresh, reports
 
 __version__ = "0.1.0"
 __all__ = [
     "FuselineError", "Level", "Pass", "Pipeline", "Program", "Rule", "Tier", "UserError", "analyze", "breaks",
-    "capture", "load", "optimize", "refresh", "register", "reports", "save",
+    "capture", "examine", "load", "optimize", "refresh", "register", "reports", "save",
 ]  # fmt: skip

@@ -8,15 +8,20 @@ from typing import NoReturn
 
 import typer
 
+from fuseline.cli.bisect import bisect
 from fuseline.cli.cache import cache
 from fuseline.cli.command import split_command
+from fuseline.cli.compare import compare
 from fuseline.cli.diff import diff
 from fuseline.cli.examine import examine
 from fuseline.cli.kernels import kernels
 from fuseline.cli.opt import opt
 from fuseline.cli.passes import passes
+from fuseline.cli.reduce import reduce
 from fuseline.cli.replay import replay
+from fuseline.cli.repro import repro
 from fuseline.cli.run import run
+from fuseline.cli.view import view
 from fuseline.compiler.errors import FuselineError
 
 HELP = """A graph compiler for PyTorch models.
@@ -33,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 80, "help_option_names": ["-h", "--help"]},
 )
-for verb in (run, passes, opt, kernels, cache, diff, examine, replay):
+for verb in (run, passes, opt, kernels, cache, bisect, reduce, repro, diff, examine, replay, view, compare):
     app.command()(verb)
 
 

@@ -30,8 +30,15 @@ ADDRESS_READER: int | None = getattr(torch._C._dynamo.guards, "_torchinductor_py
 _ADDRESSES_EQUAL = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 _RAW_STREAM = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
-_ATTRIBUTE = re.compile(r"\.(?:__dict__\['_modules'\]|_(?:modules|parameters|buffers))\['([^']+)'\]")
-_STATE = re.compile(r"\._(?:parameters|buffers)\['[^']+'\]$")
+# Ops that are made of others, and whose results are new memory whatever their arguments.
+_ALWAYS_NEW = frozenset(
+    """matmul linear conv1d conv2d conv3d softmax log_softmax scaled_dot_product_attention layer_norm rms_norm group_norm
+    batch_norm where""".split()
+)
+_ATTRIBUTE = re.compile(
+    r"\.(?:__dict__\['_(?:modules|parameters|buffers)'\]|_(?:modules|parameters|buffers))\['([^']+)'\]"
+)
+_STATE = re.compile(r"\.(?:__dict__\['_(?:parameters|buffers)'\]|_(?:parameters|buffers))\['[^']+'\]$")
 
 
 def dynamo_fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
@@ -300,6 +307,18 @@ def inductor_region(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Call
         return standalone_compile(module, list(inputs), dynamic_shapes="from_graph")
 
 
+def may_return_an_input(target: Any) -> bool:
+    """Whether a call's result may lie in an argument's memory: a view, a write in place, or an op that is made of
+    others and not known to give new memory."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return True
+    if any(result.alias_info is not None for result in schema.returns):
+        return True
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    return composite and target._opname not in _ALWAYS_NEW
+
+
 @contextlib.contextmanager
 def real_tensors() -> Iterator[None]:
     """Computes real tensors inside a backend, where a fake mode is active."""
@@ -376,6 +395,12 @@ def new_symbols(mode: FakeTensorMode, bounds: dict[str, dict[str, int]]) -> dict
         env.var_to_range[symbol] = ValueRanges(entry.get("low", 0), entry.get("high", int_oo))
         found[name] = env.create_symintnode(symbol, hint=entry["hint"], source=source)
     return found
+
+
+def known_size(value: Any) -> int | None:
+    """A size as a number; None for a symbol that nothing has fixed."""
+    expression = symbolic_expression(value)
+    return int(expression) if isinstance(expression, int) or expression.is_number else None
 
 
 def gathered(tensors: Collection[torch.Tensor]) -> list[torch.Tensor]:

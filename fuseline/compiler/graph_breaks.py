@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import compat
-from .provenance import is_ours
+from .provenance import is_ours, is_pythons
 
 log = logging.getLogger("fuseline")
 _EXPLANATION = re.compile(r"^\s*Explanation: (.*)$", re.MULTILINE)
@@ -48,10 +48,12 @@ class GraphBreak:
 
 
 def read(note: compat.BreakNote) -> GraphBreak | None:
-    """Dynamo's note of a break: the innermost line that is not PyTorch's or ours, and the reason in a sentence."""
+    """Dynamo's note of a break: the innermost line that is not PyTorch's, ours or Python's own, and the reason in a
+    sentence."""
     frames = [f for f in note.frames if not is_ours(f[0])] or list(note.frames)
     if not frames:
         return None
+    frames = [f for f in frames if not is_pythons(f[0])] or frames
     explained = _EXPLANATION.search(note.reason)
     reason = explained[1] if explained else note.reason.strip().splitlines()[0]
     if reason.startswith("generic_jump"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,14 +18,22 @@ from torch.fx import Node
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
 _HERE = [Path(torch.__file__).parent, Path(__file__).parent.parent]
 _OURS = tuple(f"{path}{os.sep}" for folder in _HERE for path in dict.fromkeys((folder, folder.resolve())))
+_MODELS = tuple(f"{folder}models{os.sep}" for folder in _OURS)
+_STANDARD = sysconfig.get_path("stdlib") + os.sep
+_INSTALLED = tuple(f"{sysconfig.get_path(kind)}{os.sep}" for kind in ("purelib", "platlib"))
 _INDEX = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\[(?:'([^']+)'|(\d+))\]")
 KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr", "autocast")
 
 
 def is_ours(file: str) -> bool:
     """Whether a file belongs to PyTorch or to this package: judged by where they lie, since a user's folder may be
-    called `torch` or `fuseline` too."""
-    return file.startswith(_OURS)
+    called `torch` or `fuseline` too. The models that this package brings along are a model's code."""
+    return file.startswith(_OURS) and not file.startswith(_MODELS)
+
+
+def is_pythons(file: str) -> bool:
+    """Whether a file belongs to Python's standard library."""
+    return file.startswith(_STANDARD) and not file.startswith(_INSTALLED)
 
 
 def source_line(node: Node) -> str | None:

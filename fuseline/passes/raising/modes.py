@@ -43,7 +43,8 @@ class Modes:
 def _around(graph: Graph) -> bool:
     """Whether autocast was on around the call that is being compiled: no node of the graph says so."""
     values = (n.meta.get("val") for n in graph.nodes)
-    return any(torch.is_autocast_enabled(d) for d in {v.device.type for v in values if isinstance(v, torch.Tensor)})
+    devices = {v.device.type for v in values if isinstance(v, torch.Tensor)}
+    return any(torch.is_autocast_enabled(d) for d in devices if torch.amp.is_autocast_available(d))
 
 
 def _computes(node: Node) -> bool:
@@ -59,6 +60,10 @@ class WithinMode(Rule):
     @property
     def name(self) -> str:
         return self._rule.name
+
+    @property
+    def inner(self) -> Rule:
+        return self._rule.inner
 
     def matches(self, program: Program) -> Iterator[Match]:
         yield from self._rule.matches(program)

@@ -22,6 +22,7 @@ from fuseline.cli.replay import replay
 from fuseline.cli.repro import repro
 from fuseline.cli.run import run
 from fuseline.cli.view import view
+from fuseline.cli.why import why
 from fuseline.compiler.errors import FuselineError
 
 HELP = """A graph compiler for PyTorch models.
@@ -38,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 80, "help_option_names": ["-h", "--help"]},
 )
-for verb in (run, passes, opt, kernels, cache, bisect, reduce, repro, diff, examine, replay, view, compare):
+for verb in (run, passes, opt, kernels, cache, bisect, reduce, repro, diff, examine, replay, view, compare, why):
     app.command()(verb)
 
 

@@ -14,17 +14,17 @@ import torch
 
 from fuseline.compiler.action import Observer
 from fuseline.compiler.capture import capture, from_exported
+from fuseline.compiler.debug.check import EXACT
 from fuseline.compiler.errors import UserError, VerificationError, nearest
 from fuseline.compiler.observe import Numerics
 from fuseline.compiler.pipeline import Pipeline
 from fuseline.compiler.program import Program
 from fuseline.compiler.report import Report
+from fuseline.compiler.verifier import LEVELS
 from fuseline.models import LoadedModel
 from fuseline.models.text import evaluation_text, windows
 
 CAPTURE_TOKENS = 64
-# What "equal up to rounding" means for an exact pass, as max|Δ|/max|reference| beyond the error before it.
-EXACT = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -69,32 +69,34 @@ def _owners(loaded: LoadedModel) -> dict[str, Callable[[], torch.Tensor]]:
     return {name: functools.partial(operator.attrgetter(name), model) for name in names}
 
 
-def rewrite(
-    loaded: LoadedModel, pipeline: Pipeline, verify: str | None, observers: Sequence[Observer] = ()
-) -> Rewritten:
-    """Captures the model and runs the pipeline over it, with the error after each pass.
+def rewrite(captured: Program, pipeline: Pipeline, verify: str | None, observers: Sequence[Observer] = ()) -> Rewritten:
+    """Runs the pipeline over a program, with the error after each pass where there are inputs to run it on.
 
     Args:
-        verify: None runs the quick checks of the graph; "quick" also holds exact passes to their bound; "full"
-            recomputes all values, too.
+        verify: None runs the quick checks of the graph, "off" none; "quick" also holds exact passes to their bound;
+            "full" recomputes all values, too.
 
     Raises:
         VerificationError: an exact pass whose error is beyond rounding.
     """
-    if verify not in (None, "quick", "full"):
-        raise UserError(f"unknown verification {verify!r}{nearest(str(verify), ['quick', 'full'])}")
-    captured = capture_model(loaded)
-    program, report = pipeline.run(
-        captured, [Numerics(), *observers], verification="full" if verify == "full" else "quick"
-    )
-    if verify is not None:
-        check_exact(report, loaded)
+    if verify not in (None, *LEVELS):
+        raise UserError(f"unknown verification {verify!r}{nearest(str(verify), LEVELS)}")
+    numerics = [] if captured.examples is None or verify == "off" else [Numerics()]
+    level = verify if verify in ("off", "full") else "quick"
+    program, report = pipeline.run(captured, [*numerics, *observers], verification=level)
+    if verify in ("quick", "full"):
+        if not numerics:
+            raise UserError(
+                "the errors of exact passes cannot be checked: this program has types and no values",
+                remedy="leave --verify out, or dump the stage again with its tensors",
+            )
+        check_exact(report, captured)
     return Rewritten(captured, program, report)
 
 
-def check_exact(report: Report, loaded: LoadedModel) -> None:
+def check_exact(report: Report, captured: Program) -> None:
     """Holds every exact pass to its bound: what it adds to the error before it is rounding."""
-    dtypes = {p.dtype for p in loaded.model.parameters() if p.is_floating_point()}
+    dtypes = {s.tensor.dtype for s in captured.sources.values() if s.tensor.is_floating_point()}
     bound = max((EXACT.get(dtype, 0.0) for dtype in dtypes), default=EXACT[torch.float32])
     before = report.captured_error or 0.0
     for record in report.passes:
@@ -103,6 +105,6 @@ def check_exact(report: Report, loaded: LoadedModel) -> None:
             raise VerificationError(
                 f"pass '{record.name}' is exact and changed the results",
                 [f"max|Δ|/max|reference| went from {before:.2g} to {error:.2g}; rounding allows {bound:.0e} more"],
-                "fuseline run MODEL -p … --dump DIR    writes the program after each pass, runnable",
+                'fuseline bisect MODEL -p "…"    names the rewrite and its rule',
             )
         before = error

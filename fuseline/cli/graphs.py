@@ -8,6 +8,7 @@ from fuseline.cli.compiling import capture_model
 from fuseline.compiler.errors import UserError
 from fuseline.compiler.program import Program
 from fuseline.compiler.stage import is_stage, load_stage
+from fuseline.models import LoadedModel
 
 
 def load_program(spec: str, dtype: str | None = None) -> Program:
@@ -16,6 +17,11 @@ def load_program(spec: str, dtype: str | None = None) -> Program:
     Raises:
         UserError: there is no such model or file, or it is not what its name says.
     """
+    return load_graph(spec, dtype)[0]
+
+
+def load_graph(spec: str, dtype: str | None = None) -> tuple[Program, LoadedModel | None]:
+    """The program that a GRAPH names, and the model it was captured from; a stage has none."""
     from fuseline.models import load, parse_dtype
 
     if spec.endswith(".py") and not spec.startswith("py:"):
@@ -23,5 +29,6 @@ def load_program(spec: str, dtype: str | None = None) -> Program:
             raise UserError(f"no such file: {spec}")
         if not is_stage(spec):
             raise UserError(f"{spec} is a Python file, and not a dumped stage", remedy=f"py:{Path(spec)}:FACTORY")
-        return load_stage(spec)
-    return capture_model(load(spec, parse_dtype(dtype)))
+        return load_stage(spec), None
+    loaded = load(spec, parse_dtype(dtype))
+    return capture_model(loaded), loaded

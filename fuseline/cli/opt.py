@@ -1,4 +1,4 @@
-"""`fuseline opt GRAPH.pt2|MODEL -p PIPELINE -o OUT.pt2`: a rewritten program as a file."""
+"""`fuseline opt GRAPH -p PIPELINE -o OUT`: passes over a program, from a file and into a file."""
 
 from __future__ import annotations
 
@@ -13,42 +13,87 @@ import typer
 from fuseline.cli import options
 from fuseline.cli.compiling import rewrite
 from fuseline.cli.data import report_data
+from fuseline.cli.dumping import dump_observers
 from fuseline.cli.environment import versions
+from fuseline.cli.graphs import load_graph
 from fuseline.cli.output import Output
 from fuseline.cli.render import following, megabytes, show_passes
 from fuseline.compiler.errors import FuselineError, UserError
+from fuseline.compiler.observe.printing import Print, stop_after
 from fuseline.compiler.outline import inline
 from fuseline.compiler.pipeline import DEFAULT, Pipeline
 from fuseline.compiler.program import Program
+from fuseline.compiler.stage import Recipe, render, save_examples
 from fuseline.models import LoadedModel
 
 
 def opt(
-    model: options.Model,
-    out: Annotated[str, typer.Option("--output", "-o", metavar="OUT.pt2", help="The file to write.")],
+    graph: options.Graph,
     pipeline: options.PipelineText = DEFAULT,
+    out: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="OUT", help="A .pt2 file, or a .py stage.")
+    ] = None,
+    stop: Annotated[
+        str | None, typer.Option("--stop-after", metavar="PASS[:N]", help="Or after its N rewrites.")
+    ] = None,
+    show: Annotated[
+        str | None, typer.Option("--print-after", metavar="P", help="all, changed or a pass: its code.")
+    ] = None,
+    dump: options.Dump = None,
     dtype: options.Dtype = None,
     verify: options.Verification = None,
     json: options.Json = None,
 ) -> None:
-    """Rewrite a model or a .pt2 program into a .pt2 file."""
-    from fuseline.models import load, parse_dtype
+    """Rewrite a model, a .pt2 program or a dumped stage."""
+    path = None if out is None else check_path(out)
+    passes, observers = Pipeline(pipeline), dump_observers(dump)
+    if stop is not None:
+        passes, ending = stop_after(passes, stop)
+        observers += ending
+    output = Output(json)
+    if show is not None:
+        observers.append(Print(show, lambda text: output.console.print(text + "\n", soft_wrap=True)))
+    captured, loaded = load_graph(graph, dtype)
+    rewritten = rewrite(captured, passes, verify, observers)
+    data: dict[str, Any] = {"model": graph, "versions": versions(), **report_data(rewritten), "path": out}
+    show_passes(output, data)
+    if path is not None and path.suffix == ".py":
+        title = f"{graph} after {passes}{f', stopped after {stop}' if stop else ''}"
+        write_stage(rewritten.program, title, path)
+        output.line(f"\n{path}: {megabytes(path.stat().st_size)}, to read, edit, run and resume from")
+    elif path is not None:
+        write_program(rewritten.program, loaded, path)
+        output.line(f"\n{path}: {megabytes(path.stat().st_size)}; its fuseline ops load after `import fuseline`")
+    if dump is not None:
+        following(output, f"fuseline view {dump}", "the stages as a page")
+    else:
+        following(output, f'fuseline compare {graph} -p "{passes}"', "the error of each rewrite")
+    output.write(data)
 
+
+def check_path(out: str) -> Path:
+    """A path that a program can be written to.
+
+    Raises:
+        UserError: another ending than .pt2 and .py, or a folder that is not there.
+    """
     path = Path(out)
-    if path.suffix != ".pt2":
-        raise UserError(f"{out!r} does not end in .pt2", remedy=f"-o {path.with_suffix('.pt2')}")
+    if path.suffix not in (".pt2", ".py"):
+        raise UserError(f"{out!r} ends in neither .pt2 nor .py", remedy=f"-o {path.with_suffix('.pt2')}")
     if not path.parent.is_dir():
         raise UserError(f"no such folder: {path.parent}")
-    passes = Pipeline(pipeline)
-    output = Output(json)
-    loaded = load(model, parse_dtype(dtype))
-    rewritten = rewrite(loaded, passes, verify)
-    data: dict[str, Any] = {"model": model, "versions": versions(), **report_data(rewritten), "path": str(path)}
-    show_passes(output, data)
-    write_program(rewritten.program, loaded, path)
-    output.line(f"\n{path}: {megabytes(path.stat().st_size)}; its fuseline ops load after `import fuseline`")
-    following(output, f'fuseline run {path} -p "…"', "further passes over it")
-    output.write(data)
+    return path
+
+
+def write_stage(program: Program, title: str, path: Path) -> None:
+    """Writes a program as a stage, its tensors in a folder of the stage's own beside it where they are many."""
+    if program.examples is None:
+        path.write_text(render(program, title, Recipe("none"), path.name), encoding="utf-8")
+        return
+    save_examples(program, path.parent, f"{path.stem}.safetensors")
+    path.write_text(
+        render(program, title, Recipe("file", name=f"{path.stem}.safetensors"), path.name), encoding="utf-8"
+    )
 
 
 class Standalone(torch.nn.Module):
@@ -58,10 +103,11 @@ class Standalone(torch.nn.Module):
     is fixed in the graph. It returns what the captured model returned.
     """
 
-    def __init__(self, program: Program, loaded: LoadedModel):
+    def __init__(self, program: Program, loaded: LoadedModel | None):
         super().__init__()
         module, expressions = program.lift()
-        assert program.examples is not None
+        if program.examples is None:
+            raise UserError("a .pt2 file holds weights, and this stage has types only", remedy="-o FILE.py")
         names = [node.name for node in module.graph.nodes if node.op == "placeholder"][-len(expressions) :]
         self._weights = tuple(names) if expressions else ()
         for name, value in zip(self._weights, program.binder(expressions)(program.examples), strict=True):
@@ -74,7 +120,10 @@ class Standalone(torch.nn.Module):
         self._fixed = {i: value for i, value in user.items() if not isinstance(value, torch.Tensor)}
         self.inputs = {i: value for i, value in user.items() if isinstance(value, torch.Tensor)}
         with torch.no_grad():
-            output = loaded.model(*loaded.example_args, **loaded.example_kwargs)
+            if loaded is None:  # a stage: the flat results of its graph
+                output = program.run(program.examples)
+            else:
+                output = loaded.model(*loaded.example_args, **loaded.example_kwargs)
         self._out_spec = pytree.tree_structure(output)
 
     def forward(self, *tensors: torch.Tensor) -> Any:
@@ -94,7 +143,7 @@ def symbolic_sizes(program: Program, positions: Iterable[int]) -> tuple[dict[int
     )
 
 
-def write_program(program: Program, loaded: LoadedModel, path: Path) -> None:
+def write_program(program: Program, loaded: LoadedModel | None, path: Path) -> None:
     """Exports the rewritten program, weights included, and saves it; a failure leaves no file behind."""
     temporary = path.with_name(f".{path.stem}.partial.pt2")
     standalone = Standalone(program, loaded)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fuseline.cli import options
-from fuseline.cli.compiling import rewrite
+from fuseline.cli.compiling import capture_model, rewrite
 from fuseline.cli.data import report_data
+from fuseline.cli.dumping import dump_observers, record_kernels
 from fuseline.cli.environment import choose_target, versions
 from fuseline.cli.measure import continue_text, measure
 from fuseline.cli.offline import describe_kernels
@@ -28,7 +28,7 @@ def run(
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     verify: options.Verification = None,
-    dump: Annotated[str | None, typer.Option(metavar="DIR", help="Write the program after each pass.")] = None,
+    dump: options.Dump = None,
     windows: Annotated[int, typer.Option(metavar="N", help="Windows of 256 tokens to compare on.")] = 8,
     tokens: Annotated[int, typer.Option(metavar="N", help="How many tokens to continue with.")] = 24,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")] = PROMPT,
@@ -37,7 +37,6 @@ def run(
     """Run a pipeline over a model and report what it did."""
     from fuseline import breaks, optimize
     from fuseline.codegen.lower import lower
-    from fuseline.compiler.observe import Dump
     from fuseline.models import load, parse_dtype
 
     passes = Pipeline(pipeline)
@@ -45,7 +44,7 @@ def run(
     output = Output(json)
     loaded = load(model, parse_dtype(dtype)).to(device)
     _progress("capturing")
-    rewritten = rewrite(loaded, passes, verify, [Dump(Path(dump))] if dump is not None else [])
+    rewritten = rewrite(capture_model(loaded), passes, verify, dump_observers(dump))
     data: dict[str, Any] = {
         "model": model,
         "target": chosen,
@@ -67,6 +66,8 @@ def run(
     show_breaks(output, data)
 
     lowered = lower(rewritten.program)
+    if dump is not None:
+        record_kernels(dump, lowered)
     _progress(f"compiling {len(lowered.kernels)} kernels")
     data["kernels"] = describe_kernels(lowered)
     data["eager"] = [{"region": name, "reason": reason} for name, reason in lowered.refusals.items()]

@@ -463,3 +463,24 @@ def trace_artifact(name: str, encoding: str, payload: Callable[[], Any]) -> None
         payload_fn=payload,
         expect_trace_id=False,
     )
+
+
+def bisector_is_running() -> bool:
+    """Whether PyTorch's compiler bisector drives this process."""
+    module = sys.modules.get("torch._inductor.compiler_bisector")
+    return module is not None and bool(module.CompilerBisector.bisection_enabled)
+
+
+def bisector_disables(backend: str, subsystem: str, info: Callable[[], str]) -> bool:
+    """Whether PyTorch's compiler bisector wants the next application of a subsystem left out."""
+    from torch._inductor.compiler_bisector import CompilerBisector
+
+    return bool(CompilerBisector.disable_subsystem(backend, subsystem, info))
+
+
+def join_bisector(backend: str, subsystem: str) -> None:
+    """Makes PyTorch's compiler bisector search a backend's subsystem after its own."""
+    from torch._inductor.compiler_bisector import BACKENDS, BisectSubsystem
+
+    if backend not in BACKENDS:
+        BACKENDS[backend] = [BisectSubsystem(subsystem)]

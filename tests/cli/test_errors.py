@@ -40,7 +40,7 @@ def test_users_mistakes(cli: Callable, arguments: tuple[str, ...], message: str)
     assert "Traceback" not in result.err and result.out == ""
 
 
-@pytest.mark.parametrize("arguments", [("run",), ("rnu",), ("run", TINY, "--tokens", "many"), ("opt", TINY)])
+@pytest.mark.parametrize("arguments", [("run",), ("rnu",), ("run", TINY, "--tokens", "many"), ("opt",)])
 def test_usage_errors(cli: Callable, arguments: tuple[str, ...]) -> None:
     result = cli(*arguments)
     assert result.code == 2 and "Usage:" in result.err

@@ -109,8 +109,17 @@ class Check:
         values = {"crash": self.message, "verify": self.message, "error": self.bound, "hang": self.seconds}
         return "|".join(kind if values[kind] is None else f"{kind}:{values[kind]}" for kind in self.kinds)
 
-    def __call__(self, program: Program, pipeline: Pipeline, observers: Sequence[Observer] = ()) -> Verdict:
-        """Runs the pipeline over a copy of the program; never raises for what it finds."""
+    def __call__(
+        self,
+        program: Program,
+        pipeline: Pipeline,
+        observers: Sequence[Observer] = (),
+        reference: Program | None = None,
+    ) -> Verdict:
+        """Runs the pipeline over a copy of the program; never raises for what it finds.
+
+        reference: what the results are compared with, where `program` is a later stage of it.
+        """
         try:
             with _limit(self.seconds):
                 after, _ = pipeline.run(program, observers, "full" if "verify" in self.kinds else "off")
@@ -120,7 +129,7 @@ class Check:
             return self._judge("hang", f"the pipeline is not done after {self.seconds:g} s")
         except Exception as found:
             return self._judge("crash", str(found) if isinstance(found, FuselineError) else _line(found))
-        return self.compare(program, after)
+        return self.compare(reference or program, after)
 
     def compare(self, program: Program, after: Program) -> Verdict:
         """Whether a rewritten program still computes what the program does; inputs that it writes to count too."""

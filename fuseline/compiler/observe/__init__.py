@@ -1,6 +1,7 @@
 """Observers: every debugging feature is one of these, and the runner knows none of them."""
 
 from ..verifier import Verify
+from . import bisector
 from .dump import Dump
 from .limit import Limit
 from .logged import Logged

@@ -59,6 +59,6 @@ class Dump(Observer):
 
 
 def _is_ours(path: Path) -> bool:
-    return path.name in ("inputs.safetensors", "inputs.json", "__pycache__") or (
+    return path.name in ("inputs.safetensors", "inputs.json", "record.json", "index.html", "__pycache__") or (
         path.suffix == ".py" and path.name[:3].isdigit() and path.name[3:4] == "_"
     )

@@ -8,7 +8,8 @@
     passes[]           the pass's report; refusals[] (site, reason, node: the id of what stood there before the pass)
     actions[]          number, pass (position in `passes`), rule, location (file:line), site, root, match, removed (of
                        the match), created, replaced (pairs of ids), ms, skipped
-    failure            null, or the pass, the error as text, and how many rewrites it had made
+    failure            null, or the pass that raised, its error as text, and how many rewrites it had made
+    ended, stopped     whether the pipeline came to its end; the error that it was stopped by, where that is known
     kernels            null, or what lowering made of the last stage: `add_kernels`
     excerpts, stacks   lines of code by file:line; stacks of frames by number
 """

@@ -62,6 +62,11 @@ def load_stage(path: str | Path) -> Program:
     return program
 
 
+def read_table(path: str | Path) -> dict[str, Any]:
+    """The table `STAGE` of a stage's file, notes included (a reproducer's pipeline and check)."""
+    return _parse(Path(path))[0]["STAGE"]
+
+
 def _parse(path: Path) -> tuple[dict[str, Any], dict[str, ast.FunctionDef]]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))

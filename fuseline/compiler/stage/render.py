@@ -58,16 +58,8 @@ def render(program: Program, title: str, recipe: Recipe | None = None, file: str
         file: the name to print in the instructions.
         notes: further entries of the table `STAGE` (a reproducer's pipeline and check).
     """
-    module = program.module
     names = canonical_symbols(program)
-    methods = [_method(module, "forward", names)]
-    regions: dict[str, str] = {}
-    for node in module.graph.nodes:
-        if node.op == "call_module" and str(node.target) not in regions:
-            inner = module.get_submodule(str(node.target))
-            assert isinstance(inner, GraphModule)
-            regions[str(node.target)] = str(inner.meta.get("kind", ""))
-            methods.append(_method(inner, str(node.target), names))
+    regions = {name: str(module.meta.get("kind", "")) for name, module in _regions(program).items()}
     tables = {
         "STAGE": {
             "format": FORMAT,
@@ -81,11 +73,23 @@ def render(program: Program, title: str, recipe: Recipe | None = None, file: str
         },
         "WEIGHTS": {node.name: _weight(node.meta["weight"]) for node in program.weights()},
         "PARAMETERS": {name: _parameter(source) for name, source in program.sources.items()},
-        "ORIGINS": _origins(module),
+        "ORIGINS": _origins(program.module),
     }
-    body = "\n\n".join(methods)
     text = "\n\n".join(f"{name} = {_literal_table(value)}" for name, value in tables.items())
-    return f"{_HEADER.format(title=title, file=file)}{body}\n\n\n{text}\n{_FOOTER}"
+    return f"{_HEADER.format(title=title, file=file)}{code(program)}\n\n\n{text}\n{_FOOTER}"
+
+
+def code(program: Program) -> str:
+    """The methods of a stage alone: what the program computes, a statement a node."""
+    names = canonical_symbols(program)
+    methods = [_method(program.module, "forward", names)]
+    methods += [_method(module, name, names) for name, module in _regions(program).items()]
+    return "\n\n".join(methods)
+
+
+def _regions(program: Program) -> dict[str, GraphModule]:
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_module"]
+    return {target: program.module.get_submodule(target) for target in targets}  # type: ignore[misc]
 
 
 def canonical_symbols(program: Program) -> dict[str, str]:

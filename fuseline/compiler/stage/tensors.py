@@ -23,24 +23,27 @@ EMBEDDED_BYTES = 4 << 20
 class Recipe:
     """How the values of a stage's flat arguments are found again.
 
-    kind: "none" (the stage has types only), "file" (`inputs.safetensors` beside it), "embedded" (in the stage's own
+    kind: "none" (types only), "file" (the safetensors file `name` beside the stage), "embedded" (in the stage's own
     text; for small programs), or "random" (drawn from `seed`, floating-point tensors with the mean and the deviation
     of the captured ones, integers within their range).
     """
 
     kind: str = "none"
     seed: int = 0
+    name: str = FILE
 
     def to_json(self, program: Program) -> dict[str, Any]:
         """The table's entry; `numbers` are the arguments that are no tensors."""
         if self.kind == "none" or program.examples is None:
             return {"kind": "none"}
         entry: dict[str, Any] = {"kind": self.kind, **_plain(program.examples)}
+        if self.kind == "file":
+            return {**entry, "name": self.name}
         tensors = _tensors(program.examples)
         if self.kind == "embedded":
             from safetensors.torch import save
 
-            size = sum(t.numel() * t.element_size() for t in tensors.values())
+            size = example_bytes(program)
             if size > EMBEDDED_BYTES:
                 raise UserError(
                     f"{size / 1e6:.1f} MB of tensors are too many to write into one file of text",
@@ -54,11 +57,16 @@ class Recipe:
         return entry
 
 
-def save_examples(program: Program, directory: Path) -> None:
+def example_bytes(program: Program) -> int:
+    """The bytes of the caller's tensors, parameters included."""
+    return sum(t.numel() * t.element_size() for t in (program.examples or ()) if isinstance(t, torch.Tensor))
+
+
+def save_examples(program: Program, directory: Path, name: str = FILE) -> None:
     """Writes the caller's tensors, parameters included, beside the stages of a dump."""
     from safetensors.torch import save_file
 
-    save_file(_tensors(program.examples or ()), directory / FILE)
+    save_file(_tensors(program.examples or ()), directory / name)
 
 
 def examples(entry: dict[str, Any], directory: Path) -> list[Any] | None:
@@ -73,9 +81,9 @@ def examples(entry: dict[str, Any], directory: Path) -> list[Any] | None:
         return None
     flat: list[Any] = [entry["numbers"].get(str(i)) for i in range(entry["count"])]
     if entry["kind"] == "file":
-        path = directory / FILE
+        path = directory / entry["name"]
         if not path.exists():
-            raise UserError(f"{directory} holds no {FILE}", remedy="dump again with tensors=True")
+            raise UserError(f"{directory} holds no {path.name}", remedy="dump again with tensors=True")
         found = load_file(path)
     elif entry["kind"] == "embedded":
         found = load(base64.b64decode(entry["data"]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -134,7 +134,7 @@ class Match:
 
 def find(term: Term, root: Node) -> Match | None:
     """Matches `term` with `root` as its last node."""
-    for bindings, nodes in _match(term, root, {}, ()):
+    for bindings, nodes in follow(term, root, {}, (), None):
         return Match(root, bindings, nodes)
     return None
 
@@ -171,61 +171,123 @@ def _impure(node: Node) -> bool:
 _Found = Iterator[tuple[Bindings, tuple[Node, ...]]]
 
 
-def _match(term: Any, value: Any, bindings: Bindings, nodes: tuple[Node, ...]) -> _Found:
-    if isinstance(term, Var):
-        if term.name not in bindings:
-            yield {**bindings, term.name: value}, nodes
-        elif same_value(bindings[term.name], value):
-            yield bindings, nodes
-    elif isinstance(term, Scalar):
-        if isinstance(value, (int, float)) and (term.name not in bindings or bindings[term.name] == value):
-            yield {**bindings, term.name: value}, nodes
+class Misfit(NamedTuple):
+    """Why a part of a pattern and a value do not fit.
+
+    kind: "op", "number", "scalar" (no number), "variable" (bound to something else), "option", "count" (of operands),
+    "written" (in place); wanted, found: of which; name: the variable's or the option's.
+    """
+
+    kind: str
+    wanted: Any
+    found: Any
+    name: str = ""
+
+
+class Watcher:
+    """Follows a match, and may let it go on where it fails: `debug/near_miss.py` explains matches by one.
+
+    What it wants to know of the way so far it keeps in the bindings, which are undone with each way that leads nowhere.
+    """
+
+    def enters(self, term: Any, value: Any, bindings: Bindings) -> Bindings:
+        """`term` is held against `value`."""
+        return bindings
+
+    def fails(self, term: Any, value: Any, misfit: Misfit, bindings: Bindings) -> Bindings | None:
+        """They do not fit; bindings to go on with as if they did, or None."""
+        return None
+
+    def instead(self, term: Call, value: Any, bindings: Bindings, nodes: tuple[Node, ...]) -> _Found:
+        """Other ways to hold a call of the pattern against a value."""
+        return iter(())
+
+
+def follow(term: Any, value: Any, bindings: Bindings, nodes: tuple[Node, ...], watcher: Watcher | None) -> _Found:
+    """Each way in which `term` fits `value`: the variables, and the nodes inside."""
+    if watcher is not None:
+        bindings = watcher.enters(term, value, bindings)
+    if isinstance(term, Call):
+        yield from _match_call(term, value, bindings, nodes, watcher)
+        if watcher is not None:
+            yield from watcher.instead(term, value, bindings, nodes)
     elif isinstance(term, Either):
         for alternative in term.alternatives:
-            yield from _match(alternative, value, bindings, nodes)
+            yield from follow(alternative, value, bindings, nodes, watcher)
     elif isinstance(term, Through):
         outer, inner = value, nodes
         while True:
             bound = bindings if term.bind is None else {**bindings, term.bind: outer}
-            yield from _match(term.x, value, bound, inner)
+            yield from follow(term.x, value, bound, inner, watcher)
             if not (isinstance(value, Node) and getattr(value.target, "_opname", "") in term.ops):
                 return
             value, inner = value.args[0], (*inner, value)
-    elif isinstance(term, Call):
-        yield from _match_call(term, value, bindings, nodes)
-    elif not isinstance(value, Node) and isinstance(value, (int, float)) and value == term:
-        yield bindings, nodes
+    else:
+        misfit = _misfit(term, value, bindings)
+        if misfit is None:
+            named = isinstance(term, (Var, Scalar)) and term.name not in bindings
+            yield {**bindings, term.name: value} if named else bindings, nodes
+        elif watcher is not None and (forgiven := watcher.fails(term, value, misfit, bindings)) is not None:
+            yield forgiven, nodes
 
 
-def _match_call(term: Call, node: Any, bindings: Bindings, nodes: tuple[Node, ...]) -> _Found:
-    if not isinstance(node, Node) or node.op != "call_function" or getattr(node.target, "_opname", "") not in term.ops:
+def _misfit(term: Any, value: Any, bindings: Bindings) -> Misfit | None:
+    """What keeps a value from being a variable or a number of the pattern."""
+    if isinstance(term, Var):
+        if term.name not in bindings or same_value(bindings[term.name], value):
+            return None
+        return Misfit("variable", bindings[term.name], value, term.name)
+    number = isinstance(value, (int, float))
+    if isinstance(term, Scalar):
+        if not number:
+            return Misfit("scalar", None, value, term.name)
+        known = bindings.get(term.name, value)
+        return None if known is value or known == value else Misfit("variable", known, value, term.name)
+    return None if number and value == term else Misfit("number", term, value)
+
+
+def _match_call(term: Call, node: Any, bindings: Bindings, nodes: tuple[Node, ...], watcher: Watcher | None) -> _Found:
+    if not isinstance(node, Node) or node.op != "call_function":
         return
-    if node.meta.get("written"):
+    if watcher is None and getattr(node.target, "_opname", "") not in term.ops:
         return
     given = arguments(node)
-    if given.get("alpha", 1) != 1:
-        return
-    if term.bind is not None:
-        if term.bind in bindings and bindings[term.bind] is not node:
+    bound = dict(bindings)
+    for misfit in _misfits(term, node, given, bound):
+        forgiven = None if watcher is None else watcher.fails(term, node, misfit, bound)
+        if forgiven is None:
             return
-        bindings = {**bindings, term.bind: node}
+        bound.update(forgiven)
+    values = list(given.values())[: len(term.operands)]
+    orders = [values, values[::-1]] if term.commutative and len(values) == 2 else [values]
+    for order in orders:
+        yield from _match_all(term.operands, order, bound, (*nodes, node), watcher)
+
+
+def _misfits(term: Call, node: Node, given: dict[str, Any], bound: Bindings) -> Iterator[Misfit]:
+    """What keeps a node from being this call, but for its operands; variables among the options are bound."""
+    if getattr(node.target, "_opname", "") not in term.ops:
+        yield Misfit("op", term.ops, node)
+    if node.meta.get("written"):
+        yield Misfit("written", None, node)
+    if given.get("alpha", 1) != 1:
+        yield Misfit("option", 1, given["alpha"], "alpha")
+    if term.bind is not None and bound.setdefault(term.bind, node) is not node:
+        yield Misfit("variable", bound[term.bind], node, term.bind)
     for name, wanted in term.options.items():
         actual = given.get(name)
         if isinstance(wanted, (Var, Scalar)):
-            if wanted.name in bindings and bindings[wanted.name] != actual:
-                return
-            bindings = {**bindings, wanted.name: actual}
+            if bound.setdefault(wanted.name, actual) != actual:
+                yield Misfit("variable", bound[wanted.name], actual, wanted.name)
         elif actual != wanted:
-            return
-    values = list(given.values())[: len(term.operands)]
-    if len(values) < len(term.operands):
-        return
-    orders = [values, values[::-1]] if term.commutative and len(values) == 2 else [values]
-    for order in orders:
-        yield from _match_all(term.operands, order, bindings, (*nodes, node))
+            yield Misfit("option", wanted, actual, name)
+    if len(given) < len(term.operands):
+        yield Misfit("count", len(term.operands), len(given))
 
 
-def _match_all(terms: Sequence[Any], values: Sequence[Any], bindings: Bindings, nodes: tuple[Node, ...]) -> _Found:
+def _match_all(
+    terms: Sequence[Any], values: Sequence[Any], bindings: Bindings, nodes: tuple[Node, ...], watcher: Watcher | None
+) -> _Found:
     if not terms:
         yield bindings, nodes
         return
@@ -233,8 +295,8 @@ def _match_all(terms: Sequence[Any], values: Sequence[Any], bindings: Bindings, 
     if isinstance(head, (list, tuple)):
         items = values[0]
         if isinstance(items, (list, tuple)) and len(items) == len(head):
-            for b, n in _match_all(head, items, bindings, nodes):
-                yield from _match_all(rest, values[1:], b, n)
+            for b, n in _match_all(head, items, bindings, nodes, watcher):
+                yield from _match_all(rest, values[1:], b, n, watcher)
         return
-    for b, n in _match(head, values[0], bindings, nodes):
-        yield from _match_all(rest, values[1:], b, n)
+    for b, n in follow(head, values[0], bindings, nodes, watcher):
+        yield from _match_all(rest, values[1:], b, n, watcher)

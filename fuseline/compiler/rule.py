@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
@@ -13,6 +15,20 @@ from .pattern import Match, Scalar, Term, Var, find, root_ops
 if TYPE_CHECKING:
     from .program import Program
     from .rewriter import Builder
+
+
+_tried: ContextVar[list[Term] | None] = ContextVar("tried", default=None)
+
+
+@contextlib.contextmanager
+def terms_tried() -> Iterator[list[Term]]:
+    """The patterns that rules look for inside the block, whatever way they come by them."""
+    terms: list[Term] = []
+    token = _tried.set(terms)
+    try:
+        yield terms
+    finally:
+        _tried.reset(token)
 
 
 class Rule:
@@ -32,6 +48,11 @@ class Rule:
     @property
     def name(self) -> str:
         return type(self).__name__
+
+    @property
+    def inner(self) -> Rule:
+        """The rule itself; one that wraps another, to refuse more, names that one: its file is what explains it."""
+        return self
 
     def before(self, *variables: Any) -> Term:
         raise NotImplementedError
@@ -59,6 +80,9 @@ class Rule:
     @staticmethod
     def find_all(program: Program, term: Term) -> Iterator[Match]:
         """All places where one pattern fits, for rules that have several."""
+        tried = _tried.get()
+        if tried is not None:
+            tried.append(term)
         ops = root_ops(term)
         for node in list(program.graph.nodes):
             if node.op == "call_function" and getattr(node.target, "_opname", "") in ops and not node._erased:

@@ -1,0 +1,57 @@
+"""What `--check` means on the command line, and what a GRAPH that is a reproducer brings along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fuseline.cli.graphs import load_program
+from fuseline.compiler.debug.check import Check, Verdict
+from fuseline.compiler.debug.culprit import Judge
+from fuseline.compiler.debug.reproducer import is_reproducer, load_reproducer
+from fuseline.compiler.errors import UserError
+from fuseline.compiler.pipeline import Pipeline
+from fuseline.compiler.program import Program
+from fuseline.compiler.stage import is_stage
+
+
+def parse_check(text: str) -> Judge:
+    """A check of passes (`compiler/debug/check.py`), or `lower`: whether the kernels compile.
+
+    Raises:
+        UserError: for another word, with the nearest.
+    """
+    if text.partition(":")[0] == "lower":
+        from fuseline.codegen.check import LowerCheck
+
+        return LowerCheck.parse(text)
+    return Check.parse(text)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A program, a pipeline over it and what to look for; verdict: what a reproducer recorded."""
+
+    program: Program
+    pipeline: Pipeline
+    check: str
+    verdict: Verdict | None = None
+    repeat: int = 1
+
+
+def given(graph: str, pipeline: str | None, check: str | None, dtype: str | None, verb: str) -> Given:
+    """GRAPH, `-p` and `--check` together; a reproducer has all three, and options take the place of its own.
+
+    Raises:
+        UserError: there is no pipeline.
+    """
+    passes = Pipeline(pipeline) if pipeline is not None else None
+    parse_check(check or "any")
+    if is_stage(graph) and is_reproducer(graph):
+        read = load_reproducer(graph)
+        verdict = read.verdict if passes is None and check is None else None
+        return Given(read.program, passes or read.pipeline, check or read.check, verdict, read.repeat)
+    if passes is None:
+        raise UserError(
+            f"{graph} is no reproducer, and there is no pipeline", remedy=f'fuseline {verb} {graph} -p "raise,fuse" …'
+        )
+    return Given(load_program(graph, dtype), passes, check or "any")

@@ -66,6 +66,33 @@ def test_a_model_that_is_one_graph() -> None:
     assert graph.weights_before == graph.weights_after == sum(p.numel() * 4 for p in Pair().parameters())
 
 
+class Norms(nn.Module):
+    """Three norms, one of them of cubes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(nn.Parameter(torch.ones(16)) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            mean = (x.pow(2) if i != 1 else x.pow(3)).mean(-1, keepdim=True)
+            x = x + layer(self.weights[i] * (x * torch.rsqrt(mean + 1e-6)))
+        return x
+
+
+def test_what_a_rule_nearly_takes() -> None:
+    found = fuseline.examine(Norms().eval(), torch.ones(2, 4, 16))
+    raised = found.graphs[0].passes[0]
+    assert [t.rule for t in raised.taken] == ["RMSNorm"] * 2
+    (near,) = raised.near
+    assert near.rule == "RMSNorm" and near.fits == near.parts - 1
+    line = inspect.getsourcelines(Norms.forward)[1] + 2
+    assert near.line == f"{__file__}:{line}" and "3" in near.problem
+    assert f"| `raise` | nearly RMSNorm: {near.problem} | " in str(found)
+    assert fuseline.examine(Pair().eval(), torch.randn(4, 16)).graphs[0].passes[0].near == []
+
+
 def test_it_says_what_the_backend_then_does() -> None:
     model, ids = TinyDecoder(layers=1).eval(), torch.arange(8)[None]
     pipeline = "raise,quantize{weights=int4:g64},fuse"

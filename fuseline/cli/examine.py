@@ -133,6 +133,12 @@ def _show_passes(output: Output, graphs: list[dict[str, Any]]) -> None:
             first = next(one for one in refused if one["reason"] == reason)
             line = f", {place([first['line']])}" if first["line"] else ""
             notes.append(f"  refused {count}: {reason} ({first['site']}{line}{', …' if count > 1 else ''})")
+        near = [one for p in each for one in p["near"]]
+        for one in near[:LISTED]:
+            where = ", ".join(part for part in (one["module"], place([one["line"]]) if one["line"] else "") if part)
+            notes.append(f"  nearly {one['rule']} ({one['fits']} of {one['parts']}): {one['problem']} ({where})")
+        if len(near) > LISTED:
+            notes.append(f"  … and {len(near) - LISTED} more near misses")
     table(output, ["pass", "tier", "sites", "refused", "nodes"], rows)
     for note in notes:
         output.line(note)

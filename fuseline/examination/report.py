@@ -150,6 +150,7 @@ def _passes(graph: Graph) -> Iterable[str]:
         for one in graph.passes
         for what, site, line in [
             *((f"refused: {r.reason}", r.site, r.line or "") for r in one.refused),
+            *((f"nearly {n.rule}: {n.problem}", n.module, n.line or "") for n in one.near),
             *((t.rule, t.site, _place(t.lines)) for t in one.taken),
         ]
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from .. import registry
@@ -14,6 +14,7 @@ from ..program import Program
 from ..provenance import is_ours, source_line, source_lines
 from ..report import PassReport, Report
 from ..sites import sites
+from .near_miss import explain
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,18 @@ class Refused:
     line: str | None
 
 
+@dataclass(frozen=True)
+class Near:
+    """A place that a rule nearly fits, and that no rule of the pass took. line: the user's."""
+
+    rule: str
+    module: str
+    line: str | None
+    problem: str
+    fits: int
+    parts: int
+
+
 @dataclass
 class Takes:
     """One pass over one program.
@@ -49,6 +62,7 @@ class Takes:
     ms: float = 0.0
     taken: list[Taken] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
+    near: list[Near] = field(default_factory=list)
     failure: str | None = None
     remedy: str | None = None
 
@@ -56,11 +70,13 @@ class Takes:
 class _Watch(Observer):
     def __init__(self) -> None:
         self.taken: list[Taken] = []
+        self.removed: set[str] = set()
         self.report: PassReport | None = None
 
     def rewritten(self, action: Action, program: Program) -> None:
         lines = tuple(line for line in source_lines(action.removed) if not is_ours(line))
         self.taken.append(Taken(action.rule, action.site, lines))
+        self.removed |= {node.name for node in action.removed}
 
     def pipeline_ends(self, program: Program, report: Report) -> None:
         self.report = report.passes[0]
@@ -96,10 +112,32 @@ def _one(program: Program, step: Pass) -> tuple[Program, Takes]:
     assert report is not None
     result.nodes_after, result.ms, result.taken = report.nodes_after, report.ms, watch.taken
     result.refused = [Refused(site, reason, lines.get(site)) for site, reason in report.refused.items()]
+    result.near = near_misses(program, step, watch.removed)
     if not result.taken:
         nothing = EmptyPassError("found no site", step.nothing_matched(program), step.remedy(program))
         result.failure, result.remedy = "; ".join([nothing.headline, *nothing.details]), nothing.remedy
     return after, result
+
+
+def near_misses(program: Program, step: Pass, taken: Collection[str]) -> list[Near]:
+    """The places that rules of a pass nearly fit, the likeliest first, without those that have a node in `taken`.
+
+    A place that two rules nearly fit is the better one's. Passes without patterns have none.
+    """
+    if type(step).run is not Pass.run:
+        return []
+    found: dict[str, tuple[float, Near]] = {}
+    for rule in step.rules(program):
+        for miss in explain(program, rule).misses:
+            nodes = {node.name for node in miss.nodes}
+            if nodes & set(taken) or not miss.problems:
+                continue
+            problem = miss.problems[0]
+            line = problem.line if problem.line is not None and not is_ours(problem.line) else None
+            near = Near(rule.name, problem.module, line, problem.text, miss.fits, miss.parts)
+            if miss.root.name not in found or miss.share > found[miss.root.name][0]:
+                found[miss.root.name] = miss.share, near
+    return [near for _, near in sorted(found.values(), key=lambda entry: -entry[0])]
 
 
 def exact_passes() -> tuple[Pass, ...]:

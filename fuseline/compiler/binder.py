@@ -17,7 +17,7 @@ import torch
 
 from .compat import real_tensors
 from .expressions import Expression, Memo, Param
-from .weights import STORE, States, WeightStore, states_of
+from .weights import STORE, States, WeightStore, memory_of, states_of
 
 _epoch = 0
 
@@ -37,7 +37,7 @@ class Bound:
     """The derived weights of one set of parameters, and the state that the parameters were in."""
 
     key: tuple[int, ...]  # the parameters' identities
-    sources: list[weakref.ref[torch.Tensor]]
+    sources: list[Callable[[], Any]]  # weak references to the parameters, and to the memory that they lay in
     states: States
     values: list[torch.Tensor]
     epoch: int
@@ -98,12 +98,13 @@ class Binder:
             self.bound.pop(next(iter(self.bound)))
         me = weakref.ref(self)
 
-        def drop(_: Any) -> None:  # a parameter died or was replaced: nothing will ask for these values again
+        def drop(_: Any) -> None:  # a parameter died or moved: nothing may be given these values again
             binder = me()
             if binder is not None:
                 binder.bound.pop(key, None)
 
-        sources = [weakref.ref(t, drop) for t in watched]
+        sources: list[Callable[[], Any]] = [weakref.ref(t, drop) for t in watched]
+        sources += [memory_of(t, drop) for t in watched]
         dropped = all(map(self.store.dropped, watched))
         self.bound[key] = bound = Bound(key, sources, states_of(watched), values, _epoch, dropped)
         return bound

@@ -1,7 +1,7 @@
 """The weight store: values of weight expressions, evaluated once and shared by every graph of a model.
 
-An entry is keyed by identity, data pointer and version of its parameters: one that was replaced, or edited in place,
-is noticed. `compiler/binder.py` asks for what a graph needs.
+An entry is keyed by identity, memory and version of its parameters: one that was replaced, moved (`p.data = …`), or
+edited in place, is noticed. `compiler/binder.py` asks for what a graph needs.
 
 A parameter may be *dropped*: it stays the same object of its module, with its shape, dtype and device, over one NaN
 (`stand_in`). What was derived from it before is then the only copy of its values, and is kept until it dies.
@@ -10,8 +10,10 @@ A parameter may be *dropped*: it stays the same object of its module, with its s
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +29,27 @@ State = tuple[int, int]
 def state_of(tensor: torch.Tensor) -> State:
     """(version, data pointer): both change when a tensor's contents may have. Inference tensors have no version."""
     return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+def memory_of(tensor: torch.Tensor, gone: Callable[[Any], None] | None = None) -> Callable[[], Any]:
+    """A weak reference to the memory that a tensor lies in; `gone` is called when nothing lies there any more.
+
+    An address alone does not tell: `p.data = p.data * 2`, twice, may end where it began, and raises no version. While
+    the memory lives nothing else can lie there.
+    """
+    try:
+        storage = tensor.untyped_storage() if _storages_last() else None
+    except (NotImplementedError, RuntimeError):  # no memory of its own
+        storage = None
+    return (lambda: True) if storage is None else weakref.ref(storage, gone)
+
+
+@cache
+def _storages_last() -> bool:
+    """Whether a storage's Python object lives as long as the storage, as PyTorch has had it since 2.1."""
+    with real_tensors():
+        tensor = torch.empty(1)
+    return weakref.ref(tensor.untyped_storage())() is not None
 
 
 States = tuple[tuple[int, ...], tuple[int, ...]]
@@ -55,9 +78,21 @@ def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device | st
         return torch.full((), float("nan"), dtype=dtype, device=device).expand(tuple(shape))
 
 
+class Seen:
+    """What tensors held at one time: their states, and the memory that they lay in."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]):
+        self.states = tuple(map(state_of, tensors))
+        self.memory = tuple(map(memory_of, tensors))
+
+    def still(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these tensors, the same objects, hold what they held."""
+        return self.states == tuple(map(state_of, tensors)) and not any(m() is None for m in self.memory)
+
+
 @dataclass
 class Entry:
-    states: tuple[State, ...]
+    seen: Seen
     others: tuple[TensorWeakRef, ...]
     value: torch.Tensor
 
@@ -71,7 +106,7 @@ class WeightStore:
 
     def __init__(self) -> None:
         self._entries: Any = WeakTensorKeyDictionary()
-        self._dropped: Any = WeakTensorKeyDictionary()  # parameter → its stand-in's state
+        self._dropped: Any = WeakTensorKeyDictionary()  # parameter → its stand-in
         self.hits = self.misses = 0
 
     def get(self, expression: Expression, tensors: Sequence[torch.Tensor], memo: Memo | None = None) -> torch.Tensor:
@@ -94,7 +129,7 @@ class WeightStore:
         """The value of `expression` over these tensors as they are now, where it is held."""
         others = tuple(id(t) for t in tensors[1:])
         entry = self._entries.get(tensors[0], {}).get((_key(expression), others))
-        if entry is None or entry.states != tuple(state_of(t) for t in tensors):
+        if entry is None or not entry.seen.still(tensors):
             return None
         same = all(r() is t for r, t in zip(entry.others, tensors[1:], strict=True))
         return entry.value if same else None
@@ -129,7 +164,7 @@ class WeightStore:
     def adopt(self, expression: Expression, tensors: Sequence[torch.Tensor], value: torch.Tensor) -> None:
         """Takes `value` for that of `expression` over `tensors` as they are now."""
         others = tuple(id(t) for t in tensors[1:])
-        entry = Entry(tuple(state_of(t) for t in tensors), tuple(TensorWeakRef(t) for t in tensors[1:]), value)
+        entry = Entry(Seen(tensors), tuple(TensorWeakRef(t) for t in tensors[1:]), value)
         self._entries.setdefault(tensors[0], {})[_key(expression), others] = entry
 
     def drop(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -139,14 +174,14 @@ class WeightStore:
         for parameter in dropping:
             self._entries.pop(parameter, None)  # what is stale would be so for ever
             parameter.data = stand_in(parameter.shape, parameter.dtype, parameter.device)
-            self._dropped[parameter] = state_of(parameter)
+            self._dropped[parameter] = Seen([parameter])
         for expression, tensors, value in derived:
             self.adopt(expression, tensors, value)
 
     def dropped(self, tensor: torch.Tensor) -> bool:
         """Whether a parameter's values are gone. One that was given new ones since (`p.data = …`) is as any other."""
-        state = self._dropped.get(tensor)
-        return state is not None and state == state_of(tensor)
+        seen = self._dropped.get(tensor)
+        return seen is not None and seen.still([tensor])
 
     def held(self, parameters: Sequence[torch.Tensor]) -> list[Held]:
         """What was derived from these parameters, or from these and others, and is up to date."""
@@ -157,7 +192,7 @@ class WeightStore:
         for first, values in self._entries.items():
             for (key, _), entry in values.items():
                 tensors = (first, *(r() for r in entry.others))
-                if not any(t is None for t in tensors) and entry.states == tuple(map(state_of, tensors)):
+                if not any(t is None for t in tensors) and entry.seen.still(tensors):
                     yield key, tensors, entry.value
 
     def _from_held(self, expression: Expression, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

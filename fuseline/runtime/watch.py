@@ -3,7 +3,8 @@
 A capture reads hundreds of tensors at addresses that were fixed when it was recorded, and copies that were derived from
 others. So each of those addresses, and each version of what something was derived from, is looked at in every call: a
 tensor that was moved (`p.data = …`) changes its address and no version, one that was edited its version and no address.
-Nothing else tells; neither identities nor a sample would do.
+Neither identities nor a sample would do. (A weight that moved away and came back, over another value, is noticed as its
+old memory is let go of: `compiler/binder.py`.)
 
 At one token a step this is most of what our Python costs, and there is no cheap way to say it in Python: for 400
 addresses and 225 versions on an H100's host, `map(Tensor.data_ptr, …)` took 37 to 47 us, PyTorch's own loop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import numpy
 import pytest
 import torch
 from torch.nn import Parameter
@@ -59,6 +60,33 @@ def test_new_storage_behind_the_same_parameter_is_noticed() -> None:
     store.get(DOUBLED, [w])
     w.data = torch.tensor([[3.0, 4.0]])
     assert store.get(DOUBLED, [w]).tolist() == [[6, 8]]
+
+
+def test_other_memory_at_the_same_address_is_noticed() -> None:
+    """As after `p.data = p.data * 2`, twice, where the second product lies where the first value did."""
+    memory = numpy.full((1, 2), 3.0, numpy.float32)  # what the allocator hands out again
+    store, w = WeightStore(), Parameter(torch.from_numpy(memory), requires_grad=False)
+    binder = Binder([DOUBLED], {"w": 0}, store)
+    first, state = store.get(DOUBLED, [w]), (w.data_ptr(), w._version)
+    (bound,) = binder([w])
+    assert first.tolist() == [[6, 6]] and bound is first
+    w.data = w.data * 2
+    memory[:] = 12
+    w.data = torch.from_numpy(memory)
+    assert (w.data_ptr(), w._version) == state, "neither tells"
+    assert store.get(DOUBLED, [w]).tolist() == [[24, 24]] and binder([w])[0].tolist() == [[24, 24]]
+
+
+def test_a_bound_lives_as_long_as_its_memory() -> None:
+    store, w = WeightStore(), row(1, 2)
+    binder = Binder([DOUBLED], {"w": 0}, store)
+    bound = binder.bound_to([w])
+    gc.collect()
+    assert binder.bound_to([w]) is bound
+    old, w.data = w.data, torch.ones(1, 2)
+    assert binder.bound, "the old memory is held"
+    del old
+    assert not binder.bound, "and nothing else asks for its values"
 
 
 def test_an_edit_through_data_needs_refresh() -> None:

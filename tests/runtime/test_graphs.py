@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch.nn import Parameter
@@ -168,32 +169,44 @@ def test_a_moved_or_freed_cache_is_noticed() -> None:
     assert step.recorder.replayed == 4, "nothing wrote to memory that is gone"
 
 
+class Derived:
+    """x * 2w + (cache += 1).sum(), where only what was derived from w is read."""
+
+    def __init__(self, w: Parameter) -> None:
+        self.w, self.store, self.recorder = w, WeightStore(), Rerun()
+        self.cache, self.twin = torch.zeros(8), torch.zeros(8)
+        binder = Binder([DOUBLED], {"w": 2}, self.store)
+        self.graphs = capturing(lambda x, c, d: [x * d + c.add_(1).sum()], Layout([0, 1], [1]), binder, self.recorder)
+
+    def check(self, value: float, calls: int = 4) -> None:
+        Step.caches = [self.cache]
+        for _ in range(calls):
+            x = torch.randn(1, 4)
+            got = self.graphs((x, self.cache, self.w))[0]
+            torch.testing.assert_close(got, x * 2 * value + self.twin.add_(1).sum())
+
+
 def test_dropped_parameters_that_get_values_are_noticed() -> None:
-    w, cache, twin = weight(), torch.zeros(8), torch.zeros(8)
-    store, recorder = WeightStore(), Rerun()
-    binder = Binder([DOUBLED], {"w": 2}, store)
+    step = Derived(weight(3.0))
+    step.check(3.0, calls=1)
+    step.store.drop([step.w])
+    step.check(3.0)
+    assert step.recorder.recorded == 1
+    step.w.data = torch.full((1, 4), 5.0)
+    step.check(5.0)
+    assert step.recorder.recorded == 2
 
-    def run(x: torch.Tensor, cache: torch.Tensor, doubled: torch.Tensor) -> list[torch.Tensor]:
-        return [x * doubled + cache.add_(1).sum()]
 
-    step = capturing(run, Layout([0, 1], [1]), binder, recorder)
-    Step.caches = [cache]
-    plain = torch.full((1, 4), 3.0)
-
-    def call() -> None:
-        x = torch.randn(1, 4)
-        torch.testing.assert_close(step((x, cache, w))[0], x * 2 * plain + twin.add_(1).sum())
-
-    call()
-    store.drop([w])
-    for _ in range(4):
-        call()
-    assert recorder.recorded == 1
-    plain = torch.full((1, 4), 5.0)
-    w.data = plain.clone()
-    for _ in range(4):
-        call()
-    assert recorder.recorded == 2
+def test_other_memory_at_the_same_address_is_noticed() -> None:
+    """`p.data = p.data * 2`, twice, may end where it began, and raises no version."""
+    memory = numpy.full((1, 4), 3.0, numpy.float32)
+    step = Derived(Parameter(torch.from_numpy(memory), requires_grad=False))
+    step.check(3.0)
+    step.w.data = step.w.data * 2
+    memory[:] = 12
+    step.w.data = torch.from_numpy(memory)
+    step.check(12.0)
+    assert step.recorder.recorded == 2
 
 
 def test_refresh_makes_a_capture_look_again() -> None:

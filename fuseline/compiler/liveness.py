@@ -26,8 +26,8 @@ class Liveness:
     """Bytes, symbolic sizes at their hints.
 
     live: for each node in graph order, what is alive while it runs: its results, and what is read then or later;
-    weights, inputs: what the caller owns, alive throughout and not part of `live`. A region counts by its results alone,
-    since a kernel keeps the rest in registers.
+    weights, inputs: what the caller owns, alive throughout and not part of `live`. A region counts by its results
+    alone, since a kernel keeps the rest in registers.
     """
 
     live: tuple[int, ...]

@@ -24,10 +24,10 @@ def page_data(
         directory: where the dumped stages are, to name them in commands; None when there are none.
         step: told of each piece of work, for a progress bar; there are `steps(record)` of them.
 
-    Keys: version, title, directory, pipeline, torch, symbols, captured_error, ended, failure, passes, actions, kernels,
-    excerpts, stacks as in the record; files (path → a short name); nodes (every distinct state, those inside regions
-    among them, `region.nodes` being positions); stages (with `nodes` as positions, and `layout`); diffs (one for each
-    pass that ended or failed: `Changes`, with the `layout` of both stages at once); made, gone (id → action).
+    Keys: version, title, directory, pipeline, torch, symbols, captured_error, ended, failure, stopped, passes, actions,
+    kernels, excerpts, stacks as in the record; files (path → a short name); nodes (every distinct state, those inside
+    regions among them, `region.nodes` being positions); stages (with `nodes` as positions, and `layout`); diffs (one
+    for each pass that ended or failed: `Changes`, with the `layout` of both stages at once); made, gone (id → action).
     """
     nodes, position = _flat(record)
     stages, diffs = [], []
@@ -46,6 +46,7 @@ def page_data(
         "title": title,
         "directory": directory,
         **{key: record[key] for key in (*kept, "excerpts", "stacks")},
+        "stopped": record.get("stopped"),
         "files": short_names(_places(record)),
         "nodes": nodes,
         "stages": stages,

@@ -65,9 +65,8 @@ def drawn(states: Sequence[State], status: Mapping[int, str]) -> list[Leaf]:
         path = tuple(state.get("module", "").split(".")) if state.get("module") else ()
         for one in inner or ([state] if is_drawn(state) else []):
             reads = [by for i in one["inputs"] for by in resolve(i)]
-            kind = (
-                f"{one['target'] if one['op'] != 'call_module' else ''} {one.get('type')} {status.get(one['id'], '')}"
-            )
+            target = "" if one["op"] == "call_module" else one["target"]
+            kind = f"{target} {one.get('type')} {status.get(one['id'], '')}"
             region = state["id"] if inner else None
             leaves.append(Leaf(one["id"], path, kind, list(dict.fromkeys(reads)), region))
     present, seen = {leaf.id for leaf in leaves}, set()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-SCRIPTS = (
+_SCRIPTS = (
     "model",
     "place",
     "draw",
@@ -32,17 +33,14 @@ def asset(name: str) -> str:
 
 def render(data: Mapping[str, Any]) -> str:
     """The page about `page_data`'s result, as text."""
-    scripts = "\n".join(asset(f"{name}.js") for name in SCRIPTS)
+    scripts = "\n".join(asset(f"{name}.js") for name in _SCRIPTS)
     parts = {
         "title": html.escape(str(data["title"])),
         "style": asset("page.css"),
         "data": embedded(data),
         "script": f'"use strict";\n(() => {{\n{scripts}\n}})();',
     }
-    text = asset("page.html")
-    for name, part in parts.items():
-        text = text.replace(f"{{{{{name}}}}}", part, 1)
-    return text
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("page.html"))
 
 
 def embedded(data: Mapping[str, Any]) -> str:

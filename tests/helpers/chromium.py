@@ -34,7 +34,7 @@ def find() -> str | None:
 
 
 class Browser:
-    """One page in one browser. Errors and warnings of its scripts are in `problems`, what it asked for in `requests`."""
+    """One page in one browser. problems: errors and warnings of its scripts; requests: all that it asked for."""
 
     def __init__(self, path: str, profile: Path, size: tuple[int, int]):
         read_theirs, write_ours = os.pipe()

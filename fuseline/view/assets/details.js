@@ -210,7 +210,7 @@ function stageDetails() {
   const failed = D.failure && app.stage === LAST;
   const weights = states.filter((s) => s.weight);
   return [
-    failed ? el("p", { class: "notice" }, D.failure.error) : !D.ended && !D.failure && app.stage === LAST ? el("p", { class: "notice" }, "The run did not end: what came after this stage failed, its verification for example.") : null,
+    failed ? el("p", { class: "notice" }, D.failure.error) : !D.ended && app.stage === LAST ? el("p", { class: "notice" }, D.stopped || "The run did not end: what came after this stage failed, its verification for example.") : null,
     el("h2", {}, diff ? `What ${pass ? pass.text : D.failure.text} changed` : `Stage ${stageName(app.stage)}`),
     el("p", { class: "muted" }, stage.title),
     diff ? changeCounts(diff) : null,

@@ -139,7 +139,9 @@ function align(rows, links) {
     for (const { value, upper, lower } of linked) {
       const other = isUp ? upper : lower;
       const pull = one.lane !== undefined && other.lane !== undefined ? 6 : 1; // lanes are to be straight
-      sum += pull * (other.x + other.port(value, isUp) - one.port(value, !isUp));
+      // Large boxes stand centred above one another: ports would let a chain of layers drift to one side.
+      const large = one.open && other.open;
+      sum += pull * (large ? other.x + (other.w - one.w) / 2 : other.x + other.port(value, isUp) - one.port(value, !isUp));
       weight += pull;
     }
     return sum / weight;

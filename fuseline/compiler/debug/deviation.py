@@ -1,0 +1,73 @@
+"""How far two values are apart: tensors, numbers, and tuples of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..precision import clone, error
+
+
+def deviation(actual: Any, reference: Any) -> float:
+    """The largest error, max|Δ| / max|reference|, among a value's tensors and numbers; infinite if they don't fit."""
+    if not fits(actual, reference):
+        return math.inf
+    worst = 0.0
+    for a, r in zip(tree_leaves(actual), tree_leaves(reference), strict=True):
+        if isinstance(a, torch.Tensor):
+            worst = max(worst, error(a, r))
+        elif isinstance(a, (int, float)) and isinstance(r, (int, float)):
+            worst = max(worst, abs(a - r) / (abs(r) or 1.0))
+    return worst
+
+
+def fits(actual: Any, reference: Any) -> bool:
+    """Whether two values have the same structure and shapes."""
+    first, second = tree_leaves(actual), tree_leaves(reference)
+    return len(first) == len(second) and all(
+        getattr(a, "shape", None) == getattr(r, "shape", None) for a, r in zip(first, second, strict=True)
+    )
+
+
+def floating(value: Any) -> list[torch.Tensor]:
+    """The floating-point tensors of a value."""
+    return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it has neither NaN nor infinity."""
+    return all(bool(t.isfinite().all()) for t in floating(value))
+
+
+def last_place(value: Any) -> float:
+    """The unit in the last place of a value's coarsest floating-point tensor, relative; 0 where there is none."""
+    return max((torch.finfo(t.dtype).eps for t in floating(value)), default=0.0)
+
+
+def types(value: Any) -> Any:
+    """A value's dtypes, in its own structure."""
+    return tree_map(lambda x: x.dtype if isinstance(x, torch.Tensor) else None, value)
+
+
+def narrow(wide: Any, dtypes: Any) -> Any:
+    """A value in these dtypes, which have its structure."""
+    if isinstance(wide, (tuple, list)):
+        return tuple(narrow(w, d) for w, d in zip(wide, dtypes, strict=True))
+    if isinstance(wide, torch.Tensor) and isinstance(dtypes, torch.dtype):
+        return wide.to(dtypes)
+    return wide
+
+
+def snapshot(value: Any) -> Any:
+    """A copy that later writes don't reach."""
+    return tree_map(clone, value)
+
+
+def describe(value: Any) -> str:
+    """`float32[1, 64, 576]`."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return f"({', '.join(map(describe, value))})" if isinstance(value, (tuple, list)) else type(value).__name__

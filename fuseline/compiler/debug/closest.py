@@ -69,11 +69,13 @@ class NearMiss:
         }
 
 
-def closest(term: Term, root: Node) -> NearMiss | None:
-    """The best way to hold a pattern against a node, with two failures where one leaves much of it; None if nothing
-    fits."""
+def closest(term: Term, root: Node, thorough: bool = False) -> NearMiss | None:
+    """The best way to hold a pattern against a node; None if nothing fits.
+
+    With one failure, or with two where these leave more of the pattern; `thorough` tries two however little one leaves.
+    """
     one = _closest(term, root, 1)
-    if one is None or len(one.problems) == 0 or one.share < WORTH:
+    if one is None or not one.problems or (one.share < WORTH and not thorough):
         return one
     two = _closest(term, root, 2)
     return two if two is not None and two.share > one.share + MARGIN else one
@@ -210,7 +212,7 @@ def _size(term: Any, bound: set[str]) -> int:
 
 def _place(step: Step, steps: Sequence[Step], root: Node) -> Node:
     """The node to point at: the value itself, or the call that has it as an argument."""
-    if isinstance(step.value, Node) and step.value.op == "call_function":
+    if isinstance(step.term, Call) and isinstance(step.value, Node) and step.value.op == "call_function":
         return step.value
     holders = [s.value for s in steps[: steps.index(step)] if isinstance(s.term, Call) and isinstance(s.value, Node)]
     return next((n for n in reversed(holders) if _has(n, step.value)), holders[-1] if holders else root)

@@ -8,7 +8,7 @@ in its own words. Where it takes nothing, the patterns that it looked for are he
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,19 +73,22 @@ class Explanation:
         }
 
 
-def explain(program: Program, rule: Rule, site: str | Where | None = None) -> Explanation:
+def explain(
+    program: Program, rule: Rule, site: str | Where | None = None, site_of: Mapping[Node, str] | None = None
+) -> Explanation:
     """What a rule makes of a site of a program; of all of it without one. The program stays as it is.
 
     Args:
         rule: made for this program, where it looks at it beforehand.
         site: `model.layers.3.mlp/linear#2`, a module path, a node's name or `file.py:174`.
+        site_of: the sites' names, where they are those of the program before some rewrites.
 
     Raises:
         UserError: no such site.
     """
     where = locate(program, site) if isinstance(site, str) else site
     found = Explanation(rule.name, place_of(rule), None if where is None else where.text)
-    matches, terms, refused = _asked(program, rule)
+    matches, terms, refused = _asked(program, rule, site_of)
     wanted = None if where is None else set(where.nodes)
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     covered: set[Node] = set()
@@ -104,9 +107,8 @@ def explain(program: Program, rule: Rule, site: str | Where | None = None) -> Ex
                 f"its own, in {place_of(rule, 'matches')}"
             )
     if not terms and not found.fits:
-        found.notes.append(
-            f"the rule has no pattern to compare with: it looks by itself, in {place_of(rule, 'matches')}"
-        )
+        by = place_of(rule, "matches")
+        found.notes.append(f"the rule has no pattern to compare with: it looks for its sites by itself, in {by}")
     return found
 
 
@@ -153,9 +155,12 @@ class _Noted(Rule):
         return self.rule.after(m, new)
 
 
-def _asked(program: Program, rule: Rule) -> tuple[list[tuple[Match, str]], list[Term], dict[Node, str]]:
+def _asked(
+    program: Program, rule: Rule, site_of: Mapping[Node, str] | None
+) -> tuple[list[tuple[Match, str]], list[Term], dict[Node, str]]:
     """The rule's matches with their sites, the patterns that it looked for, and what was refused, by root."""
     noted, rewriter = _Noted(rule), Rewriter(program, rule.name, [_Forbids()])
+    rewriter.site_of = {**rewriter.site_of, **(site_of or {})}
     with terms_tried() as terms:
         rewriter.apply_all([noted])
     sites = {m.root: rewriter.site_of.get(m.root, m.root.name) for m in noted.found}
@@ -172,7 +177,7 @@ def _misses(
     for term in terms:
         for root in _roots(program, where, depth(term)):
             if root not in covered:
-                miss = closest(term, root)
+                miss = closest(term, root, thorough=where is not None)
                 if miss is not None and not covered & {*miss.nodes}:
                     candidates.append(miss)
     if where is not None:

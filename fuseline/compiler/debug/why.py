@@ -72,7 +72,7 @@ def why(program: Program, step: Pass, rule: str | None = None, site: str | None 
     for one in rules[: max(map(rules.index, wanted)) + 1]:
         if one in wanted:
             here = None if where is None else _followed(where, program, log)
-            explanation = explain(program, one, here)
+            explanation = explain(program, one, here, rewriter.site_of)
             if here is not None and not explanation.fits:
                 explanation.notes += log.at(where.nodes if where is not None else ())
             found.append(explanation)

@@ -81,7 +81,7 @@ def _cannot_capture(model: torch.nn.Module, error: Exception) -> CaptureError:
     return CaptureError(
         f"{type(model).__name__} cannot be captured as one graph: {type(error).__name__}",
         [*where, *message],
-        "replace the data-dependent branch or .item() on that line by torch.where or torch.cond",
+        "replace the data-dependent branch by torch.where, or keep the tensor instead of its .item(), on that line",
     )
 
 

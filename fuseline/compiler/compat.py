@@ -427,10 +427,12 @@ def is_wrapper(value: Any) -> bool:
 
 @contextlib.contextmanager
 def fresh_size_records() -> Iterator[None]:
-    """Dynamo starts without the sizes and numbers that it saw in earlier calls, and has them back afterwards."""
+    """Dynamo starts without the sizes and numbers that it saw in earlier calls, and has them back afterwards, as well
+    as its limit (`own_recompilations`)."""
+    from torch._dynamo import config
     from torch._dynamo.pgo import get_code_state
 
-    state = get_code_state()
+    state, limit = get_code_state(), config.recompile_limit
     kept = dict(state)
     state.clear()
     try:
@@ -438,6 +440,7 @@ def fresh_size_records() -> Iterator[None]:
     finally:
         state.clear()
         state.update(kept)
+        config.recompile_limit = limit
 
 
 def capture_id() -> str | None:

@@ -83,9 +83,9 @@ def dry_run(model: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[st
         state.graphs.append(_captured(module, inputs))
         return module.forward
 
-    compiled = torch.compile(_call_of(model), backend=backend, **compat.own_recompilations(CAPTURES))
     notes = compat.BreakNotes()
     with _undisturbed(model) as changed, compat.fresh_size_records():
+        compiled = torch.compile(_call_of(model), backend=backend, **compat.own_recompilations(CAPTURES))
         try:
             compiled(*_clones(args), **_clones(kwargs))
         except FuselineError:
@@ -120,9 +120,9 @@ def sizes_if_asked(
             torch._dynamo.maybe_mark_dynamic(leaf, [dim for dim, size in enumerate(leaf.shape) if size > 1])
         return leaf
 
-    compiled = torch.compile(_call_of(model), backend=backend, **compat.own_recompilations(CAPTURES))
     marked = pytree.tree_map(ask, (_clones(args), _clones(kwargs)))
     with _undisturbed(model), compat.fresh_size_records(), contextlib.suppress(Exception):
+        compiled = torch.compile(_call_of(model), backend=backend, **compat.own_recompilations(CAPTURES))
         compiled(*marked[0], **marked[1])
     return found
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from .call import Unsupported
-from .kernel import Kernel, Launcher
+from .kernel import Kernel, Launcher, Out
 from .kernel_text import call
 from .schedule import Domain, Launch
 from .sizes import SizeReader, product, same, shape, size
@@ -71,9 +71,15 @@ class Host:
         if all(not isinstance(value, int) or value > 0 for _, value in factors):
             body += self._launch(kernel, arguments, launch, symbolic)
         body.append(f"return {self._results()}")
-        head = call(f"def {self.name}(", self.parameters, "):")
+        head = call(f"def {self.name}(", [*self.parameters, *(f"{o.name}=None" for o in self.outputs)], "):")
         source = "\n".join([*head, *("    " + line for line in body)]) + "\n"
-        return Launcher(self.name, source, (kernel,) if kernel.name in source else ())
+        return Launcher(self.name, source, (kernel,) if kernel.name in source else (), outs=tuple(self._outs()))
+
+    def _outs(self) -> Iterator[Out]:
+        for output in self.outputs:
+            tensor = output.node.meta["val"]
+            place = self.results.index(output.node)
+            yield Out(output.name, place, shape(output.node), _strides(tensor), tensor.dtype)
 
     def _launch(self, kernel: Kernel, arguments: Mapping[str, str], launch: Launch, symbolic: list[str]) -> list[str]:
         indent, lines = "", []
@@ -94,9 +100,8 @@ class Host:
         sizes = self._tuple(shape(output.node))
         rest = f"dtype={tensor.dtype}, device={self.device}.device"
         strides = _strides(tensor)
-        if strides is None:
-            return [f"{output.name} = torch.empty({sizes}, {rest})"]
-        return [f"{output.name} = torch.empty_strided({sizes}, {self._tuple(strides)}, {rest})"]
+        made = f"empty({sizes}" if strides is None else f"empty_strided({sizes}, {self._tuple(strides)}"
+        return [f"if {output.name} is None:", f"    {output.name} = torch.{made}, {rest})"]
 
     def _tuple(self, values: tuple[object, ...]) -> str:
         texts = [self.sizes.text(v) for v in values]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,20 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Out:
+    """A result that a host function writes into the tensor given by the keyword `parameter`, its own where none is.
+
+    result: which of the region's results it is; shape, strides: in the graph's symbols, no strides where contiguous.
+    """
+
+    parameter: str
+    result: int
+    shape: tuple[Any, ...]
+    strides: tuple[Any, ...] | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Launcher:
     """A host function as text, `def <name>(<the region's placeholders>): …`, and the kernels it launches.
 
@@ -53,6 +70,7 @@ class Launcher:
     source: str
     kernels: tuple[Kernel, ...] = field(default=())
     buffers: dict[str, tuple[BufferUse, ...]] = field(default_factory=dict)
+    outs: tuple[Out, ...] = ()
 
 
 @dataclass(frozen=True)

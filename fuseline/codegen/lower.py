@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule
 from ..compiler.expressions import Expression
 from ..compiler.program import Program
 from ..compiler.provenance import makers, source_lines
+from .buffers import Planned, plan
 from .emitter import emit_region
 from .kernel import Kernel, Launcher, Refusal, function_name
 from .leftovers import gather
@@ -89,8 +90,11 @@ def lower(program: Program, leftovers: bool = False) -> Lowered:
         else:
             found.append(launcher)
     launchers = deduplicate(found)
-    call = _function(module, "call")
-    source = f"{_header(program, launchers, refusals)}\n{render(launchers, chr(10).join([*eager, call]))}"
+    by_function = {launcher.name: launcher for launcher in launchers}
+    planned = plan(module, {name: by_function[f] for name in regions if (f := function_name(name)) in by_function})
+    call = _function(module, "call", planned)
+    text = render(launchers, "\n".join([*eager, *filter(None, [planned.source]), call]))
+    source = f"{_header(program, launchers, refusals, planned)}\n{text}"
     kernels = {k.name: k for launcher in launchers for k in launcher.kernels}
     left = {function_name(name): region for name, region in gathered.items()}
     return Lowered(
@@ -136,29 +140,35 @@ from math import inf, nan
 from torch import device
 
 import fuseline  # the dialect's ops
-'''
+{imports}'''
 
 
-def _header(program: Program, launchers: list[Launcher], refusals: dict[str, str]) -> str:
+def _header(program: Program, launchers: list[Launcher], refusals: dict[str, str], planned: Planned) -> str:
     nodes = list(program.graph.nodes)
     files = dict.fromkeys(line.rpartition(":")[0].rpartition("/")[2] for line in source_lines(nodes))
     return _HEADER.format(
         kernels=len({k.name for launcher in launchers for k in launcher.kernels}),
         regions=len(launchers),
         eager=len(refusals),
+        imports="from fuseline.runtime.arena import Plan\n" if planned.source else "",
         lines=", ".join(files) or "unknown",
         makers=", ".join(dict.fromkeys(m for n in nodes for m in makers(n))) or "capture alone",
     )
 
 
-def _function(module: GraphModule, name: str) -> str:
+def _function(module: GraphModule, name: str, planned: Planned | None = None) -> str:
     """A graph as a plain function; calls of regions become calls of the module's functions."""
+    planned = planned or Planned()
     source = module.graph.python_code("self").src
     source = source[source.index("def forward(self") :]
     source = re.sub(r"^def forward\(self(?:, )?", f"def {name}(", source)
-    source = re.sub(r"\bself\.(\w+)\(", lambda m: f"{function_name(m[1])}(", source).rstrip()
+    source = re.sub(r"\bself\.(\w+)\(([^()]*)\)", lambda m: _call(m[1], m[2], planned), source).rstrip()
     head, _, body = source.partition("\n")
     if len(head) > 120:  # one argument a line
         inside = head[head.index("(") + 1 : head.rindex(")")]
         head = f"def {name}(\n" + "".join(f"    {a.strip()},\n" for a in inside.split(",")) + "):"
-    return f"{head}\n{body}"
+    return "\n".join(filter(None, [head, planned.first_line, body]))
+
+
+def _call(region: str, arguments: str, planned: Planned) -> str:
+    return f"{function_name(region)}({', '.join(filter(None, [arguments, planned.keywords.get(region)]))})"

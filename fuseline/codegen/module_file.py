@@ -46,7 +46,8 @@ def deduplicate(launchers: Sequence[Launcher]) -> list[Launcher]:
     for launcher, names in renamed:
         kernels = tuple(merged[name] for name in dict.fromkeys(names.values()))
         buffers = {names[kernel.name]: kernel.buffers for kernel in launcher.kernels}
-        result.append(Launcher(launcher.name, _rename(launcher.source, names), kernels, buffers))
+        source = _rename(launcher.source, names)
+        result.append(replace(launcher, source=source, kernels=kernels, buffers=buffers))
     return result
 
 

@@ -25,8 +25,9 @@ from ...compiler.ops import find
 from ...compiler.provenance import makers, source_lines
 from ...compiler.traits import arguments
 from ..dtypes import is_supported, pointer_type
-from ..kernel import BufferUse, Kernel, Launcher, Refusal
+from ..kernel import BufferUse, Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
+from ..sizes import shape
 from . import decode
 from .config import next_power_of_two
 from .text import Names, Text
@@ -87,7 +88,9 @@ def emit_attention(region: GraphModule, name: str) -> Launcher | Refusal:
         )
         for tag, (source, parameters), constants in (("split", split, split_constants), ("join", join, join_constants))
     )
-    return Launcher(name, _host(attention, name, kernels), kernels)
+    b, h, s, d = shape(attention.node)
+    out = Out("out", 0, (b, s, h, d), None, attention.node.meta["val"].dtype)
+    return Launcher(name, _host(attention, name, kernels), kernels, outs=(out,))
 
 
 def _buffers(attention: Attention, parameters: Sequence[str]) -> tuple[BufferUse, ...]:
@@ -135,7 +138,7 @@ def _host(attention: Attention, name: str, kernels: tuple[Kernel, ...]) -> str:
     split, join = kernels
     order = ("q", "k", "v", "mask", "scale", "kind", "offset", "window", "softcap", "dropout")
     text = Text()
-    text.add(*call(f"def {name}(", [text_of[n] for n in attention.placeholders], "):"))
+    text.add(*call(f"def {name}(", [*(text_of[n] for n in attention.placeholders), "out=None"], "):"))
     with text.indented():
         text.add(f"b, h, s, _ = {q}.shape", f"t, rows = {k}.shape[2], {q}.shape[2] * {group}")
         with text.block(f"if rows > {ROWS_MAX} or t == 0 or b * s == 0:  # many queries are PyTorch's"):
@@ -147,8 +150,10 @@ def _host(attention: Attention, name: str, kernels: tuple[Kernel, ...]) -> str:
             "splits = triton.cdiv(t, keys)",
             f"parts = torch.empty((pairs, splits, rows, {attention.head_v}), dtype=torch.float32, device={q}.device)",
             f"stats = torch.empty((2, pairs, splits, rows), dtype=torch.float32, device={q}.device)",
-            f"out = torch.empty((b, s, h, {attention.head_v}), dtype={q}.dtype, device={q}.device).transpose(1, 2)",
         )
+        with text.block("if out is None:"):
+            text.add(f"out = torch.empty((b, s, h, {attention.head_v}), dtype={q}.dtype, device={q}.device)")
+        text.add("out = out.transpose(1, 2)")
         strided = {"q": q, "k": k, "v": v, "out": "out"}
         if attention.mask is not None:
             text.add(f"visible = {value(given['mask'])}.expand(b, h, s, t)")

@@ -15,8 +15,9 @@ from pathlib import PurePath
 from torch.fx import GraphModule, Node
 
 from ...compiler.provenance import makers, source_lines
-from ..kernel import Kernel, Launcher, Refusal
+from ..kernel import Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
+from ..sizes import size
 from . import gemm, gemv
 from .anchor import Anchor, Refused, analyse, value
 from .config import FEW_ROWS_BLOCK_M, FEW_ROWS_MAX, RowConfig, TileConfig, Tiling, tiling
@@ -41,7 +42,8 @@ def emit_linear(region: GraphModule, name: str, tiles: Tiling | None = None) -> 
     try:
         check_operands(anchor)
         kernels = (_row(anchor, f"{name}_row", tiles.row), _tile(anchor, f"{name}_tile", tiles.tile))
-        return Launcher(name, _host(anchor, name, tiles, kernels), kernels)
+        source, outs = _host(anchor, name, tiles, kernels)
+        return Launcher(name, source, kernels, outs=outs)
     except Refused as refused:
         return Refusal(str(refused))
 
@@ -97,8 +99,8 @@ def _bytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} KB"
 
 
-def _host(anchor: Anchor, name: str, tiles: Tiling, kernels: tuple[Kernel, Kernel]) -> str:
-    """The host function. Each kind of launch is one branch on the row count."""
+def _host(anchor: Anchor, name: str, tiles: Tiling, kernels: tuple[Kernel, Kernel]) -> tuple[str, tuple[Out, ...]]:
+    """The host function, and what it may be given to write to. Each kind of launch is one branch on the row count."""
     text = Text()
     given = [anchor.names[n] for n in anchor.placeholders]
     row, tile = kernels
@@ -106,11 +108,12 @@ def _host(anchor: Anchor, name: str, tiles: Tiling, kernels: tuple[Kernel, Kerne
     rows, m, block_m = names.new("rows"), names.new("m"), names.new("block_m")
     out = {n: names.new(f"{anchor.names[n]}_out") for n in outputs(anchor)}
     tensors = [rows, *(f"{anchor.names[n]}.contiguous()" for n in operands(anchor)), *out.values(), m]
-    text.add(*call(f"def {name}(", given, "):"))
+    text.add(*call(f"def {name}(", [*given, *(f"{x}=None" for x in out.values())], "):"))
     with text.indented():
         text.add(f"{rows} = x.reshape(-1, {anchor.k}).contiguous()", f"{m} = {rows}.shape[0]")
         for n, width in _widths(anchor).items():
-            text.add(f"{out[n]} = torch.empty(({m}, {width}), dtype={value(n).dtype}, device=x.device)")
+            with text.block(f"if {out[n]} is None:"):
+                text.add(f"{out[n]} = torch.empty((*x.shape[:-1], {width}), dtype={value(n).dtype}, device=x.device)")
         with text.block("with torch.cuda.device_of(x):"):
             with text.block(f"if {m} <= {tiles.row_max}:"):
                 grid = f"{m} * {_blocks(anchor, tiles.row.block_n)}"
@@ -120,13 +123,16 @@ def _host(anchor: Anchor, name: str, tiles: Tiling, kernels: tuple[Kernel, Kerne
                 text.add(f"{block_m} = {few} if {m} <= {FEW_ROWS_MAX} else {tiles.tile.block_m}")
                 grid = f"triton.cdiv({m}, {block_m}) * {_blocks(anchor, tiles.tile.block_n)}"
                 text.add(*call(f"{tile.name}[({grid},)](", [*tensors, *_constants(tile, BLOCK_M=block_m)], ")"))
-        widths = _widths(anchor)
-        results = [f"{out[n]}.view(*x.shape[:-1], {widths[n]})" for n in anchor.outputs]
+        results = [out[n] for n in anchor.outputs]
         if anchor.returns_tuple:
             text.add(f"return ({', '.join(results)}{',' if len(results) == 1 else ''})")
         else:
             text.add(f"return {results[0]}")
-    return str(text)
+    lead = tuple(size(s) for s in value(anchor.x).shape[:-1])
+    return str(text), tuple(
+        Out(out[n], anchor.outputs.index(n), (*lead, width), None, value(n).dtype)
+        for n, width in _widths(anchor).items()
+    )
 
 
 def _widths(anchor: Anchor) -> dict[Node, int]:

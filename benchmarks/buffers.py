@@ -4,7 +4,7 @@
     python benchmarks/buffers.py --model-shape tiny --device cpu      tries it out (TRITON_INTERPRET=1)
 
 A model's forward over `--tokens` tokens without captures, once with the arena and once with memory from PyTorch's
-caching allocator. Columns: microseconds of a step as launched, back to back, in each way and in turns; allocations a
+caching allocator. Columns: microseconds that the host needs to issue a step, in each way and in turns; allocations a
 step; bytes of the intermediates: all of them, the most alive at once, the arena; and the bytes that the caching
 allocator has in use at the peak of a step beyond those before it.
 """

@@ -61,7 +61,7 @@ class Scalar(Term):
 
 @dataclass(frozen=True, eq=False)
 class Call(Term):
-    """Matches a call of one of `ops` (names without overload), its leading arguments against `operands`.
+    """Matches a call of one of ATen's `ops` (names without overload), its leading arguments against `operands`.
 
     `options` are further arguments by their schema name: a literal, or a variable to bind them.
     """
@@ -219,7 +219,7 @@ def follow(term: Any, value: Any, bindings: Bindings, nodes: tuple[Node, ...], w
         while True:
             bound = bindings if term.bind is None else {**bindings, term.bind: outer}
             yield from follow(term.x, value, bound, inner, watcher)
-            if not (isinstance(value, Node) and getattr(value.target, "_opname", "") in term.ops):
+            if not (isinstance(value, Node) and _is_one_of(value, term.ops)):
                 return
             value, inner = value.args[0], (*inner, value)
     else:
@@ -246,10 +246,16 @@ def _misfit(term: Any, value: Any, bindings: Bindings) -> Misfit | None:
     return None if number and value == term else Misfit("number", term, value)
 
 
+def _is_one_of(node: Node, ops: Sequence[str]) -> bool:
+    """Whether a node calls an ATen op of one of these names; another library may have an op of the same name."""
+    target = node.target
+    return getattr(target, "_opname", "") in ops and target.namespace == "aten"  # type: ignore[union-attr]
+
+
 def _match_call(term: Call, node: Any, bindings: Bindings, nodes: tuple[Node, ...], watcher: Watcher | None) -> _Found:
     if not isinstance(node, Node) or node.op != "call_function":
         return
-    if watcher is None and getattr(node.target, "_opname", "") not in term.ops:
+    if watcher is None and not _is_one_of(node, term.ops):
         return
     given = arguments(node)
     bound = dict(bindings)
@@ -266,7 +272,7 @@ def _match_call(term: Call, node: Any, bindings: Bindings, nodes: tuple[Node, ..
 
 def _misfits(term: Call, node: Node, given: dict[str, Any], bound: Bindings) -> Iterator[Misfit]:
     """What keeps a node from being this call, but for its operands; variables among the options are bound."""
-    if getattr(node.target, "_opname", "") not in term.ops:
+    if not _is_one_of(node, term.ops):
         yield Misfit("op", term.ops, node)
     if node.meta.get("written"):
         yield Misfit("written", None, node)

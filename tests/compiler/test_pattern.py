@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fuseline.compiler.pattern import Either, Scalar, Var, call, find, maybe_cast, mean, root_ops, rsqrt, square
+from fuseline.compiler.pipeline import Pipeline
 from fuseline.compiler.program import Program
+from fuseline.compiler.structure import same_structure
 from tests.helpers.models import traced
 
 X, W, EPS = Var("x"), Var("w"), Scalar("eps")
@@ -66,6 +68,18 @@ def test_a_written_value_is_left_alone() -> None:
         return x * torch.rsqrt(square.mean(-1, keepdim=True) + 1e-6) * w
 
     assert match(function, torch.randn(2, 4), torch.randn(4)) is None
+
+
+def test_an_op_of_the_same_name_in_another_library_is_another_op() -> None:
+    """`fuseline::rms_norm` has other arguments than `aten::rms_norm`: `raise` may run twice."""
+    pattern = call("rms_norm", X, Var("dims"), W, Var("eps"))
+    ours = lambda x, w: torch.ops.fuseline.rms_norm(x, w, 1e-6)
+    theirs = lambda x, w: torch.rms_norm(x, (4,), w, 1e-6)
+    x, w = torch.randn(2, 4), torch.randn(4)
+    assert match(theirs, x, w, pattern=pattern) is not None and match(ours, x, w, pattern=pattern) is None
+    once, _ = Pipeline("raise").run(traced(theirs, x, w))
+    twice, report = Pipeline("raise{allow_empty}").run(once)
+    assert report.rewrites == 0 and same_structure(once, twice)
 
 
 def test_equal_computations_are_equal_and_random_ones_are_not() -> None:

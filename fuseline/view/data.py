@@ -108,11 +108,11 @@ def _places(record: Mapping[str, Any]) -> list[str]:
 
 
 def short_names(paths: list[str]) -> dict[str, str]:
-    """Each file's name, with as many of its folders as it takes to tell it from the others."""
+    """Each file's name, with as many of its folders as it takes to tell it from the others; `__init__.py` with one."""
     parts = {path: PurePath(path).parts for path in paths}
     found: dict[str, str] = {}
     for path, names in parts.items():
-        length = 1
+        length = 1 + (names[-1:] == ("__init__.py",))
         while length < len(names) and any(
             other != path and theirs[-length:] == names[-length:] for other, theirs in parts.items()
         ):

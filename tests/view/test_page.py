@@ -109,8 +109,10 @@ def test_what_was_removed_stands_where_it_was() -> None:
 
 
 def test_files_have_the_shortest_names_that_tell_them_apart() -> None:
-    paths = ["/a/models/llama.py", "/b/models/llama.py", "/b/ops.py"]
-    assert list(short_names(paths).values()) == ["a/models/llama.py", "b/models/llama.py", "ops.py"]
+    paths = ["/a/models/llama.py", "/b/models/llama.py", "/b/ops.py", "/b/fuse/__init__.py"]
+    assert list(short_names(paths).values()) == [
+        "a/models/llama.py", "b/models/llama.py", "ops.py", "fuse/__init__.py"
+    ]  # fmt: skip
 
 
 def test_assets_are_package_data() -> None:

@@ -50,8 +50,8 @@ class Sources:
         return self._keep(place, AROUND, AROUND)
 
     def rule(self, place: str | None) -> str | None:
-        """Keeps the lines of a rule, from its first on."""
-        return self._keep(place, 0, RULE_LINES)
+        """Keeps the lines of a rule, from shortly before its first on."""
+        return self._keep(place, AROUND, RULE_LINES)
 
     def stack(self, trace: str | None) -> int | None:
         """The number of a stack of frames outside PyTorch and this package, outermost first; None without any."""

@@ -5,6 +5,9 @@ function showDetails() {
   const action = app.tab === "rewrites" && actionOf.get(app.action);
   const parts = action ? actionDetails(action) : app.node !== null ? nodeDetails(app.node) : app.group !== null ? groupDetails(app.group) : stageDetails();
   details.replaceChildren(...parts.flat(2).filter(Boolean));
+  const shown = `${app.tab === "rewrites" ? app.action : ""} ${app.node} ${app.group} ${app.stage} ${app.diff}`;
+  if (details.dataset.shown !== shown) details.scrollTop = 0;
+  details.dataset.shown = shown;
 }
 
 /** A button that chooses a node, in another stage if so said. */
@@ -63,7 +66,7 @@ function nodeDetails(id) {
       ["schedule", `${stageAt(here).place.get(id) + 1} of ${stageAt(here).order.length}${liveText(here, id)}`],
       state.inside !== undefined ? ["in region", nodeLink(state.inside, here)] : null,
       state.weight ? ["value", el("span", { class: "mono" }, state.weight.text)] : null,
-      state.args && state.op !== "output" ? ["arguments", el("span", { class: "mono" }, state.args)] : null,
+      state.args && state.op === "call_function" ? ["arguments", el("span", { class: "mono" }, state.args)] : null,
     ),
     refusalsOf.has(id) ? [el("h3", {}, "Refused"), el("ul", { class: "rows" }, refusalsOf.get(id).map((r) => el("li", {}, el("span", {}, el("b", { class: "warn" }, r.pass.name), ` ${r.reason}`))))] : null,
     el("h3", {}, "Runs in"),

@@ -13,7 +13,7 @@ import typer
 from fuseline.cli import options
 from fuseline.cli.compiling import rewrite
 from fuseline.cli.data import report_data
-from fuseline.cli.dumping import dump_observers
+from fuseline.cli.dumping import dump_observers, record_kernels
 from fuseline.cli.environment import versions
 from fuseline.cli.graphs import load_graph
 from fuseline.cli.output import Output
@@ -45,6 +45,8 @@ def opt(
     json: options.Json = None,
 ) -> None:
     """Rewrite a model, a .pt2 program or a dumped stage."""
+    from fuseline.codegen.lower import lower
+
     path = None if out is None else check_path(out)
     passes, observers = Pipeline(pipeline), dump_observers(dump)
     if stop is not None:
@@ -65,6 +67,7 @@ def opt(
         write_program(rewritten.program, loaded, path)
         output.line(f"\n{path}: {megabytes(path.stat().st_size)}; its fuseline ops load after `import fuseline`")
     if dump is not None:
+        record_kernels(dump, lower(rewritten.program))
         following(output, f"fuseline view {dump}", "the stages as a page")
     else:
         following(output, f'fuseline compare {graph} -p "{passes}"', "the error of each rewrite")

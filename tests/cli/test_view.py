@@ -17,7 +17,7 @@ def data_of(path: Path) -> dict:
 
 
 def test_a_dumped_run_becomes_a_page(cli: Callable, tmp_path: Path) -> None:
-    run = cli("run", "demo:tiny-decoder", "-p", "raise,fuse", "--dump", str(tmp_path / "out"), "--tokens", "0")
+    run = cli("opt", "demo:tiny-decoder", "-p", "raise,fuse", "--dump", str(tmp_path / "out"))
     assert run.code == 0, run.err
     result = cli("view", str(tmp_path / "out"))
     assert result.code == 0, result.err
@@ -33,8 +33,16 @@ def test_a_dumped_run_becomes_a_page(cli: Callable, tmp_path: Path) -> None:
     flat = " ".join(result.out.split())
     assert "3 stages" in flat and f"{len(data['kernels']['kernels'])} kernels" in flat and "without a network" in flat
     assert "fuseline diff" in result.out.rstrip().splitlines()[-1]
-    again = cli("run", "demo:tiny-decoder", "-p", "raise", "--dump", str(tmp_path / "out"), "--tokens", "0")
+    again = cli("opt", "demo:tiny-decoder", "-p", "raise", "--dump", str(tmp_path / "out"))
     assert again.code == 0, "the page is one of the files that a dump may replace"
+
+
+@pytest.mark.slow
+def test_a_measured_run_becomes_a_page(cli: Callable, tmp_path: Path) -> None:
+    run = cli("run", "demo:tiny-decoder", "-p", "raise,fuse", "--dump", str(tmp_path / "out"), "--tokens", "0")
+    assert run.code == 0, run.err
+    assert cli("view", str(tmp_path / "out")).code == 0
+    assert data_of(tmp_path / "out" / "index.html")["kernels"]["kernels"]
 
 
 def test_a_model_is_run_for_its_page(cli: Callable, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ function showRewrites() {
 function showKernels() {
   const box = byId("view-kernels");
   if (!D.kernels) {
-    return box.replaceChildren(el("div", { class: "pad" }, el("p", { class: "muted" }, "No kernels were recorded for this run: fuseline run records them, fuseline opt and an Observer Record alone don't.")));
+    return box.replaceChildren(el("div", { class: "pad" }, el("p", { class: "muted" }, "No kernels were recorded: an observer Record alone doesn't lower the last stage, fuseline run and fuseline opt do.")));
   }
   const chosen = D.kernels.kernels.find((k) => k.name === app.kernel);
   const rows = D.kernels.kernels.map((k) => el("tr", { class: k === chosen ? "chosen" : null }, cells("td", [link(k.name, { kernel: k.name }, { class: "link mono", title: k.name, "data-kernel": k.name }), ["r", number(k.regions.length)], cut(opsText(k.ops)), cut(k.made_by.join(", ")), cut(placesText(k.lines), { class: "mono" })])));

@@ -16,7 +16,7 @@ from fuseline.compiler.errors import UserError
 from fuseline.compiler.pipeline import Pipeline
 
 if TYPE_CHECKING:
-    from fuseline.compiler.debug.closest import NearMiss
+    from fuseline.compiler.debug.closest import NearMiss, Problem
     from fuseline.compiler.debug.near_miss import Explanation, Fit
 
 
@@ -112,27 +112,29 @@ def _miss(output: Output, miss: NearMiss) -> None:
 
 def _overview(output: Output, pass_name: str, found: Sequence[Explanation], top: int, graph: str) -> int:
     """Counts by rule, and the near misses, the likeliest first; 1 if there are any."""
-    names = list(dict.fromkeys(one.rule for one in found))
-    for name in names:
-        group = [one for one in found if one.rule == name]
-        fits = [fit for one in group for fit in one.fits]
-        refused = sum(fit.refusal is not None for fit in fits)
-        label = name if name.startswith(pass_name) else f"{pass_name}/{name}"
-        near = sum(len(one.misses) for one in group)
-        output.line(f"{label}: {len(fits) - refused} match, {refused} refused, {near} near misses")
-        for reason in dict.fromkeys(fit.refusal for fit in fits if fit.refusal):
-            output.line(f"  refused: {reason} ({next(fit.site for fit in fits if fit.refusal == reason)})")
-        for note in dict.fromkeys(note for one in group for note in one.notes if len(names) == 1):
-            output.line(f"  {note}")
+    groups: dict[str, list[Explanation]] = {}
+    for one in found:
+        groups.setdefault(one.rule, []).append(one)
+    rows = []
+    for name, group in groups.items():
+        refused = sum(fit.refusal is not None for one in group for fit in one.fits)
+        taken = sum(len(one.fits) for one in group) - refused
+        rows.append([name, str(taken), str(refused), str(sum(len(one.misses) for one in group))])
+    table(output, ["rule", "sites", "refused", "near misses"], rows)
+    for name, group in groups.items():
+        fits = [fit for one in group for fit in one.fits if fit.refusal]
+        for reason in dict.fromkeys(fit.refusal for fit in fits):
+            output.line(f"{name} refused: {reason} ({next(fit.site for fit in fits if fit.refusal == reason)})")
+        for note in dict.fromkeys(note for one in group for note in one.notes if len(groups) == 1):
+            output.line(note)
     misses = [(one.rule, miss) for one in found for miss in one.misses]
     misses.sort(key=lambda pair: -pair[1].share)
-    rows = [
-        [f"{m.fits}/{m.parts}", rule, m.root.name, f"{m.problems[0].text}, at {m.problems[0].call}"]
-        for rule, m in misses[:top]
-    ]
-    if rows:
+    if misses:
         output.line()
-        table(output, ["fits", "rule", "root", "missed"], rows)
+        told = [
+            [f"{m.fits}/{m.parts}", rule, m.root.name, "; ".join(map(_told, m.problems))] for rule, m in misses[:top]
+        ]
+        table(output, ["fits", "rule", "root", "missed"], told)
         if len(misses) > top:
             output.line(f"… and {len(misses) - top} more")
         rule, miss = misses[0]
@@ -140,6 +142,11 @@ def _overview(output: Output, pass_name: str, found: Sequence[Explanation], top:
     else:
         following(output, f"fuseline why {pass_name} SITE {graph}", "one place, in full")
     return int(bool(misses))
+
+
+def _told(problem: Problem) -> str:
+    line = f" ({problem.line.rsplit(os.sep, 1)[-1]})" if problem.line else ""
+    return f"{problem.text}, at {problem.node}{line}"
 
 
 def _field(output: Output, name: str, text: str) -> None:

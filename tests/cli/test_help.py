@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 
 import pytest
 
+import fuseline.cli
 
-@pytest.mark.parametrize(
-    "verb", [(), ("run",), ("passes",), ("opt",), ("kernels",), ("cache",), ("diff",), ("replay",), ("examine",)]
-)
+VERBS = [verb.__name__ for verb in fuseline.cli.VERBS]
+
+
+@pytest.mark.parametrize("verb", [(), *((name,) for name in VERBS)])
 def test_help_fits_one_screen(cli: Callable, verb: tuple[str, ...]) -> None:
     result = cli(*verb, "--help")
     lines = result.out.rstrip("\n").split("\n")
@@ -22,7 +25,7 @@ def test_help_fits_one_screen(cli: Callable, verb: tuple[str, ...]) -> None:
 
 def test_help_names_the_verbs_in_full(cli: Callable) -> None:
     out = cli("--help").out.split("Commands:")[1]
-    for verb in ("run", "passes", "opt", "kernels", "cache", "diff", "replay", "examine"):
+    for verb in VERBS:
         assert f"\n  {verb} " in out
     assert "..." not in out, "a summary was cut"
 
@@ -35,3 +38,17 @@ def test_python_m_fuseline() -> None:
 def test_no_arguments_show_help(cli: Callable) -> None:
     result = cli()
     assert "Commands:" in result.out + result.err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_that_asks_the_program(cli: Callable, shell: str) -> None:
+    result = cli("completion", shell)
+    assert result.code == 0 and f"complete_{shell}" in result.out and "fuseline" in result.err
+    assert cli("completion", "csh").code == 2
+
+
+def test_the_program_answers_the_script() -> None:
+    asked = {"_FUSELINE_COMPLETE": "complete_bash", "COMP_WORDS": "fuseline bis", "COMP_CWORD": "1"}
+    program = "import sys; sys.argv[0] = 'fuseline'; from fuseline.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.stdout.split() == ["bisect"], done.stderr

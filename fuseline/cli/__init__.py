@@ -12,6 +12,7 @@ from fuseline.cli.bisect import bisect
 from fuseline.cli.cache import cache
 from fuseline.cli.command import split_command
 from fuseline.cli.compare import compare
+from fuseline.cli.completion import completion
 from fuseline.cli.diff import diff
 from fuseline.cli.examine import examine
 from fuseline.cli.kernels import kernels
@@ -20,26 +21,26 @@ from fuseline.cli.passes import passes
 from fuseline.cli.reduce import reduce
 from fuseline.cli.replay import replay
 from fuseline.cli.repro import repro
+from fuseline.cli.reproducers import reproducers
 from fuseline.cli.run import run
 from fuseline.cli.view import view
 from fuseline.cli.why import why
 from fuseline.compiler.errors import FuselineError
 
-HELP = """A graph compiler for PyTorch models.
-
-MODEL is demo:smollm2, demo:tiny-llama, demo:tiny-decoder, hf:DIR, gguf:FILE, py:package.module:factory or FILE.pt2.
-"""
+HELP = "A graph compiler for PyTorch models. --debug, anywhere: an error's traceback."
+VERBS = (
+    run, passes, examine, opt, kernels, cache, compare, why, bisect, reduce, repro, diff, view, replay, completion,
+)  # fmt: skip
 
 app = typer.Typer(
     help=HELP,
-    epilog="--debug, anywhere, shows the traceback of an error.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 80, "help_option_names": ["-h", "--help"]},
 )
-for verb in (run, passes, opt, kernels, cache, bisect, reduce, repro, diff, examine, replay, view, compare, why):
+for verb in VERBS:
     app.command()(verb)
 
 
@@ -50,14 +51,17 @@ def main(arguments: list[str] | None = None) -> None:
     # A bare --verify means the quick checks; the parser knows only options that always take a value.
     arguments = ["--verify=quick" if a == "--verify" else a for a in arguments if a != "--debug"]
     try:
-        app(arguments, obj={"command": command})
+        with reproducers(arguments):
+            app(arguments, obj={"command": command})
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         ours = find_ours(error)
         if ours is not None:
             _fail(str(ours), ours.exit_code, debug)
-        message = f"{type(error).__name__}: {error}\n  try: the same command with --debug, which shows where"
+        notes = [f"  {line}" for line in getattr(error, "__notes__", ())]
+        remedy = "  try: the same command with --debug, which shows where"
+        message = "\n".join([f"{type(error).__name__}: {error}", *notes, remedy])
         _fail(message, 1, debug)
 
 

@@ -31,7 +31,7 @@ def compare(
     dtype: options.Dtype = None,
     json: options.Json = None,
 ) -> None:
-    """Find the first node that is off by more than rounding, and its rewrite.
+    """Find the first node that is off by more than rounding.
 
     Each node is held against float64, each rewrite by itself. Exit code 1 where
     one diverges. Example: fuseline compare demo:smollm2 -p raise,fuse

@@ -47,7 +47,7 @@ def kernels(
     ] = False,
     json: options.Json = None,
 ) -> None:
-    """Compile the kernels offline; list ops, source lines, resources."""
+    """Compile the kernels offline: ops, source lines, resources."""
     from fuseline.codegen.lower import lower
 
     if show is None and (asm is not None or target is not None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,11 +26,17 @@ def same_structure(first: GraphModule | Program, second: GraphModule | Program) 
 def describe_value(value: Any) -> str:
     """`f32[2, s0, 64]` for a tensor, its text otherwise."""
     if isinstance(value, torch.Tensor):
-        sizes = ", ".join(str(symbolic_expression(s)) for s in value.shape)
+        sizes = ", ".join([str(s) if type(s) is int else _size(symbolic_expression(s)) for s in value.shape])
         return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
     if isinstance(value, (tuple, list)):
         return f"({', '.join(describe_value(v) for v in value)})"
     return str(value)
+
+
+@lru_cache(maxsize=4096)
+def _size(expression: Any) -> str:
+    """A size's text; sympy is slow to write one, and a graph has few."""
+    return str(expression)
 
 
 def _module(module: GraphModule | Program) -> GraphModule:

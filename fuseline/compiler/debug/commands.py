@@ -18,6 +18,8 @@ from .bisect import Outcome
 
 CANNOT_TELL = 125  # the exit code by which a command says that this run can't be judged, as for `git bisect run`
 
+_ERROR = re.compile(r"(error: |[\w.]*(Error|Exception|Failed)\b)")
+
 
 @dataclass
 class Command:
@@ -44,10 +46,12 @@ class Command:
         if code is None:
             return Outcome(self._matches(), entries, f"not done after {self.seconds:g} s", endless=True)
         detail = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        if code == CANNOT_TELL:
-            return Outcome(None, entries, detail)
         if code == 0:
             return Outcome(False, entries)
+        telling = _telling_line(self.output)
+        detail = f"{detail}: {telling[:120]}" if telling else detail
+        if code == CANNOT_TELL:
+            return Outcome(None, entries, detail)
         return Outcome(self._matches(), entries, detail)
 
     def _matches(self) -> bool | None:
@@ -57,6 +61,13 @@ class Command:
         """What to type to repeat a run."""
         settings = [f"{k}={v}" for k, v in {**self.environment, **_limits(limit, skip)}.items()]
         return " ".join([*settings, shlex.join(self.words)])
+
+
+def _telling_line(output: str) -> str:
+    """The last line that names an error, or the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.match(line)]
+    return (errors or lines or [""])[-1]
 
 
 def _limits(limit: int | None, skip: frozenset[int]) -> dict[str, str]:

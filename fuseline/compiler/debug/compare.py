@@ -56,7 +56,7 @@ def compare(
     """
     given = inputs_of(program, flat)
     followed = Correspondence()
-    pipeline.run(program, [followed], verification="off", plan=plan)
+    pipeline.run(program, [followed], plan=plan)
     comparison = measure(followed.claims, flatten(followed.program), given, progress=progress, stages=followed.stages)
     comparison.summarise([(p.name, p.tier.value) for p in pipeline.passes], followed.claims.rewrites)
     return comparison

@@ -26,7 +26,7 @@ from .cells import Cell, Flat, Fragment, cell_of, flatten
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
-    from ..report import PassReport, Report
+    from ..report import Report
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _needed(root: Cell) -> list[Cell]:
 class Correspondence(Observer):
     """Follows the rewrites of one pipeline; `claims` holds what is known at its end, `program` the result.
 
-    stages: copies of the program, after each pass.
+    stages: copies of the program, after each pass but the last.
     """
 
     claims: Claims
@@ -150,9 +150,12 @@ class Correspondence(Observer):
             if cell.region and cell.node is not None:
                 self.claims.of[cell.node] = [Claim(cell)]
         self.stages: list[Program] = []
-        self._lossy = False
+        self._started = self._lossy = False
 
     def pass_starts(self, step: Pass, program: Program) -> None:
+        if self._started:
+            self.stages.append(program.copy())
+        self._started = True
         self._lossy = step.tier.value == "lossy"
 
     def allows(self, action: Action) -> bool:
@@ -191,9 +194,6 @@ class Correspondence(Observer):
         for old, new in action.replaced.items():
             for claim in claims.of.get(old, ()):
                 claims.claim(new, claim.cell, (*claim.rewrites, rewrite))
-
-    def pass_ends(self, step: Pass, program: Program, report: PassReport) -> None:
-        self.stages.append(program.copy())
 
     def pipeline_ends(self, program: Program, report: Report) -> None:
         self.program = program

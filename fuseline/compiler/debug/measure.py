@@ -37,7 +37,7 @@ def measure(
 
     Args:
         after_flat: the second program's own arguments, parameters among them, where they are not the first's.
-        stages: programs between the two, of which only the results are measured.
+        stages: programs between the two, of which only the results are measured, in order.
     """
     drawn = random_cell([*claims.captured.cells, *after.cells])
     if drawn is not None:
@@ -49,6 +49,7 @@ def measure(
         measured = _Measured(claims, after, flat, flat if after_flat is None else after_flat)
         comparison = measured.run(progress)
         comparison.stages = [measured.results(flatten(stage)) for stage in stages]
+        comparison.stages.append(max((o.error for o in comparison.outputs if o.name.startswith("output")), default=0.0))
         return comparison
 
 

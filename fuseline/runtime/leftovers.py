@@ -124,7 +124,7 @@ class Leftover:
         fields = {
             "region": self.identity,
             "sizes": list(magnitude),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "target": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             **versions(),
         }
         stored = self.cache.get(KIND, "choice", fields)
@@ -144,7 +144,8 @@ class Leftover:
         chosen = times.inductor * GAIN < times.plain and times.inductor_launched < times.plain_launched * LOSS
         log.debug("region %s: %s (%s)", self.name, _word(chosen), times)
         record = {"chosen": chosen, **times.microseconds()}
-        self.cache.put(KIND, "choice", fields, {"choice.json": json.dumps(record).encode()})
+        because = f"{_word(chosen)} was taken: {times}"
+        self.cache.put(KIND, "choice", fields, {"choice.json": json.dumps(record).encode()}, because)
         return chosen
 
     def _timed(self, run: Callable[..., Any], arguments: Sequence[Any], device: torch.device) -> Times:

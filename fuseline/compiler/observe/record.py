@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -202,7 +203,12 @@ def write_record(directory: str | Path, data: Mapping[str, Any]) -> Path:
     path = Path(directory) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.partial")
-    temporary.write_text(json.dumps(finite(data), separators=(",", ":"), ensure_ascii=False), encoding="utf-8")
+    write = functools.partial(json.dumps, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    try:
+        text = write(data)
+    except ValueError:  # an error that is infinite or NaN
+        text = write(finite(data))
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
     return path
 

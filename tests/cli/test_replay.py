@@ -11,9 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 import fuseline
+from fuseline import schemas
 from fuseline.compiler.errors import FuselineError, UserError
 from fuseline.replay.against import commit_of, here, record_in_process
 from fuseline.replay.compare import Recording, compare, read, write_index
@@ -73,6 +75,28 @@ def test_codegen_is_deterministic(recorded: Path, cli: Callable) -> None:
     assert data["different"] is False and len(data["cases"]) == 2
     assert sum(len(kernels["same"]) for kernels in data["cases"].values()) >= 30
     assert re.fullmatch(r"no difference from .*: \d+ kernels of 2\s+cases\s*", result.err, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_codegen_is_deterministic_for_every_family(tmp_path: Path) -> None:
+    """The same for every row of tests/families; whatever the model, its manifest keeps to the published schema."""
+    pytest.importorskip("transformers")
+    sides = []
+    for seed in (1, 2):
+        record_in_process(here(), corpus("families"), tmp_path / str(seed), seed=seed)
+        sides.append(read(tmp_path / str(seed)))
+    difference = compare(*sides)
+    assert not difference, json.dumps(difference.to_json()["changes"][:3], indent=1)
+    assert sum(len(kernels.same) for kernels in difference.cases.values()) > 1000
+    validator = jsonschema.Draft202012Validator(schemas.load("manifest-1"))
+    texts = [files["manifest.json"] for files in sides[0].files.values() if "manifest.json" in files]
+    assert len(texts) > 0.8 * len(sides[0].cases)
+    for text in texts:
+        manifest = json.loads(text)
+        files = {name: [name] * count for name, count in manifest["files"].items()}
+        validator.validate({**manifest, "module": "0" * 64, "files": files})
+        for kernel in manifest["kernels"]:
+            assert kernel["ops"] and kernel["lines"] and kernel["made_by"] and kernel["buffers"], kernel["name"]
 
 
 def test_a_recording_holds_nothing_of_its_machine(recorded: Path) -> None:

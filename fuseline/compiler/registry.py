@@ -4,16 +4,26 @@ A third-party package adds a pass by an entry point:
 
     [project.entry-points."fuseline.passes"]
     my-pass = "my_package.my_pass:MyPass"
+
+A pass that is not installed yet, of a file or a module, is named by the environment:
+
+    FUSELINE_PASSES=my_pass.py,my_package.other fuseline run MODEL -p "raise,my-pass"
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
+import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from .errors import UserError, nearest
 from .framework import Pass
 
 GROUP = "fuseline.passes"
+VARIABLE = "FUSELINE_PASSES"
 _known: dict[str, type[Pass]] = {}
 _loaded_entry_points = False
 
@@ -46,7 +56,34 @@ def available() -> dict[str, type[Pass]]:
                 raise UserError(f"the entry point '{point.name}' ({point.value}) is not a fuseline.Pass")
             register(kind)
         _loaded_entry_points = True
+        for name in filter(None, (part.strip() for part in os.environ.get(VARIABLE, "").split(","))):
+            _import_named(name)
     return dict(sorted(_known.items()))
+
+
+def _import_named(name: str) -> None:
+    """Imports a file or a module that the environment names; its passes register themselves.
+
+    Raises:
+        UserError: there is no such file or module, or it cannot be imported.
+    """
+    path = Path(name)
+    try:
+        if path.suffix != ".py":
+            importlib.import_module(name)
+            return
+        spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+        if spec is None or spec.loader is None or not path.is_file():
+            raise FileNotFoundError(f"no such file: {name}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(path.stem, module)
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(
+            f"{VARIABLE} names '{name}', which cannot be imported",
+            [f"{type(error).__name__}: {error}"],
+            f"{VARIABLE}=my_pass.py or {VARIABLE}=my_package.my_pass, separated by commas",
+        ) from error
 
 
 def find(name: str) -> type[Pass]:

@@ -156,3 +156,28 @@ def test_two_passes_of_one_name_are_refused() -> None:
         fuseline.register(Second)
     with pytest.raises(ValueError, match="has no name"):
         fuseline.register(type("Nameless", (Pass,), {}))
+
+
+PASS = """
+import fuseline
+
+@fuseline.register
+class Nothing(fuseline.Pass):
+    name = "nothing-at-all"
+"""
+
+
+@pytest.mark.parametrize("named", ["{folder}/my_pass.py", "my_pass"])
+def test_a_pass_of_a_file_or_a_module_is_named_by_the_environment(tmp_path: Path, named: str) -> None:
+    (tmp_path / "my_pass.py").write_text(PASS)
+    root = Path(fuseline.__file__).parents[1]
+    settings = {"FUSELINE_PASSES": named.format(folder=tmp_path), "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}
+    run = lambda **more: subprocess.run(
+        [sys.executable, "-c", "import fuseline; print(fuseline.Pipeline('nothing-at-all'))"],
+        env={**os.environ, **settings, **more},
+        capture_output=True,
+        text=True,
+    )
+    assert run().stdout.strip() == "nothing-at-all"
+    wrong = run(FUSELINE_PASSES="absent.py")
+    assert "FUSELINE_PASSES names 'absent.py', which cannot be imported" in wrong.stderr

@@ -23,7 +23,7 @@ window.probes = (() => {
     const r = e.getBoundingClientRect();
     if (!r.width || e.closest("[hidden], svg")) return false;
     const style = getComputedStyle(e);
-    if (r.right > innerWidth + 1) return true;
+    if (r.right > innerWidth + 1 && !e.closest("#timeline")) return true; // the timeline scrolls
     if (style.display === "inline" || style.textOverflow === "ellipsis" || style.overflowX !== "hidden") return false;
     return e.scrollWidth > e.clientWidth + 1;
   }).map((e) => e.outerHTML.slice(0, 160));

@@ -26,9 +26,9 @@ PIPELINE = "raise,quantize{weights=int8},fuse"
 PROBES = Path(__file__).with_name("probes.js")
 
 
-def write_page(model: str, path: Path) -> Path:
+def write_page(model: str, path: Path, pipeline: str = PIPELINE) -> Path:
     record = Record()
-    program, _ = Pipeline(PIPELINE).run(load_program(model), [Numerics(), record])
+    program, _ = Pipeline(pipeline).run(load_program(model), [Numerics(), record])
     describe_lowered(record.data, lower(program))
     path.write_text(render(page_data(record.data, model)), encoding="utf-8")
     return path
@@ -37,6 +37,14 @@ def write_page(model: str, path: Path) -> Path:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_page("demo:tiny-decoder", tmp_path_factory.mktemp("page") / "index.html").as_uri()
+
+
+@pytest.fixture(scope="module")
+def long_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of nine passes, more than fit beside one another."""
+    again = ",raise{allow_empty}" * 3
+    pipeline = f"raise{again},quantize{{weights=int8,only=*.gate}},quantize{{weights=int4:g32}}{again}"
+    return write_page("demo:tiny-decoder", tmp_path_factory.mktemp("long") / "index.html", pipeline).as_uri()
 
 
 @pytest.fixture(scope="module")
@@ -232,22 +240,21 @@ def test_the_address_keeps_the_view(browser: Browser, page: str) -> None:
 
 @pytest.mark.parametrize("size", [(1280, 800), (1920, 1080)])
 @pytest.mark.parametrize("dark", [False, True])
-def test_nothing_overlaps_or_is_cut(browser: Browser, size: tuple[int, int], dark: bool, page: str) -> None:
+def test_nothing_overlaps_or_is_cut(
+    browser: Browser, size: tuple[int, int], dark: bool, page: str, long_page: str
+) -> None:
+    views = ("{stage: 3}", "{stage: 1, diff: true}", "{stage: 2, diff: false, tab: 'kernels'}", "{tab: 'passes'}")
     browser.dark(dark)
     browser.resize(*size)
-    load(browser, page)
-    assert browser.run("document.documentElement.dataset.theme") == ("dark" if dark else "light")
-    for change in (
-        "{stage: 3}",
-        "{stage: 1, diff: true}",
-        "{stage: 2, diff: false, tab: 'kernels'}",
-        "{tab: 'passes'}",
-    ):
-        browser.run(f"fuselineView.set({change})")
-        browser.settle()
-        assert browser.run("probes.overflow()") == []
-        assert browser.run("probes.overlaps()") == []
-        assert browser.run("document.documentElement.scrollWidth") <= size[0]
+    for url in (page, long_page):
+        load(browser, url)
+        assert browser.run("document.documentElement.dataset.theme") == ("dark" if dark else "light")
+        for view in views:
+            browser.run(f"fuselineView.set({view})")
+            browser.settle()
+            assert browser.run("probes.overflow()") == []
+            assert browser.run("probes.overlaps()") == []
+            assert browser.run("document.documentElement.scrollWidth") <= size[0]
     browser.dark(False)
 
 

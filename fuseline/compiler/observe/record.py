@@ -81,6 +81,7 @@ class Record(Observer):
 
     def pass_starts(self, step: Pass, program: Program) -> None:
         self._program = program
+        self._tell_passes()  # the pass before has been verified since it ended
         self._sites = {site: self._number(node) for node, site in sites(program.graph).items()}
 
     def allows(self, action: Action) -> bool:
@@ -168,10 +169,13 @@ class Record(Observer):
             self.data["actions"][-1]["skipped"] = True
             self._opened = 0, 0.0
 
-    def _write(self) -> None:
+    def _tell_passes(self) -> None:
         self.data["passes"] = [{**asdict(report), "refusals": refusals} for report, refusals in self._reports]
         for entry in self.data["passes"]:
             del entry["refused"]
+
+    def _write(self) -> None:
+        self._tell_passes()
         self.data["excerpts"], self.data["stacks"] = self._sources.excerpts, self._sources.stacks
         if self.directory is not None:
             write_record(self.directory, self.data)

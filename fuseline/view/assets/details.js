@@ -222,7 +222,7 @@ function stageDetails() {
       memory ? ["weights", bytes(memory.weights)] : null,
       memory ? ["peak", `${bytes(memory.peak)} alive${Object.keys(D.symbols).length ? ` at ${symbolText()}` : ""}`] : null,
       pass ? ["error", `${error(pass.error)}${D.captured_error !== null ? `, captured ${error(D.captured_error)}` : ""}`] : app.stage === 0 && D.captured_error !== null ? ["error", `${error(D.captured_error)} (rounding of the captured graph)`] : null,
-      pass ? ["time", `${milliseconds(pass.ms)}, verified in ${milliseconds(pass.verify_ms)}`] : null,
+      pass ? ["time", `${milliseconds(pass.ms)}${pass.verify_ms ? `, verified in ${milliseconds(pass.verify_ms)}` : ""}`] : null,
       D.directory ? ["run it", el("code", {}, `python ${D.directory}/${stage.file}`)] : null,
     ),
     pass ? passFacts(pass) : null,

@@ -8,7 +8,7 @@ function showTimeline() {
     parts.push(el("button", { class: `stage${failed ? " failed" : ""}`, "data-stage": position, "aria-current": String(position === app.stage && !app.diff), title: stage.title, click: () => set({ stage: position, diff: false }) }, el("b", {}, `${position} ${stage.name}`), el("span", { class: "muted num" }, counted(stage.nodes.length, "node"))));
   });
   byId("timeline").replaceChildren(...parts);
-  byId("timeline").querySelector('[aria-current="true"], [aria-pressed="true"]')?.scrollIntoView({ block: "nearest", inline: "nearest" });
+  byId("timeline").querySelector('[aria-current="true"], [aria-pressed="true"]')?.scrollIntoView({ block: "nearest", inline: "center" });
 }
 
 function passBlock(position, most) {

@@ -75,6 +75,8 @@ def diff(
     other = f'-p "{passes}"' if passes is not None else str(after)
     if difference.same and passes is not None:
         following(output, f"fuseline why {passes.passes[0].name} {before}", "what came closest to a rewrite")
+    elif difference.same:
+        following(output, f"fuseline diff {before} {after} --provenance", "what moved in module, line or maker")
     elif html is None:
         following(output, f"fuseline diff {before} {other} --html diff.html", "both side by side")
     else:

@@ -33,8 +33,13 @@ def mlp() -> Program:
     return fuseline.capture(Mlp(), (torch.randn(4, 8),))
 
 
-def llama(**changes: Any) -> Program:
-    return fuseline.capture(tiny_llama(**changes), (torch.arange(16)[None],), {"use_cache": False})
+def llama(layers: int) -> Program:
+    return fuseline.capture(tiny_llama(num_hidden_layers=layers), (torch.arange(16)[None],), {"use_cache": False})
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Program:
+    return llama(4)
 
 
 def nodes(program: Program, target: Any) -> list[Node]:
@@ -71,21 +76,20 @@ def test_two_captures_of_one_model_are_the_same_though_their_symbols_differ() ->
     assert {kind for kind, _ in found(diff(first, static))} == {"retyped"}
 
 
-def test_a_swapped_op_is_one_change_and_nothing_downstream() -> None:
-    before = llama(num_hidden_layers=4)
-    after = before.copy()
+def test_a_swapped_op_is_one_change_and_nothing_downstream(decoder: Program) -> None:
+    before, after = decoder, decoder.copy()
     swapped = nodes(after, aten.silu.default)[2]
     swapped.target = aten.relu.default
     (change,) = diff(before, after).changes
     assert change.kinds == ("replaced",) and change.op == "silu → relu"
-    assert change.module == "model.layers.2.mlp.act_fn" and change.line.endswith(".py:103") is not None
+    assert change.module == "model.layers.2.mlp.act_fn" and ".py:" in change.line
     assert change.before.name == swapped.name and change.before.value == change.after.value
 
 
-@pytest.mark.parametrize("layers", [30])
-def test_one_op_of_one_layer_of_thirty(layers: int) -> None:
+@pytest.mark.slow
+def test_one_op_of_one_layer_of_thirty() -> None:
     """Two graphs of some two thousand nodes, in less than a second."""
-    before = llama(num_hidden_layers=layers)
+    before = llama(30)
     after = renamed(before)
     nodes(after, aten.silu.default)[17].target = aten.gelu.default
     started = time.process_time()
@@ -107,7 +111,7 @@ def test_another_argument_another_weight_another_input() -> None:
     difference = diff(before, after)
     by_kind = {c.kinds: c for c in difference.changes}
     assert set(by_kind) == {("arguments",), ("weight",), ("rewired",)} and len(difference.changes) == 3
-    assert "dim=[-1]" in by_kind[("arguments",)].details[0] and "dim=[0]" in by_kind[("arguments",)].details[0]
+    assert by_kind[("arguments",)].details == ("dim: [-1] → [0]",)
     assert by_kind[("weight",)].details == ("gate.weight → cast(gate.weight)",)
     assert by_kind[("rewired",)].op == "silu" and by_kind[("rewired",)].details == ("input 0: linear → rsqrt",)
 
@@ -366,19 +370,19 @@ def test_hunks_that_touch_are_one() -> None:
     assert [row for hunk in hunks(rows, 40) for row in hunk] == rows
 
 
-def test_counts_are_by_module_and_op() -> None:
-    before = llama()
+def test_counts_are_by_module_and_op(decoder: Program) -> None:
+    before = decoder
     after, _ = fuseline.Pipeline("raise").run(before)
     difference = diff(before, after)
     modules = dict(stat(difference))
-    assert "replaced 2 mul → fuseline.rms_norm" in modules["model.layers.*.input_layernorm"]
+    assert "replaced 4 mul → fuseline.rms_norm" in modules["model.layers.*.input_layernorm"]
     assert summary(diff(before, before)).startswith("the same program: ")
     removed = difference.counts()["removed"]
     assert f"{removed} removed" in summary(difference)
 
 
-def test_the_page_stands_alone() -> None:
-    before = llama()
+def test_the_page_stands_alone(decoder: Program) -> None:
+    before = decoder
     after, _ = fuseline.Pipeline("raise").run(before)
     difference = diff(before, after)
     text = page(difference, "<before>", "after")

@@ -156,7 +156,8 @@ class _Compared:
         kinds, details = [], []
         if a.kind != b.kind:
             kinds.append("replaced")
-            details.append(f"{op_text(a)} → {op_text(b)}")
+            names = (op_text(a), op_text(b)) if op_text(a) != op_text(b) else (a.kind, b.kind)
+            details.append(" → ".join(names))
         else:
             if a.label != b.label:
                 kinds.append("weight" if a.is_weight else "arguments")

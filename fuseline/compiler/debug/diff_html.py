@@ -63,7 +63,7 @@ function go(by) {
 }
 document.querySelectorAll('input').forEach(i => i.addEventListener('input', filter));
 document.addEventListener('keydown', e => {
-  if (e.target.matches('input[type=search]')) return;
+  if (e.target.matches?.('input[type=search]')) return;
   if (e.key === 'n' || e.key === 'j') go(1);
   if (e.key === 'p' || e.key === 'k') go(-1);
 });

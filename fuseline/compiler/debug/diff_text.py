@@ -50,8 +50,9 @@ def _row(row: Row) -> Iterator[tuple[str, str]]:
         yield "removed", f"- {_node(change.before, True)}"
     if change.after is not None:
         yield "added", f"+ {_node(change.after, True)}"
-    kinds = [k for k in change.kinds if k not in ("added", "removed", "replaced")]
-    if kinds:
+    overload = change.kinds[0] == "replaced" and "→" not in change.op
+    kinds = [k for k in change.kinds if k not in ("added", "removed", "replaced") or overload]
+    if kinds and kinds != ["arguments"]:  # which the two lines show
         yield "note", f"    {', '.join(kinds)}: {'; '.join(change.details)}"
 
 

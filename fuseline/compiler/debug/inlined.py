@@ -29,6 +29,7 @@ class Item:
 
     kind: the op; label: the op with its literal arguments, or a weight's expression, or an input's position;
     inputs: in the order of the arguments, repeats included; users: (item, position among its inputs).
+    given: the arguments by name, as text, a hole where an input goes.
     region: path of the region that holds it, "" outside; effect: its place among the others matters.
     """
 
@@ -39,7 +40,7 @@ class Item:
     inputs: list[Item]
     region: str = ""
     effect: bool = False
-    arguments: str = ""
+    given: dict[str, str] = field(default_factory=dict)
     users: list[tuple[Item, int]] = field(default_factory=list)
 
     @property
@@ -136,9 +137,9 @@ class _Builder:
                 return f"{{{', '.join(f'{k}: {hole(v)}' for k, v in value.items())}}}"
             return str(value) if isinstance(value, torch.dtype) else repr(value)
 
-        text = ", ".join(f"{name}={hole(value)}" for name, value in _given(node).items())
-        item = self.new(node, kind, f"{kind}({text})", inputs, region)
-        item.arguments = text
+        given = {name: hole(value) for name, value in _given(node).items()}
+        item = self.new(node, kind, f"{kind}({', '.join(f'{k}={v}' for k, v in given.items())})", inputs, region)
+        item.given = given
         item.effect = node.op == "call_function" and (touches_written(node) or node.is_impure())
         return item
 

@@ -114,7 +114,12 @@ def explain(
 
 def place_of(rule: Rule, method: str | None = None) -> str | None:
     """`file:line` of a rule, or of one of its methods."""
-    code: Any = type(rule.inner) if method is None else getattr(type(rule.inner), method)
+    kind = type(rule.inner)
+    return code_place(kind if method is None else getattr(kind, method))
+
+
+def code_place(code: Any) -> str | None:
+    """`file:line` of a class or a function, where its source can be found."""
     try:
         return f"{inspect.getsourcefile(code)}:{inspect.getsourcelines(code)[1]}"
     except (OSError, TypeError):

@@ -15,6 +15,8 @@ from ..expressions import Expression, Output, Param
 from ..provenance import makers, module_path, source_line
 from .inlined import HOLE, Item
 
+_PLAIN = ("self", "other", "exponent", "0", "1")  # names of arguments that say nothing
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -41,7 +43,7 @@ def show(item: Item, value: str) -> Shown:
     elif item.kind in ("input", "attribute"):
         text = item.label
     else:
-        given = "".join(name_text(next(inputs)) if c == HOLE else c for c in short(item.arguments))
+        given = "".join(name_text(next(inputs)) if c == HOLE else c for c in given_text(item))
         text = f"{op_text(item)}({given})"
     origin = module_path(node), source_line(node), makers(node)
     return Shown(name_text(item), op_text(item), text, value, *origin, item.region)
@@ -59,22 +61,30 @@ def name_text(item: Item) -> str:
     return ".".join(parameters[0].split(".")[-2:]) if parameters and item.kind == "weight" else item.node.name
 
 
-def short(arguments: str) -> str:
-    """Arguments without what every reader knows: the names of the first tensors, the largest integer as an end."""
-    arguments = re.sub(rf"^(\w+={HOLE}(, |$))+", lambda m: re.sub(r"\w+=", "", m[0]), arguments)
-    arguments = re.sub(r"device\(type='(\w+)'\)", r"\1", arguments).replace(str(sys.maxsize), "max")
-    for name in ("self", "other", "0", "1"):
-        arguments = arguments.removeprefix(f"{name}=").replace(f", {name}=", ", ")
-    return arguments
+def given_text(item: Item) -> str:
+    """The arguments, holes where inputs go, without what every reader knows: the names of the first tensors."""
+    parts: list[str] = []
+    for name, value in item.given.items():
+        bare = name in _PLAIN or (value == HOLE and all(part == HOLE for part in parts))
+        parts.append(plain(value) if bare else f"{name}={plain(value)}")
+    return ", ".join(parts)
+
+
+def plain(argument: str) -> str:
+    """An argument's text; the largest integer is an end, a device its type."""
+    return re.sub(r"device\(type='(\w+)'\)", r"\1", argument).replace(str(sys.maxsize), "max")
 
 
 def differing(a: Item, b: Item) -> Iterator[str]:
+    """What two items of one op have apart: the weight, the position, or each argument."""
     if a.is_weight:
         yield f"{weight_text(a.node.meta['weight'])} → {weight_text(b.node.meta['weight'])}"
-    else:
-        yield (
-            f"{short(a.arguments)} → {short(b.arguments)}" if a.arguments or b.arguments else f"{a.label} → {b.label}"
-        )
+    elif not a.given and not b.given:
+        yield f"{a.label} → {b.label}"
+    for name in dict.fromkeys((*a.given, *b.given)):
+        was, now = (plain(i.given.get(name, "its default")).replace(HOLE, "…") for i in (a, b))
+        if a.given.get(name) != b.given.get(name):
+            yield f"{name}: {was} → {now}"
 
 
 def weight_text(expression: Expression) -> str:

@@ -21,7 +21,7 @@ from ..report import PassReport
 from ..rewriter import Rewriter
 from ..sites import sites
 from .closest import call_text
-from .near_miss import Explanation, Fit, explain
+from .near_miss import Explanation, Fit, code_place, explain
 from .where import Where, locate
 
 
@@ -141,7 +141,7 @@ def _of_own(program: Program, step: Pass, rule: str | None, site: str | None) ->
     report = record.report
     assert report is not None
     name = f"{step.name}/{rule}" if rule else step.name
-    found = Explanation(name, None, None if where is None else where.text)
+    found = Explanation(name, code_place(type(step).run), None if where is None else where.text)
     by_site = {s: node for node, s in sites(program.graph).items()}
     names = None if where is None else {n.name for n in where.nodes}
     for fit, inside in record.fits:

@@ -20,7 +20,7 @@ from .corpus import Case
 VERSION = 1
 INDEX = "replay.json"
 CONTEXT = 2  # lines around a change
-KERNEL, MODULE, MANIFEST, ERROR = "kernel", "module", "manifest", "error"
+KERNEL, CAPTURE, MODULE, MANIFEST, ERROR = "kernel", "capture", "module", "manifest", "error"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Difference:
-    """changes: those of kernels first, the most frequent first. cases: folder → its kernels."""
+    """changes: what comes first causes what follows (errors, captures, kernels, modules, manifests), of each the most
+    frequent first. cases: folder → its kernels."""
 
     cases: dict[str, Kernels]
     changes: list[Change]
@@ -119,7 +120,7 @@ def compare(before: Recording, after: Recording) -> Difference:
             for lines in _hunks(old, new):
                 change = changes.setdefault((kind, *_shape(lines)), Change(kind, lines, []))
                 change.places.append((case, file))
-    order = [KERNEL, ERROR, MODULE, MANIFEST]
+    order = [ERROR, CAPTURE, KERNEL, MODULE, MANIFEST]
     ranked = sorted(changes.values(), key=lambda change: (order.index(change.kind), -len(change.places)))
     return Difference(
         kernels,
@@ -158,7 +159,8 @@ def _pairs(
     """(kind, file, text before, text after) of what is compared line by line."""
     for name in kernels.changed:
         yield KERNEL, name, _by_name(before)[name], _by_name(after)[name]
-    for kind, file in ((ERROR, "error.txt"), (MODULE, "module.py"), (MANIFEST, "manifest.json")):
+    texts = {ERROR: "error.txt", CAPTURE: "capture.txt", MODULE: "module.py", MANIFEST: "manifest.json"}
+    for kind, file in texts.items():
         if kind is not ERROR and (file not in before or file not in after):
             continue  # one side emitted nothing: its error says so
         if before.get(file, "") != after.get(file, ""):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -87,12 +88,16 @@ def _short(pipeline: str) -> str:
 
 
 def _families() -> list[str]:
+    root = str(Path(__file__).resolve().parents[2])
+    sys.path.append(root)  # a checkout's tests are no installed package
     try:
         from tests.families.registry import ROWS  # type: ignore[import-not-found]
     except ImportError as error:
         raise UserError(
             "the corpus 'families' is in tests/families of a checkout, and needs transformers",
             [f"{type(error).__name__}: {error}"],
-            "run it at the root of a checkout: python -m fuseline replay … --corpus families",
+            "pip install -e CHECKOUT[hf]",
         ) from error
+    finally:
+        sys.path.remove(root)
     return list(ROWS)

@@ -1,9 +1,10 @@
 """Emits a corpus into a folder of plain text, free of what differs between two runs of the same code.
 
+    <case>/capture.txt          the graph before the pipeline: a difference here is none of codegen's
     <case>/kernels/<name>.py    a kernel: its launch options, argument types, constants and source
     <case>/module.py            the generated module without the kernels' bodies
     <case>/manifest.json        the manifest, without paths
-    <case>/error.txt            in their place, why nothing was emitted
+    <case>/error.txt            in the place of these three, why nothing was emitted
 
 A script too: `python record.py CASES.json FOLDER ROOT` runs against the package at ROOT, which may be another commit's.
 So it imports nothing but names that have been there from the start, and no other file of this folder.
@@ -32,6 +33,7 @@ def record(cases: Iterable[Mapping[str, str]], folder: Path, done: Callable[[str
             if captured[0] != case["model"]:
                 captured = ("", None)  # two at a time would cost memory
                 captured = (case["model"], capture(case["model"]))
+            (place / "capture.txt").write_text(f"{captured[1].graph}\n", encoding="utf-8")
             write(emit(captured[1], case["pipeline"]), place)
         except Exception as error:  # a model that is refused, on either side, is part of the record
             first = (str(error).splitlines() or [""])[0]

@@ -18,7 +18,7 @@ import fuseline
 from fuseline import schemas
 from fuseline.compiler.errors import FuselineError, UserError
 from fuseline.replay.against import commit_of, here, record_in_process
-from fuseline.replay.compare import Recording, compare, read, write_index
+from fuseline.replay.compare import Difference, Recording, compare, read, write_index
 from fuseline.replay.corpus import PIPELINES, Case, cases, corpus
 from fuseline.replay.record import kernel_text, plain, record, without_folders
 
@@ -74,19 +74,28 @@ def test_codegen_is_deterministic(recorded: Path, cli: Callable) -> None:
     data = json.loads(result.out)
     assert data["different"] is False and len(data["cases"]) == 2
     assert sum(len(kernels["same"]) for kernels in data["cases"].values()) >= 30
-    assert re.fullmatch(r"no difference from .*: \d+ kernels of 2\s+cases\s*", result.err, re.DOTALL)
+    said = " ".join(result.err.split())  # long paths wrap
+    assert re.fullmatch(rf"no difference from {re.escape(str(recorded))}: \d+ kernels of 2 cases", said)
 
 
 @pytest.mark.slow
 def test_codegen_is_deterministic_for_every_family(tmp_path: Path) -> None:
-    """The same for every row of tests/families; whatever the model, its manifest keeps to the published schema."""
+    """The same for every row of tests/families; whatever the model, its manifest keeps to the published schema.
+
+    A few models of transformers walk through a set of strings, so that their graphs differ before we see them.
+    """
     pytest.importorskip("transformers")
     sides = []
     for seed in (1, 2):
         record_in_process(here(), corpus("families"), tmp_path / str(seed), seed=seed)
         sides.append(read(tmp_path / str(seed)))
     difference = compare(*sides)
-    assert not difference, json.dumps(difference.to_json()["changes"][:3], indent=1)
+    others = {case for change in difference.changes if change.kind == "capture" for case in change.cases}
+    ours = [change for change in difference.changes if not others.issuperset(change.cases)]
+    assert not ours, json.dumps(Difference({}, ours[:3], [], []).to_json(), indent=1)
+    assert len(others) <= 0.05 * len(difference.cases), sorted(others)
+    moved = [c for c, k in difference.cases.items() if k.changed or k.added or k.removed or k.renamed]
+    assert others.issuperset(moved)
     assert sum(len(kernels.same) for kernels in difference.cases.values()) > 1000
     validator = jsonschema.Draft202012Validator(schemas.load("manifest-1"))
     texts = [files["manifest.json"] for files in sides[0].files.values() if "manifest.json" in files]
@@ -162,6 +171,8 @@ def test_what_else_differs() -> None:
     assert host and [c.kind for c in host.changes] == ["module"]
     failing = compare(recording(same), recording(**{"error.txt": "UserError: no\n"}))
     assert [c.lines for c in failing.changes] == [["+UserError: no"]] and failing.cases["c"].removed == ["k"]
+    graph = compare(recording(same, **{"capture.txt": "mul"}), recording(same, **{"capture.txt": "div"}))
+    assert [c.kind for c in graph.changes] == ["capture"]
     cases_ = compare(recording(same, case="old"), recording(same, case="new"))
     assert cases_ and (cases_.added, cases_.removed) == (["new"], ["old"])
 

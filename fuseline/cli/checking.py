@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fuseline.cli.graphs import load_program
 from fuseline.compiler.debug.check import Check, Verdict
@@ -13,18 +13,27 @@ from fuseline.compiler.pipeline import Pipeline
 from fuseline.compiler.program import Program
 from fuseline.compiler.stage import is_stage
 
+SECONDS = 120.0  # after which a pipeline hangs, unless a check says otherwise
 
-def parse_check(text: str) -> Judge:
+
+def parse_check(text: str, pipeline: Pipeline | None = None) -> Judge:
     """A check of passes (`compiler/debug/check.py`), or `lower`: whether the kernels compile.
 
     Raises:
-        UserError: for another word, with the nearest.
+        UserError: for another word, with the nearest; or the pipeline approximates, and no bound is given.
     """
     if text.partition(":")[0] == "lower":
         from fuseline.codegen.check import LowerCheck
 
         return LowerCheck.parse(text)
-    return Check.parse(text)
+    check = Check.parse(text)
+    if "error" in check.kinds and check.bound is None and pipeline is not None and pipeline.lossy:
+        names = ", ".join(f"'{step.name}'" for step in pipeline.lossy)
+        raise UserError(
+            f"{names} approximates: how large an error is one too many has to be said",
+            remedy=f"--check '{text}|error:0.1'" if text != "any" else "--check 'any|error:0.1'",
+        )
+    return replace(check, seconds=check.seconds or SECONDS) if "hang" in check.kinds else check
 
 
 @dataclass(frozen=True)
@@ -45,13 +54,15 @@ def given(graph: str, pipeline: str | None, check: str | None, dtype: str | None
         UserError: there is no pipeline.
     """
     passes = Pipeline(pipeline) if pipeline is not None else None
-    parse_check(check or "any")
     if is_stage(graph) and is_reproducer(graph):
         read = load_reproducer(graph)
         verdict = read.verdict if passes is None and check is None else None
+        if passes is not None or check is not None:
+            parse_check(check or read.check, passes or read.pipeline)
         return Given(read.program, passes or read.pipeline, check or read.check, verdict, read.repeat)
     if passes is None:
         raise UserError(
             f"{graph} is no reproducer, and there is no pipeline", remedy=f'fuseline {verb} {graph} -p "raise,fuse" …'
         )
+    parse_check(check or "any", passes)
     return Given(load_program(graph, dtype), passes, check or "any")

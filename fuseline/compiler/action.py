@@ -75,3 +75,6 @@ class Observer:
     def pipeline_ends(self, program: Program, report: Report) -> None: ...
 
     def failed(self, step: Pass, program: Program, error: BaseException) -> Any: ...
+
+    def stopped(self, error: Exception) -> None:
+        """The pipeline ends with an error, which it raises next: a pass's, the verifier's or an observer's."""

@@ -113,8 +113,13 @@ class Pipeline:
         report = Report(str(self))
         for observer in watching:
             observer.pipeline_starts(self, program)
-        for step in self.passes:
-            self._run_pass(step, program, watching, report, plan)
+        try:
+            for step in self.passes:
+                self._run_pass(step, program, watching, report, plan)
+        except Exception as error:
+            for observer in watching:
+                observer.stopped(error)
+            raise
         program.module.recompile()
         for observer in watching:
             observer.pipeline_ends(program, report)

@@ -1,4 +1,4 @@
-"""Passes that go wrong, each in its own way, for the tests of `reduce` and `repro`; a fresh process imports them too."""
+"""Passes that go wrong, each in its own way, for the tests of `reduce` and `repro`; a fresh process reads them too."""
 
 from __future__ import annotations
 

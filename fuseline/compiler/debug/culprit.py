@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..action import Action, Observer
+from ..action import Action, Observer, PassEnds
 from ..errors import UserError
 from ..framework import Pass
 from ..observe.limit import Limit
@@ -107,24 +107,34 @@ class Spy(Observer):
 
 
 class Without(Observer):
-    """Leaves out what one rule of one pass would rewrite."""
+    """Leaves out what one rule of one pass would rewrite; `ends`: ends the pass there, for some ask for ever."""
 
-    def __init__(self, pass_name: str, rule: str):
-        self.pass_name, self.rule = pass_name, rule
+    def __init__(self, pass_name: str, rule: str, ends: bool = False):
+        self.pass_name, self.rule, self.ends = pass_name, rule, ends
 
     def allows(self, action: Action) -> bool:
-        return (action.pass_name, action.rule) != (self.pass_name, self.rule)
+        here = (action.pass_name, action.rule) == (self.pass_name, self.rule)
+        if here and self.ends:
+            raise PassEnds
+        return not here
 
 
 def find_culprit(
-    check: Judge, program: Program, pipeline: Pipeline, wanted: Verdict, say: Callable[[str], None] = lambda line: None
+    check: Judge,
+    program: Program,
+    pipeline: Pipeline,
+    wanted: Verdict,
+    repeat: int = 1,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Culprit | None:
     """Searches for the rewrite behind a verdict; None where it cannot be told.
 
     A crash names it: it was being made. A wrong result or a broken graph takes a bisection over all rewrites.
+
+    repeat: more than 1 for a fault that does not show at every run.
     """
     spy = Spy()
-    if not alike(check(program, pipeline, [spy]), wanted) or not spy.stages:
+    if not any(alike(check(program, pipeline, [spy]), wanted) for _ in range(repeat)) or not spy.stages:
         return None
     if wanted.kind in ("crash", "verify") and spy.open is not None:
         return _culprit(spy, spy.open)
@@ -139,7 +149,7 @@ def find_culprit(
         return Outcome(alike(verdict, wanted), {"": watching.entries}, endless=verdict.kind == "hang")
 
     try:
-        found = Bisection(run, progress=say).search()
+        found = Bisection(run, flaky=repeat > 1, progress=say).search()
     except UserError:
         return _culprit(spy, None) if wanted.kind == "verify" else None
     if found.kind != "rewrite" or found.number is None or found.number > len(spy.taken):

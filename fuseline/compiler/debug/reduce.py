@@ -40,29 +40,50 @@ class Reduction:
 
 
 class SameFault:
-    """A judge: the check finds the same fault again."""
+    """A judge: the check finds the same fault again.
+
+    Where a result is wrong, it has to be right without the rewrites of the guilty rule, if that is so at first: a
+    program can be made small in ways that make another rewrite go wrong. What hangs is given the less time to do so the
+    smaller it is.
+    """
 
     def __init__(self, check: Checker, wanted: Verdict, culprit: Culprit | None, pipeline: Pipeline, repeat: int = 1):
         self.check, self.wanted, self.repeat = check, wanted, repeat
         self.guilty: tuple[str, str] | None = None
-        if culprit is not None and culprit.rule and wanted.kind == "error" and self._goes_with(culprit, pipeline):
-            self.guilty = (culprit.pass_name, culprit.rule)
+        self._pace: float | None = None  # what a node takes that does not hang, in seconds
+        if culprit is not None and culprit.rule and wanted.kind in ("error", "hang"):
+            started = time.monotonic()
+            right = self._is_right_without(culprit, pipeline)
+            if right and wanted.kind == "hang":
+                self._pace = (time.monotonic() - started) / max(1, len(culprit.stage))
+            elif right:
+                self.guilty = (culprit.pass_name, culprit.rule)
 
     def __call__(self, case: Case) -> Verdict | None:
-        check = renewed(self.check)
+        check = self._hurried(case)
         try:
             found = failing(check, case, self.wanted, self.repeat)
-            if found is None or self.guilty is None:
-                return found
-            return None if alike(check(case.program, case.pipeline, [Without(*self.guilty)]), self.wanted) else found
+            if found is not None and self.guilty is not None:
+                if alike(check(case.program, case.pipeline, [Without(*self.guilty)]), self.wanted):
+                    return None
         except Exception:  # the case itself cannot be run, before any pass
             return None
+        if found is not None:
+            self.check = check
+        return found
 
-    def _goes_with(self, culprit: Culprit, pipeline: Pipeline) -> bool:
-        """Whether the fault goes with the rule's rewrites: it may have other origins as well."""
+    def _hurried(self, case: Case) -> Checker:
+        """The check, made anew, with as many seconds as a case of this size may take."""
+        check = renewed(self.check)
+        if self._pace is None or not isinstance(check, Check) or check.seconds is None:
+            return check
+        return replace(check, seconds=round(min(check.seconds, max(1.0, 5 * self._pace * len(case.program))), 1))
+
+    def _is_right_without(self, culprit: Culprit, pipeline: Pipeline) -> bool:
         alone = Pipeline(pipeline.passes[culprit.step : culprit.step + 1])
         try:
-            found = renewed(self.check)(culprit.stage, alone, [Without(culprit.pass_name, culprit.rule)])
+            without = Without(culprit.pass_name, culprit.rule, ends=self.wanted.kind == "hang")
+            found = renewed(self.check)(culprit.stage, alone, [without])
         except Exception:
             return False
         return not alike(found, self.wanted)
@@ -111,10 +132,11 @@ def reduce(
     check = narrowed(check, wanted)
     if isinstance(check, Check) and check.seconds is None:  # a smaller case may not end at all
         check = replace(check, seconds=max(20.0, 10 * (time.monotonic() - started)))
-    culprit = find_culprit(renewed(check), program, pipeline, wanted, lambda line: checked(f"bisecting, {line}"))
+    say = lambda line: checked(f"bisecting, {line}")
+    culprit = find_culprit(renewed(check), program, pipeline, wanted, repeat, say)
     judge = SameFault(check, wanted, culprit, pipeline, repeat)
     search = Search(before, wanted, judge, culprit, most, seconds, improved, checked, started=started)
-    return replace(run(search), check=check)
+    return replace(run(search), check=judge.check)
 
 
 def run(search: Search) -> Reduction:

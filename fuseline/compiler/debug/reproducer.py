@@ -42,7 +42,8 @@ from .check import Verdict
 
 EMBEDDED_BYTES = 4 << 20  # of values, in the file's own text
 _OFF = re.compile(r" is off by .*")
-_LIST = re.compile(r"N(?:, ?N)+")
+_SYMBOL = re.compile(r"\b[su]\w*N\b")
+_SIZES = re.compile(r"N(?:(?: ?[-,*+] ?)N)+")  # a list of sizes, or a sum of some
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _identity(verdict: Verdict) -> str:
         return ""
     if verdict.kind == "error" and _OFF.search(verdict.message):
         return "off"
-    return _LIST.sub("N", verdict.signature)
+    return _SIZES.sub("N", _SYMBOL.sub("N", verdict.signature))
 
 
 class Unimportable(UserError):

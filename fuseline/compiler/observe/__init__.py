@@ -8,8 +8,11 @@ from .logged import Logged
 from .numerics import Numerics
 from .printing import Print
 from .record import Record
+from .repro import Repro
 from .statistics import Statistics
 from .structured import Structured
 from .timing import Timing
 
-__all__ = ["Dump", "Limit", "Logged", "Numerics", "Print", "Record", "Statistics", "Structured", "Timing", "Verify"]
+__all__ = [
+    "Dump", "Limit", "Logged", "Numerics", "Print", "Record", "Repro", "Statistics", "Structured", "Timing", "Verify",
+]  # fmt: skip

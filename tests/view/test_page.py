@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -126,8 +127,12 @@ def test_assets_are_package_data() -> None:
 
 @pytest.mark.slow
 def test_a_wheel_has_them(tmp_path: Path) -> None:
+    copy = tmp_path / "source"  # a build leaves files where it runs
+    shutil.copytree(ROOT / "fuseline", copy / "fuseline", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    subprocess.run([*build, str(ROOT)], check=True, capture_output=True, cwd=tmp_path)
+    subprocess.run([*build, str(copy)], check=True, capture_output=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     for path in (ROOT / "fuseline" / "view" / "assets").iterdir():

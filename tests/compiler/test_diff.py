@@ -116,6 +116,28 @@ def test_another_argument_another_weight_another_input() -> None:
     assert by_kind[("rewired",)].op == "silu" and by_kind[("rewired",)].details == ("input 0: linear → rsqrt",)
 
 
+def test_a_layer_more_is_that_layer_and_what_reads_it() -> None:
+    difference = diff(llama(2), llama(3))
+    added = [c for c in difference.changes if c.kinds == ("added",)]
+    assert {c.module.split(".")[2] for c in added if c.module.startswith("model.layers.")} == {"2"}
+    assert difference.counts() == {"added": len(added), "rewired": 2}
+    assert [c.module for c in difference.changes if c not in added] == ["model.norm", "model.norm"]
+
+
+def test_weights_that_changed_places_are_told_at_the_ops_that_read_them(decoder: Program) -> None:
+    after = decoder.copy()
+    keys, values = (
+        next(n for n in nodes(after, aten.linear.default) if n.args[1].meta["weight"].name.endswith(f"2.self_attn.{w}"))
+        for w in ("k_proj.weight", "v_proj.weight")
+    )
+    keys.args, values.args = (keys.args[0], values.args[1]), (values.args[0], keys.args[1])
+    changes = diff(decoder, after).changes
+    assert [(c.op, c.module.rsplit(".", 1)[1], c.details) for c in changes] == [
+        ("linear", "k_proj", ("input 1: k_proj.weight → v_proj.weight",)),
+        ("linear", "v_proj", ("input 1: v_proj.weight → k_proj.weight",)),
+    ]
+
+
 def test_a_changed_type_is_told_at_the_node_that_has_it() -> None:
     before = mlp()
     after = before.copy()
@@ -236,6 +258,25 @@ def computing(program: Program) -> list[Node]:
 def test_a_random_program_equals_itself(program: Program) -> None:
     assert diff(program, program).same
     assert diff(program, renamed(program)).same
+
+
+def shuffled(program: Program, choose: random.Random) -> Program:
+    """A copy whose nodes run in another order."""
+    waiting = [n for n in program.graph.nodes if n.op != "output"]
+    graph, values = Graph(), {}
+    while waiting:
+        node = choose.choice([n for n in waiting if all(i in values for i in n.all_input_nodes)])
+        waiting.remove(node)
+        values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output(torch.fx.node.map_arg(program.graph.output_node().args[0], values.__getitem__))
+    positions = [[p.name for p in program.placeholders].index(n.target) for n in graph.nodes if n.op == "placeholder"]
+    return Program(GraphModule(torch.nn.Module(), graph), program.fake_mode, positions, {})
+
+
+@settings(max_examples=100)
+@given(programs(distinct=False), st.randoms(use_true_random=False))
+def test_the_order_of_pure_nodes_is_no_difference(program: Program, choose: random.Random) -> None:
+    assert diff(program, shuffled(program, choose)).same
 
 
 @settings(max_examples=60)

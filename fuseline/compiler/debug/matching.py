@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from ..provenance import makers, module_path, source_line
@@ -21,11 +22,12 @@ from .inlined import Item
 
 Key = tuple[Any, ...]  # strength, then what is known
 # Strength of keys, the strongest first. "same" keys hold the op with its literal arguments, "kind" keys the op alone,
-# "place" keys only where a value comes from or goes to.
-SAME_INPUTS, SAME_USERS, SAME_USER, SAME_INPUT = range(4)
-ALIKE = 4  # several bearers of one of the above
-KIND_INPUTS, KIND_USERS, KIND_USER, KIND_INPUT = range(8, 12)
-PLACE_USERS, PLACE_INPUTS = 16, 17
+# "place" keys only where a value comes from or goes to. "Here" is the module path.
+SAME_INPUTS_HERE, EQUALLY_MANY, SAME_WEIGHT_HERE, SAME_USERS, SAME_INPUTS, SAME_USER, SAME_INPUT_HERE = range(7)
+KIND_INPUTS, KIND_USERS, KIND_USER, KIND_INPUT_HERE = range(14, 18)
+ALIKE = 7  # several bearers of one of the above: after the unique ones
+PLACE_USERS, PLACE_INPUTS = 30, 31
+DEPTHS = (99, 4, 1)  # how far alike ones are followed to their users, to tell them apart
 TOGETHER = 64  # so many bearers that nothing tells apart are matched in order all at once
 
 
@@ -54,7 +56,7 @@ class _Matcher:
         self.serial = 0
         self.replaced: set[int] = set()
         self.side = dict.fromkeys(first, 0) | dict.fromkeys(second, 1)
-        self.contexts: dict[Item, int] = {}
+        self.contexts: dict[int, dict[Item, int]] = {}
         self.paths: dict[Item, str] = {}
 
     def run(self) -> dict[Item, Item]:
@@ -62,8 +64,9 @@ class _Matcher:
         for items in self.sides:
             for item in items:
                 if item.kind == "output":
-                    self._bear(item, (SAME_INPUTS, item.kind, ()), touched)
+                    self._bear(item, (SAME_INPUTS_HERE, item.kind, ()), touched)
                 elif not item.inputs:
+                    self._bear(item, (SAME_INPUTS_HERE, item.label, (), self._path(item)), touched)
                     self._bear(item, (SAME_INPUTS, item.label, ()), touched)
                 elif not item.users:
                     self._bear(item, (SAME_USERS, item.label, ()), touched)
@@ -77,6 +80,8 @@ class _Matcher:
                 self._pair(next(iter(ours)), next(iter(theirs)))
             elif strength == key[0]:
                 self._wait(key)
+            elif strength == EQUALLY_MANY and len(ours) != len(theirs):
+                heapq.heappush(self.heap, (key[0] + ALIKE, self.serial, key))
             else:
                 for x, y in list(self._told_apart(key, list(ours), list(theirs))):
                     self._pair(x, y)
@@ -100,8 +105,10 @@ class _Matcher:
     def _wait(self, key: Key) -> None:
         """Several bear the key: it is asked again when no unique one of its rank is left."""
         if key[0] < PLACE_USERS:
+            ours, theirs = self.bearers[key]
+            equally = key[0] == SAME_INPUTS_HERE and len(ours) == len(theirs)
             self.serial += 1
-            heapq.heappush(self.heap, (key[0] + ALIKE, self.serial, key))
+            heapq.heappush(self.heap, (EQUALLY_MANY if equally else key[0] + ALIKE, self.serial, key))
 
     def _pair(self, x: Item, y: Item) -> None:
         self.partner[x] = y
@@ -124,10 +131,13 @@ class _Matcher:
 
     def _learn_from_inputs(self, item: Item, known: Item, slot: int, touched: list[Key]) -> None:
         token, path = self.token[known], self._path(item)
-        self._bear(item, (SAME_INPUT, item.label, slot, token, path), touched)
-        self._bear(item, (KIND_INPUT, item.kind, slot, token, path), touched)
+        self._bear(item, (SAME_INPUT_HERE, item.label, slot, token, path), touched)
+        self._bear(item, (KIND_INPUT_HERE, item.kind, slot, token, path), touched)
+        if known.is_weight:
+            self._bear(item, (SAME_WEIGHT_HERE, item.label, slot, token, path), touched)
         tokens = tuple(self.token.get(source, 0) for source in item.inputs)
         if all(tokens):
+            self._bear(item, (SAME_INPUTS_HERE, item.label, tokens, path), touched)
             self._bear(item, (SAME_INPUTS, item.label, tokens), touched)
             self._bear(item, (KIND_INPUTS, item.kind, tokens), touched)
             self._bear(item, (PLACE_INPUTS, tokens, path, len(item.users)), touched)
@@ -146,8 +156,10 @@ class _Matcher:
 
     def _told_apart(self, key: Key, ours: list[Item], theirs: list[Item]) -> Iterator[tuple[Item, Item]]:
         """Pairs among the bearers of one key, by the first question that tells some of them apart."""
-        questions: list[Callable[[Item], Any]] = [self._context, lambda i: (self._path(i), *_origin(i)), self._path]
-        questions = [*questions, lambda i: None] if key[0] in (SAME_INPUTS, SAME_USERS, KIND_USERS) else questions
+        questions: list[Callable[[Item], Any]] = [partial(self._context, depth) for depth in DEPTHS]
+        questions += [lambda i: (self._path(i), *_origin(i)), self._path]
+        if key[0] in (SAME_INPUTS_HERE, SAME_INPUTS, SAME_USERS, KIND_USERS):
+            questions.append(lambda i: None)
         for question in questions:
             groups: dict[Any, tuple[list[Item], list[Item]]] = {}
             for position, items in enumerate((ours, theirs)):
@@ -163,14 +175,17 @@ class _Matcher:
                 yield from zip(x, y, strict=False) if len(x) > TOGETHER else [(x[0], y[0])]
                 return
 
-    def _context(self, item: Item) -> int:
-        """A hash of everything that is computed from an item."""
-        if not self.contexts:
+    def _context(self, depth: int, item: Item) -> int:
+        """A hash of what is computed from an item, so many users away."""
+        known = self.contexts.setdefault(depth, {})
+        if depth == DEPTHS[0] and not known:  # all of it, in one pass
             for items in self.sides:
                 for one in reversed(items):
-                    users = sorted((self.contexts[user], slot) for user, slot in one.users)
-                    self.contexts[one] = hash((one.label, *users))
-        return self.contexts[item]
+                    known[one] = hash((one.label, *sorted((known[user], slot) for user, slot in one.users)))
+        if item not in known:
+            further = sorted((self._context(depth - 1, u), slot) for u, slot in item.users) if depth else ()
+            known[item] = hash((item.label, *further))
+        return known[item]
 
     def _path(self, item: Item) -> str:
         found = self.paths.get(item)

@@ -56,12 +56,13 @@ def dumped(tmp_path_factory: pytest.TempPathFactory) -> Dumped:
 def break_norm(nodes: tuple[torch.fx.Node, ...], how: str) -> tuple[str, str, str]:
     """(the node that is broken, a pattern, what to put there)."""
     square, mean, eps, root, scaled = (n.name for n in nodes)
+    epsilon = nodes[2].args[1]
     return {
         "power": (square, rf"({square} = .*), 2\)", r"\1, 3)"),
         "mean": (mean, rf"({mean} = .*)\[-1\], True", r"\1[-2], True"),
         "sum": (mean, rf"({mean} = {OPS})\.mean\.dim", r"\1.sum.dim_IntList"),
-        "eps": (eps, rf"({eps} = .*), 1e-0\d\)", r"\1, 0.01)"),
-        "tiny": (eps, rf"({eps} = .*), 1e-0(\d)\)", r"\1, 1.01e-0\2)"),
+        "eps": (eps, rf"({eps} = .*), {epsilon}\)", r"\1, 0.01)"),
+        "tiny": (eps, rf"({eps} = .*), {epsilon}\)", rf"\1, {epsilon * 1.01})"),
         "root": (root, rf"({root} = {OPS})\.rsqrt", r"\1.sqrt"),
         "product": (scaled, rf"({scaled} = {OPS})\.mul", r"\1.add"),
     }[how]

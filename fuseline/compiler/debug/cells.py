@@ -135,14 +135,15 @@ def cell_of(
 
 
 class Weights:
-    """The values of a program's weights, evaluated one at a time; the last few are kept in higher precision."""
+    """The values of a program's weights, evaluated one at a time; the last few are kept."""
 
-    KEPT = 4
+    KEPT = 8
 
     def __init__(self, program: Program, flat: Sequence[Any], wider: Wider, store: WeightStore = STORE):
         self.program, self.flat, self.wider, self.store = program, flat, wider, store
         self._memo: tuple[tuple[str, ...], Memo] = ((), {})
-        self._wide: dict[Any, Any] = {}
+        self._own: dict[Any, torch.Tensor] = {}
+        self._wide: dict[Any, torch.Tensor] = {}
 
     def __call__(self, expression: Expression | str) -> Any:
         if isinstance(expression, str):
@@ -153,17 +154,23 @@ class Weights:
             return tensors[0].detach()
         if not names:
             return expression.evaluate(_no_parameter)
+        if expression in self._own:
+            return self._own[expression]
         if self._memo[0] != names:  # codes, scales and zero points of one parameter follow each other
             self._memo = (names, {})
-        return self.store.peek(expression, tensors, self._memo[1]).detach()
+        return self._keep(self._own, expression, self.store.peek(expression, tensors, self._memo[1]).detach())
 
     def wide(self, expression: Expression | str) -> Any:
         """The value, promoted."""
         if expression not in self._wide:
-            while len(self._wide) >= self.KEPT:
-                self._wide.pop(next(iter(self._wide)))
-            self._wide[expression] = widen(self(expression), self.wider)
+            self._keep(self._wide, expression, widen(self(expression), self.wider))
         return self._wide[expression]
+
+    def _keep(self, held: dict[Any, torch.Tensor], expression: Any, value: torch.Tensor) -> torch.Tensor:
+        while len(held) >= self.KEPT:
+            held.pop(next(iter(held)))
+        held[expression] = value
+        return value
 
 
 def _no_parameter(name: str) -> torch.Tensor:

@@ -213,13 +213,14 @@ def follow(term: Any, value: Any, bindings: Bindings, nodes: tuple[Node, ...], w
             yield from watcher.instead(term, value, bindings, nodes)
     elif isinstance(term, Either):
         for alternative in term.alternatives:
-            yield from follow(alternative, value, bindings, nodes, watcher)
+            if watcher is not None or not isinstance(alternative, Call) or _is_call_of(value, alternative.ops):
+                yield from follow(alternative, value, bindings, nodes, watcher)
     elif isinstance(term, Through):
         outer, inner = value, nodes
         while True:
             bound = bindings if term.bind is None else {**bindings, term.bind: outer}
             yield from follow(term.x, value, bound, inner, watcher)
-            if not (isinstance(value, Node) and _is_one_of(value, term.ops)):
+            if not _is_call_of(value, term.ops):
                 return
             value, inner = value.args[0], (*inner, value)
     else:
@@ -246,16 +247,16 @@ def _misfit(term: Any, value: Any, bindings: Bindings) -> Misfit | None:
     return None if number and value == term else Misfit("number", term, value)
 
 
-def _is_one_of(node: Node, ops: Sequence[str]) -> bool:
-    """Whether a node calls an ATen op of one of these names; another library may have an op of the same name."""
-    target = node.target
+def _is_call_of(value: Any, ops: Sequence[str]) -> bool:
+    """Whether a value is a call of an ATen op of one of these names; another library may have an op of the same."""
+    target = value.target if isinstance(value, Node) else None
     return getattr(target, "_opname", "") in ops and target.namespace == "aten"  # type: ignore[union-attr]
 
 
 def _match_call(term: Call, node: Any, bindings: Bindings, nodes: tuple[Node, ...], watcher: Watcher | None) -> _Found:
     if not isinstance(node, Node) or node.op != "call_function":
         return
-    if watcher is None and not _is_one_of(node, term.ops):
+    if watcher is None and not _is_call_of(node, term.ops):
         return
     given = arguments(node)
     bound = dict(bindings)
@@ -272,7 +273,7 @@ def _match_call(term: Call, node: Any, bindings: Bindings, nodes: tuple[Node, ..
 
 def _misfits(term: Call, node: Node, given: dict[str, Any], bound: Bindings) -> Iterator[Misfit]:
     """What keeps a node from being this call, but for its operands; variables among the options are bound."""
-    if not _is_one_of(node, term.ops):
+    if not _is_call_of(node, term.ops):
         yield Misfit("op", term.ops, node)
     if node.meta.get("written"):
         yield Misfit("written", None, node)

@@ -47,7 +47,9 @@ class Given:
     repeat: int = 1
 
 
-def given(graph: str, pipeline: str | None, check: str | None, dtype: str | None, verb: str) -> Given:
+def given(
+    graph: str, pipeline: str | None, check: str | None, dtype: str | None, verb: str, needs_pipeline: bool = True
+) -> Given:
     """GRAPH, `-p` and `--check` together; a reproducer has all three, and options take the place of its own.
 
     Raises:
@@ -60,6 +62,8 @@ def given(graph: str, pipeline: str | None, check: str | None, dtype: str | None
         if passes is not None or check is not None:
             parse_check(check or read.check, passes or read.pipeline)
         return Given(read.program, passes or read.pipeline, check or read.check, verdict, read.repeat)
+    if passes is None and not needs_pipeline:
+        return Given(load_program(graph, dtype), Pipeline(()), check or "any")
     if passes is None:
         raise UserError(
             f"{graph} is no reproducer, and there is no pipeline", remedy=f'fuseline {verb} {graph} -p "raise,fuse" …'

@@ -53,7 +53,7 @@ def reduce(
     if command and check is not None:
         raise UserError("either a command says what is interesting, or --check does", remedy="leave one of them out")
     output = Output(json)
-    source = given(graph, pipeline, check, dtype, "reduce")
+    source = given(graph, pipeline, check, dtype, "reduce", needs_pipeline=not command)
     with bar("reducing") as progress:
         if command:
             reduction = _by_command(source, path, command, match, most, seconds, progress)
@@ -90,6 +90,7 @@ def _by_check(
         most=most,
         seconds=seconds,
         repeat=repeat,
+        wanted=source.verdict if source.verdict is not None and source.verdict.kind is not None else None,
         improved=improved,
         checked=lambda what: step(progress, what),
     )

@@ -12,8 +12,16 @@ from fuseline.cli.checking import given, parse_check
 from fuseline.cli.output import Output
 from fuseline.cli.render import following, table
 from fuseline.compiler.debug.check import Verdict
+from fuseline.compiler.debug.culprit import Judge
 from fuseline.compiler.debug.proof import SECONDS, prove
-from fuseline.compiler.debug.reproducer import Reproducer, describe, example_bytes, load_reproducer, versions
+from fuseline.compiler.debug.reproducer import (
+    Reproducer,
+    alike,
+    describe,
+    example_bytes,
+    load_reproducer,
+    versions,
+)
 from fuseline.compiler.errors import FuselineError, UserError
 
 CODES = {"passes": 0, "reproduces": 1, "different": 3}
@@ -63,17 +71,15 @@ def repro(
 def _here(path: Path, repeat: int | None) -> dict[str, Any]:
     """Runs a reproducer in this process."""
     read = load_reproducer(path)
+    check = parse_check(read.check)
     try:
-        found, status = _run(read, repeat or read.repeat)
+        found, status = _run(read, check, repeat or read.repeat)
     except Exception as error:  # not in a pass: the program itself does not run here
         found, status = Verdict("crash", f"the program does not run here: {error}"), "different"
     return _data(read, found, status)
 
 
-def _run(read: Reproducer, repeat: int) -> tuple[Verdict, str]:
-    from fuseline.compiler.debug.reproducer import alike
-
-    check = parse_check(read.check)
+def _run(read: Reproducer, check: Judge, repeat: int) -> tuple[Verdict, str]:
     first: Verdict | None = None
     for _ in range(repeat):
         found = check(read.program, read.pipeline, [])

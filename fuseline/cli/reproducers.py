@@ -33,7 +33,8 @@ def reproducers(arguments: Sequence[str]) -> Iterator[None]:
             yield
         except Exception as error:
             if made:
-                _explain(error, made[-1])
+                with reproducing(list):
+                    _explain(error, made[-1])
             raise
 
 
@@ -44,12 +45,16 @@ def _explain(error: Exception, last: Repro) -> None:
     ours = find_ours(error)
     if isinstance(ours, UserError) or last.pipeline is None or not last.ended:
         return
-    if isinstance(ours, VerificationError):
-        said = _of_results(last)
-    elif any(f"{os.sep}codegen{os.sep}" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
-        said = _of_lowering(last)
-    else:
-        return
+    frames = traceback.extract_tb(error.__traceback__)
+    try:
+        if isinstance(ours, VerificationError):
+            said = _of_results(last)
+        elif any(f"{os.sep}codegen{os.sep}" in frame.filename for frame in frames):
+            said = _of_lowering(last)
+        else:
+            return
+    except Exception as failure:  # whatever it is, the user wants to hear of the first error
+        said = f"reproducer: none: {type(failure).__name__}: {failure}"
     if said is not None:
         note(ours or error, said)
 

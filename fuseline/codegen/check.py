@@ -59,10 +59,16 @@ class LowerCheck:
                 try:
                     compile_kernel(kernel, target)
                 except CompileError as error:
-                    said = error.details[-1] if error.details else error.headline
-                    return self._judge(f"a kernel does not compile for {target}: {said}\nit is {kernel.name}")
+                    said = f"a kernel does not compile for {target}: {_reason(error)}"
+                    return self._judge(f"{said}\nit is {kernel.name}")
         return Verdict(None)
 
     def _judge(self, message: str) -> Verdict:
         wanted = self.message is None or re.search(self.message, message) is not None
         return Verdict("crash" if wanted else None, message)
+
+
+def _reason(error: CompileError) -> str:
+    """What Triton says at the end: before it stands the kernel's text, which is another one in each program."""
+    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    return lines[-1] if lines else error.headline

@@ -42,7 +42,8 @@ class Action:
     @property
     def location(self) -> str | None:
         """`file:line` of the rule's class, or of the function that builds the replacement."""
-        code = self.source if inspect.isroutine(self.source) else type(self.source)
+        source = getattr(self.source, "inner", self.source)  # a rule around a rule names the one inside
+        code = source if inspect.isroutine(source) else type(source)
         try:
             return f"{inspect.getsourcefile(code)}:{inspect.getsourcelines(code)[1]}"
         except (OSError, TypeError):

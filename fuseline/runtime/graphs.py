@@ -118,7 +118,7 @@ class CudaGraphs:
         return (
             bound is not None
             and capture.place == self.recorder.place()
-            and capture.unchanged(flat)
+            and capture.unchanged(flat)  # type: ignore[arg-type]  # the caller's arguments, a tuple
             and (not self.layout.symbolic or capture.sizes == self._sizes(flat))
             and self.binder.is_current(bound)
         )

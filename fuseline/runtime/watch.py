@@ -58,7 +58,8 @@ def in_cpp(values: Sequence[Any], addressed: Sequence[int], versioned: Sequence[
 
 def in_python(values: Sequence[Any], addressed: Sequence[int], versioned: Sequence[int]) -> Watch:
     """`watch` as loops that the interpreter runs."""
-    positions, addresses = list(addressed), [None] * len(values)
+    positions = list(addressed)
+    addresses: list[int | None] = [None] * len(values)
     for i in positions:
         addresses[i] = values[i].data_ptr()
     versions = versions_of([values[i] for i in versioned])

@@ -261,6 +261,76 @@ def test_the_callers_tensors_stay_as_they_are() -> None:
     assert all(torch.equal(a, b) for a, b in zip(program.examples, held, strict=True))
 
 
+def test_a_lossy_value_in_a_cache_explains_what_is_read_from_it() -> None:
+    @dataclass(frozen=True)
+    class Rough(Pass):
+        name = "rough"
+        tier = Tier.LOSSY
+
+        def run(self, program, rewriter):
+            node = next(n for n in program.graph.nodes if n.target is aten.neg.default)
+            rewriter.rewrite(node, [node], lambda new: new(aten.mul.Tensor, node.args[0], -1.01), "rough")
+
+    def function(cache, x):
+        cache.copy_(-x)
+        return cache.sin()  # reads the cache itself, not what the copy returns
+
+    found = compare(traced(function, torch.randn(4, 4), torch.randn(4, 4)), passes(Rough()))
+    assert found.ok and not all(n.ok for n in found.nodes)
+
+
+@dataclass(frozen=True)
+class Respelled(Pass):
+    """Writes ops in another way, equal but for rounding."""
+
+    name = "respelled"
+
+    def run(self, program, rewriter):
+        for node in list(program.graph.nodes):
+            how = getattr(self, getattr(node.target, "_opname", "none"), None)
+            if how is not None:
+                rewriter.rewrite(node, [node], lambda new, node=node, how=how: how(new, *node.args), node.name)
+
+    def silu(self, new, x):
+        return new(aten.mul.Tensor, x, new(aten.sigmoid.default, x))
+
+    def rsqrt(self, new, x):
+        return new(aten.reciprocal.default, new(aten.sqrt.default, x))
+
+    def mean(self, new, x, dims, keep):
+        return new(aten.div.Tensor, new(aten.sum.dim_IntList, x, dims, keep), x.meta["val"].shape[-1])
+
+    def linear(self, new, x, weight):
+        """The products of two halves, added."""
+        size = weight.meta["val"].shape[1]
+        halves = [
+            new(
+                aten.matmul.default,
+                new(aten.slice.Tensor, x, -1, a, b),
+                new(aten.t.default, new(aten.slice.Tensor, weight, 1, a, b)),
+            )
+            for a, b in ((0, size // 2), (size // 2, size))
+        ]
+        return new(aten.add.Tensor, *halves)
+
+    def scaled_dot_product_attention(self, new, q, k, v, mask):
+        scale = q.meta["val"].shape[-1] ** -0.5
+        logits = new(aten.mul.Tensor, new(aten.matmul.default, q, new(aten.transpose.int, k, -1, -2)), scale)
+        hidden = new(aten.masked_fill.Scalar, logits, new(aten.logical_not.default, mask), float("-inf"))
+        return new(aten.matmul.default, new(aten.softmax.int, hidden, -1), v)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.bfloat16, torch.float16))],
+)
+def test_everything_in_another_spelling_is_rounding(llama: Program, dtype: torch.dtype) -> None:
+    found = compare(llama if dtype is torch.float32 else captured(dtype), passes(Respelled()))
+    assert len(found.rewrites) == 29 and found.ok
+    assert {r.verdict for r in found.rewrites} == {"rounding"}
+    assert any(r.local != r.noise for r in found.rewrites)  # it does round in another way
+
+
 class DoubleNegation(Rule):
     def before(self, x):
         return call("neg", -x)

@@ -14,8 +14,8 @@ import torch
 import fuseline
 from fuseline import Pass, Pipeline, Program, UserError
 from fuseline.compiler.observe import Dump, Numerics, Statistics, Timing
-from fuseline.compiler.stage import execute, render
 from fuseline.compiler.observe.numerics import error, promotion
+from fuseline.compiler.stage import execute, render
 from tests.helpers.models import Mlp, Tied, tiny_llama
 
 aten = torch.ops.aten

@@ -10,6 +10,8 @@ import torch
 
 import fuseline
 from fuseline import Pass, Rule
+from fuseline.codegen.expressions import RULES
+from fuseline.compiler.ops import Kind, op
 
 aten = torch.ops.aten
 
@@ -159,3 +161,55 @@ class AtTimes(Pass):
                     return new(aten.mul.Tensor, new(aten.silu.default, node.args[0]), factor)
 
                 rewriter.rewrite(node, [node], build, "times")
+
+
+@fuseline.register
+@dataclass(frozen=True)
+class CrashAtAdd(Pass):
+    """Rewrites the first sum, and fails at the second."""
+
+    name = "crash-at-add"
+
+    def run(self, program, rewriter):
+        first, second, *_ = [n for n in program.graph.nodes if getattr(n.target, "_opname", "") in ("add", "linear")]
+        rewriter.rewrite(first, [first], lambda new: new(first.target, *first.args), "first")
+
+        def build(new):
+            raise LookupError("no such sum")
+
+        rewriter.rewrite(second, [second], build, "second")
+
+
+@fuseline.register
+@dataclass(frozen=True)
+class HalfSeen(Pass):
+    """Fails where some node is said to be in half precision."""
+
+    name = "half-seen"
+
+    def run(self, program, rewriter):
+        for node in program.graph.nodes:
+            if getattr(node.meta.get("val"), "dtype", None) is torch.float16:
+                raise TypeError("half precision is not for this pass")
+
+
+@op("faulty_silu(Tensor x) -> Tensor", kind=Kind.POINTWISE)
+def faulty_silu(x):
+    """silu, whose kernel calls what Triton does not have."""
+    return torch.nn.functional.silu(x)
+
+
+RULES[faulty_silu.overload] = lambda call: f"tl.no_such_function({call.operand('x')})"
+
+
+@fuseline.register
+@dataclass(frozen=True)
+class WrongKernel(Pass):
+    """Right, and its op's kernel does not compile."""
+
+    name = "wrong-kernel"
+
+    def run(self, program, rewriter):
+        for node in list(program.graph.nodes):
+            if node.target is aten.silu.default:
+                rewriter.rewrite(node, [node], lambda new, node=node: new(faulty_silu, node.args[0]), "kernel")

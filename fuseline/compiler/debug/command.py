@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .check import Verdict
+from .commands import run_words
 from .search import Case
 
 PLACE = "{}"
@@ -28,14 +29,12 @@ class CommandJudge:
 
     def __init__(self, command: Sequence[str], write: Callable[[Case, Path], None], match: str | None = None):
         self.command, self.write = list(command), write
-        self.status, self.seconds = 0, None
+        self.status: int | None = 0
+        self.seconds: float | None = None
         try:
             self.match = re.compile(match) if match is not None else None
         except re.error as error:
             raise UserError(f"'{match}' is no pattern: {error}", remedy="--match 'NaN in layer'") from None
-
-    status: int
-    seconds: float | None
 
     def start(self, case: Case) -> Verdict:
         """The first run, which says what every other has to be like.
@@ -52,10 +51,7 @@ class CommandJudge:
         return self._verdict()
 
     def __call__(self, case: Case) -> Verdict | None:
-        try:
-            status, printed = self._run(case)
-        except subprocess.TimeoutExpired:
-            return None
+        status, printed = self._run(case)
         same = status == self.status and (self.match is None or self.match.search(printed) is not None)
         return self._verdict() if same else None
 
@@ -63,18 +59,11 @@ class CommandJudge:
         said = f" and prints '{self.match.pattern}'" if self.match is not None else ""
         return Verdict(KIND, f"{' '.join(self.command)} ends with {self.status}{said}")
 
-    def _run(self, case: Case) -> tuple[int, str]:
+    def _run(self, case: Case) -> tuple[int | None, str]:
         with tempfile.TemporaryDirectory(prefix="fuseline-reduce-") as folder:
             path = Path(folder) / "case.py"
             self.write(case, path)
             words = [word.replace(PLACE, str(path)) for word in self.command]
             if words == self.command:
                 words.append(str(path))
-            try:
-                done = subprocess.run(
-                    words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                    timeout=self.seconds,
-                )  # fmt: skip
-            except OSError as error:
-                raise UserError(f"the command cannot be run: {error}", [" ".join(words)]) from None
-        return done.returncode, done.stdout.decode(errors="replace")
+            return run_words(words, dict(os.environ), self.seconds)

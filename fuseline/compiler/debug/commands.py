@@ -41,7 +41,7 @@ class Command:
         with tempfile.TemporaryDirectory(prefix="fuseline-") as journal:
             variables = {k: v for k, v in os.environ.items() if k not in VARIABLES}
             variables |= {**self.environment, "FUSELINE_JOURNAL": journal, **_limits(limit, skip)}
-            code, self.output = _run(self.words, variables, self.seconds)
+            code, self.output = run_words(self.words, variables, self.seconds)
             entries = read_journal(Path(journal))
         if code is None:
             return Outcome(self._matches(), entries, f"not done after {self.seconds:g} s", endless=True)
@@ -75,7 +75,7 @@ def _limits(limit: int | None, skip: frozenset[int]) -> dict[str, str]:
     return {**found, "FUSELINE_SKIP": ",".join(map(str, sorted(skip)))} if skip else found
 
 
-def _run(words: Sequence[str], variables: dict[str, str], seconds: float | None) -> tuple[int | None, str]:
+def run_words(words: Sequence[str], variables: dict[str, str], seconds: float | None) -> tuple[int | None, str]:
     """Exit code (None where it had to be stopped) and output; the whole process group is ended with it."""
     try:
         process = subprocess.Popen(

@@ -8,7 +8,8 @@ Three programs run side by side: the captured one in float64 (the reference), th
 and the rewritten one. Errors are max|Δ| / max|reference|.
 
 - The *error* of a node is that of the rewritten program. Its *noise* is that of the captured program at the node that
-  it stands for: what rounding does without the passes.
+  it stands for, or at what this is computed from: what rounding does without the passes. Its *change* is the error of
+  the rewritten program in float64.
 - The *local* error of a rewrite is that of its computation alone, on the reference's values as inputs, rounded to the
   program's precision; its noise that of the computation it replaced, on the same inputs. So an error made in one layer
   isn't charged to the next. Its *change* is the same in float64, where only another formula makes a difference.
@@ -20,6 +21,10 @@ A rewrite diverges
 - by its precision, where the formula is the same and the local error is still more than `FACTOR` times the noise, and
   more than `FACTOR` units in the last place: the noise of a few elements can be small by luck, and one more rounding
   in the middle of a sum is no fault.
+
+A node diverges where its change is more than `FACTOR` times the noise, or its error more than `CUMULATIVE` times: noise
+grows down a graph as it likes. That is charged to nobody where a lossy rewrite or one at fault lies upstream; where
+none does, the order of execution is at fault, since every computation is right by itself.
 """
 
 from __future__ import annotations

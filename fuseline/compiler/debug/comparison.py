@@ -83,7 +83,11 @@ class RewriteError:
 
 @dataclass
 class NodeError:
-    """One node of the rewritten program: its error, the noise of the captured one, the rewrite that last touched it."""
+    """One node of the rewritten program, run from its inputs on.
+
+    noise: the error of the captured node; change: the error where both programs run in float64; rewrite: the last one
+    that touched it.
+    """
 
     node: str
     stands_for: str
@@ -92,6 +96,7 @@ class NodeError:
     line: str | None
     error: float
     noise: float
+    change: float
     ok: bool
     rewrite: Rewrite | None = None
     explained: bool = False  # a lossy rewrite, or one at fault, lies upstream
@@ -99,17 +104,17 @@ class NodeError:
     def to_json(self) -> dict[str, Any]:
         return {
             "node": self.node, "stands_for": self.stands_for, "op": self.op, "region": self.region, "line": self.line,
-            "error": self.error, "noise": self.noise, "diverges": not self.ok, "explained": self.explained,
-            "rewrite": self.rewrite.number if self.rewrite is not None else None,
+            "error": self.error, "noise": self.noise, "change": self.change, "diverges": not self.ok,
+            "explained": self.explained, "rewrite": self.rewrite.number if self.rewrite is not None else None,
         }  # fmt: skip
 
 
-def node_error(cell: Cell, error: float, noise: float, ok: bool, claim: Claim) -> NodeError:
+def node_error(cell: Cell, error: float, noise: float, change: float, ok: bool, claim: Claim) -> NodeError:
     """What was measured of a cell that must have a claimed value."""
     line = source_line(cell.node) if cell.node is not None else None
     op = str(getattr(cell.target, "_opname", None) or getattr(cell.target, "__name__", cell.kind))
     last = claim.rewrites[-1] if claim.rewrites else None
-    return NodeError(cell.name, claim.cell.name, op, cell.region, line, error, noise, ok, last)
+    return NodeError(cell.name, claim.cell.name, op, cell.region, line, error, noise, change, ok, last)
 
 
 @dataclass

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+import torch.utils._pytree as pytree
 
 from ..precision import clone, error
 
@@ -16,7 +16,7 @@ def deviation(actual: Any, reference: Any) -> float:
     if not fits(actual, reference):
         return math.inf
     worst = 0.0
-    for a, r in zip(tree_leaves(actual), tree_leaves(reference), strict=True):
+    for a, r in zip(pytree.tree_leaves(actual), pytree.tree_leaves(reference), strict=True):
         if isinstance(a, torch.Tensor):
             worst = max(worst, _error(a, r))
         elif isinstance(a, (int, float)) and isinstance(r, (int, float)):
@@ -42,7 +42,7 @@ def _largest(tensor: torch.Tensor) -> float:
 
 def fits(actual: Any, reference: Any) -> bool:
     """Whether two values have the same structure and shapes."""
-    first, second = tree_leaves(actual), tree_leaves(reference)
+    first, second = pytree.tree_leaves(actual), pytree.tree_leaves(reference)
     return len(first) == len(second) and all(
         getattr(a, "shape", None) == getattr(r, "shape", None) for a, r in zip(first, second, strict=True)
     )
@@ -50,7 +50,7 @@ def fits(actual: Any, reference: Any) -> bool:
 
 def floating(value: Any) -> list[torch.Tensor]:
     """The floating-point tensors of a value."""
-    return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 def is_finite(value: Any) -> bool:
@@ -65,7 +65,7 @@ def last_place(value: Any) -> float:
 
 def types(value: Any) -> Any:
     """A value's dtypes, in its own structure."""
-    return tree_map(lambda x: x.dtype if isinstance(x, torch.Tensor) else None, value)
+    return pytree.tree_map(lambda x: x.dtype if isinstance(x, torch.Tensor) else None, value)
 
 
 def narrow(wide: Any, dtypes: Any) -> Any:
@@ -79,7 +79,7 @@ def narrow(wide: Any, dtypes: Any) -> Any:
 
 def snapshot(value: Any) -> Any:
     """A copy that later writes don't reach."""
-    return tree_map(clone, value)
+    return pytree.tree_map(clone, value)
 
 
 def describe(value: Any) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..errors import UserError
+from ..observe.repro import reproducing
 from ..pipeline import Pipeline
 from ..program import Program
 from .check import Check, Verdict
@@ -22,6 +23,7 @@ from .reproducer import alike
 from .search import Case, Enough, Search
 
 ROUNDS = 12
+PATIENCE = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,13 @@ class SameFault:
         return not alike(found, self.wanted)
 
 
+def _patient(check: Checker) -> Checker:
+    """The check to record: a fresh process, on a busy machine, needs longer for what does not hang."""
+    if isinstance(check, Check) and check.seconds is not None:
+        return replace(check, seconds=max(check.seconds, PATIENCE))
+    return check
+
+
 def failing(check: Checker, case: Case, wanted: Verdict | None, repeat: int = 1) -> Verdict | None:
     """What the check finds in a case, if it is a fault, and the wanted one where there is one; tried up to `repeat`
     times, since some do not show at every run."""
@@ -107,6 +116,7 @@ def reduce(
     most: int | None = None,
     seconds: float | None = None,
     repeat: int = 1,
+    wanted: Verdict | None = None,
     improved: Callable[[Case, Verdict], None] = lambda case, verdict: None,
     checked: Callable[[str], None] = lambda what: None,
 ) -> Reduction:
@@ -115,19 +125,41 @@ def reduce(
     Args:
         most, seconds: checks and time that the search may take.
         repeat: how often a check is tried that finds nothing, for a fault that does not show at every run.
+        wanted: what was found before, if it is that and nothing else.
         improved: told each smaller case; checked: told each check before it is made.
 
     Raises:
-        UserError: the check finds nothing wrong.
+        UserError: the check finds nothing wrong, or another fault than the wanted one.
     """
+    with reproducing(list):  # what fails here fails on purpose
+        return _reduce(program, pipeline, check, most, seconds, repeat, wanted, improved, checked)
+
+
+def _reduce(
+    program: Program,
+    pipeline: Pipeline,
+    check: Checker,
+    most: int | None,
+    seconds: float | None,
+    repeat: int,
+    told: Verdict | None,
+    improved: Callable[[Case, Verdict], None],
+    checked: Callable[[str], None],
+) -> Reduction:
     started = time.monotonic()
     before = Case(program, pipeline)
     checked("the fault as it is")
-    wanted = failing(check, before, None, repeat)
+    wanted = failing(check, before, told, repeat)
     if wanted is None:
+        if told is not None:
+            raise UserError(
+                f"it does not fail as it did: {str(told).splitlines()[0]}",
+                remedy="fuseline repro FILE    what it does now; with --check any, reduce takes any fault",
+            )
         raise UserError(
-            f"there is nothing to reduce: {check} finds nothing wrong with {pipeline} here",
-            remedy="another --check, or --repeat 10 for a fault that does not show at every run",
+            f"there is nothing to reduce: nothing is wrong with {pipeline} here",
+            [f"checked for: {check}"],
+            "another --check, or --repeat 10 for a fault that does not show at every run",
         )
     check = narrowed(check, wanted)
     if isinstance(check, Check) and check.seconds is None:  # a smaller case may not end at all
@@ -136,7 +168,7 @@ def reduce(
     culprit = find_culprit(renewed(check), program, pipeline, wanted, repeat, say)
     judge = SameFault(check, wanted, culprit, pipeline, repeat)
     search = Search(before, wanted, judge, culprit, most, seconds, improved, checked, started=started)
-    return replace(run(search), check=judge.check)
+    return replace(run(search), check=_patient(judge.check))
 
 
 def run(search: Search) -> Reduction:

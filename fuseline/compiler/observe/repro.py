@@ -23,7 +23,7 @@ from ..action import Observer
 from ..errors import FuselineError, UserError, VerificationError
 from ..framework import Pass
 from ..program import Program
-from ..report import Report
+from ..report import PassReport, Report
 from .ambient import register_ambient
 
 if TYPE_CHECKING:
@@ -50,21 +50,30 @@ class Repro(Observer):
         self.stages: list[tuple[Pass, Program]] = []
         self.pipeline: Pipeline | None = None
         self.captured: Program | None = None
-        self.ended = False
+        self.done, self.ended = 0, False
 
     def pipeline_starts(self, pipeline: Pipeline, program: Program) -> None:
         self.pipeline, self.captured = pipeline, program.copy()
-        self.stages, self.ended = [], False
+        self.stages, self.done, self.ended = [], 0, False
 
     def pass_starts(self, step: Pass, program: Program) -> None:
         self.stages.append((step, program.copy()))
+
+    def pass_ends(self, step: Pass, program: Program, report: PassReport) -> None:
+        self.done = len(self.stages)
 
     def pipeline_ends(self, program: Program, report: Report) -> None:
         self.ended = True
 
     def stopped(self, error: Exception) -> None:
-        if isinstance(error, FuselineError) and not isinstance(error, UserError):
+        if not isinstance(error, FuselineError) or isinstance(error, UserError):
+            return
+        if self.done == len(self.stages) and not isinstance(error, VerificationError):
+            return  # between passes: one of them needs another before it
+        try:
             note(error, self.explain(error))
+        except Exception as failure:  # whatever it is, the user wants to hear of the first error
+            note(error, f"reproducer: none: {type(failure).__name__}: {failure}")
 
     def explain(self, error: FuselineError) -> str:
         """Writes a reproducer of an error that a pipeline just raised; what to tell the user of it."""

@@ -26,7 +26,8 @@ def execute(path: str | Path) -> Any:
     module = _import(path)
     flat = examples(module.STAGE["tensors"], path.parent)
     if flat is None:
-        raise UserError(f"{path.name} holds types and no values", remedy="dump again with tensors=True")
+        remedy = f"fuseline repro {path}" if "pipeline" in module.STAGE else "dump again with tensors=True"
+        raise UserError(f"{path.name} holds types and no values", remedy=remedy)
     expressions = [Param(e) if isinstance(e, str) else Expression.from_json(e) for e in module.WEIGHTS.values()]
     binder = Binder(expressions, {name: entry["index"] for name, entry in module.PARAMETERS.items()})
     with torch.no_grad():

@@ -70,13 +70,23 @@ def repro(
 
 def _here(path: Path, repeat: int | None) -> dict[str, Any]:
     """Runs a reproducer in this process."""
-    read = load_reproducer(path)
+    read = _read(path)
     check = parse_check(read.check)
     try:
         found, status = _run(read, check, repeat or read.repeat)
     except Exception as error:  # not in a pass: the program itself does not run here
         found, status = Verdict("crash", f"the program does not run here: {error}"), "different"
     return _data(read, found, status)
+
+
+def _read(path: Path) -> Reproducer:
+    """A reproducer's file. That it cannot be read has an exit code of its own: 1 means that it fails alike."""
+    try:
+        return load_reproducer(path)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _run(read: Reproducer, check: Judge, repeat: int) -> tuple[Verdict, str]:
@@ -93,7 +103,7 @@ def _run(read: Reproducer, check: Judge, repeat: int) -> tuple[Verdict, str]:
 
 def _fresh(path: Path, seconds: float) -> dict[str, Any]:
     """Runs a reproducer in a fresh process."""
-    read = load_reproducer(path)
+    read = _read(path)
     proof = prove(path, seconds)
     if proof.found is not None:
         return proof.found

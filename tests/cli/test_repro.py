@@ -144,7 +144,7 @@ def test_a_fresh_process_by_default(cli: Callable, crash: Path) -> None:
     assert cli("repro", str(crash)).code == 3
     edit(crash, "'check': 'crash'", "'check': 'crush'")
     result = cli("repro", str(crash))
-    assert result.code == 1 and "a fresh process cannot run" in result.err and "crush" in result.err
+    assert result.code == 2 and "a fresh process cannot run" in result.err and "crush" in result.err
 
 
 @pytest.mark.slow

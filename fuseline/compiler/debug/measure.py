@@ -19,7 +19,7 @@ from .effects import Effects
 from .schedule import Schedule
 
 # How many times the noise rounding may be: of one rewrite, and of a node after everything before it. Each linear, norm,
-# attention and activation of a model of 30 layers in another spelling (393 rewrites, float32 and bfloat16) came to 1.8 times the
+# attention and activation of a 30-layer model in other words (393 rewrites, float32 and bfloat16) came to 1.8 times the
 # noise by itself, and to 6.3 times down the graph.
 FACTOR = 8
 CUMULATIVE = 32

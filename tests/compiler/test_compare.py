@@ -253,6 +253,40 @@ def test_inputs_that_are_written_to_are_compared_after_the_run() -> None:
     assert all(o.ok for o in untouched)
 
 
+@pytest.mark.slow
+def test_a_decoding_step_over_a_static_cache() -> None:
+    """The graphs that Dynamo captures, on the arguments of a call, caches that are written in place among them."""
+    from fuseline.compiler.capture import from_dynamo
+    from fuseline.compiler.precision import clone
+
+    seen: list[tuple[Program, list[object]]] = []
+
+    def backend(module, inputs):
+        program = from_dynamo(module, inputs)
+
+        def run(*flat):
+            if all(program is not known for known, _ in seen):
+                seen.append((program, [clone(x) for x in flat]))
+            return program.run(flat)
+
+        return run
+
+    model = tiny_llama()
+    model.compile(backend=backend)
+    with torch.no_grad():
+        model.generate(torch.ones(2, 6, dtype=torch.int64), max_new_tokens=4, cache_implementation="static")
+    torch.compiler.reset()
+    assert [len(program.mutated) for program, _ in seen] == [2, 6]
+    for program, flat in seen:
+        assert compare(program, Pipeline("raise,fuse"), flat).ok
+    decode, flat = seen[1]
+    lossy = compare(decode, Pipeline("raise,quantize{weights=int8},fuse"), flat)
+    states = {o.name: o.error for o in lossy.outputs if o.name.startswith("state")}
+    assert lossy.ok and len(states) == 6 and max(states.values()) > 1e-4
+    wrong = compare(decode, passes("raise", "quantize{weights=int8}", Norms(how="eps"), "fuse"), flat)
+    assert [f.rewrite.pass_name for f in wrong.faults] == ["norms"]
+
+
 def test_the_callers_tensors_stay_as_they_are() -> None:
     flat = [torch.randn(4, 4), torch.randn(4, 4)]
     program = traced(written, *flat)

@@ -13,6 +13,7 @@ from fuseline.compiler.observe import Dump
 from fuseline.compiler.precision import error, floats
 from fuseline.compiler.provenance import makers, module_path, source_line
 from fuseline.compiler.stage import Recipe, is_stage, load_stage, render
+from fuseline.compiler.stage.tensors import placed
 from fuseline.compiler.structure import same_structure
 from fuseline.compiler.verifier import verify
 from tests.helpers.models import Mlp, Tied, tiny_llama
@@ -148,6 +149,11 @@ def test_values_from_the_text_or_from_a_seed(mlp: Program, tmp_path: Path) -> No
     with pytest.raises(UserError, match="too many to write into one file"):
         big = fuseline.capture(torch.nn.Linear(1024, 1025), (torch.randn(1, 1024),))
         written(big, tmp_path)
+
+
+def test_values_go_where_the_entries_say() -> None:
+    flat = placed([torch.ones(2), 3, torch.ones(1)], [{"index": 0, "device": "meta"}, {"index": 1}, {"index": 2}])
+    assert flat[0].is_meta and flat[1] == 3 and flat[2].device.type == "cpu"
 
 
 class Cache(torch.nn.Module):

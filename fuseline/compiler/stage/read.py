@@ -20,7 +20,7 @@ from ..program import Program, Source
 from ..rewriter import fake_call, fake_weight
 from .render import FORMAT
 from .statements import Method, Reader
-from .tensors import examples
+from .tensors import examples, placed
 
 
 def is_stage(path: str | Path) -> bool:
@@ -44,6 +44,8 @@ def load_stage(path: str | Path) -> Program:
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     symbols = compat.new_symbols(mode, stage["symbols"])
     flat = examples(stage["tensors"], path.parent)
+    if flat is not None:
+        flat = placed(flat, [*stage["inputs"].values(), *tables["PARAMETERS"].values()])
     program = Program(
         GraphModule(torch.nn.Module(), Graph()),
         mode,

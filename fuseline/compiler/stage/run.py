@@ -13,7 +13,7 @@ from ..binder import Binder
 from ..errors import UserError
 from ..expressions import Expression, Param
 from ..precision import error, floats
-from .tensors import examples
+from .tensors import examples, placed
 
 
 def execute(path: str | Path) -> Any:
@@ -28,6 +28,7 @@ def execute(path: str | Path) -> Any:
     if flat is None:
         remedy = f"fuseline repro {path}" if "pipeline" in module.STAGE else "dump again with tensors=True"
         raise UserError(f"{path.name} holds types and no values", remedy=remedy)
+    flat = placed(flat, [*module.STAGE["inputs"].values(), *module.PARAMETERS.values()])
     expressions = [Param(e) if isinstance(e, str) else Expression.from_json(e) for e in module.WEIGHTS.values()]
     binder = Binder(expressions, {name: entry["index"] for name, entry in module.PARAMETERS.items()})
     with torch.no_grad():

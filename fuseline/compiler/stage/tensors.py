@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,15 @@ def examples(entry: dict[str, Any], directory: Path) -> list[Any] | None:
         found = {name: _draw(like, generator) for name, like in entry["like"].items()}
     for name, tensor in found.items():
         flat[int(name.removeprefix("argument_"))] = tensor
+    return flat
+
+
+def placed(flat: list[Any], entries: Iterable[dict[str, Any]]) -> list[Any]:
+    """The arguments on the devices that their entries name, where this machine has those."""
+    for entry in entries:
+        device, value = torch.device(entry.get("device", "cpu")), flat[entry["index"]]
+        if isinstance(value, torch.Tensor) and (device.type != "cuda" or torch.cuda.is_available()):
+            flat[entry["index"]] = value.to(device)
     return flat
 
 

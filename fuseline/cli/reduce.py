@@ -174,8 +174,10 @@ def _show(output: Output, data: dict[str, Any]) -> None:
     output.line(f"pipeline: {data['pipeline']}")
     culprit = data["culprit"]
     if culprit is not None and culprit["rule"]:
-        output.line(f"rule: {culprit['pass']}/{culprit['rule']} of {culprit['location'] or 'an unknown place'}")
-        output.line(f"site: {culprit['site']}{'  ' + culprit['line'] if culprit['line'] else ''}")
+        rows = [("rule", f"{culprit['pass']}/{culprit['rule']}  {culprit['location'] or 'unknown'}")]
+        rows += [("site", culprit["site"]), ("line", culprit["line"] or "unknown")]
+        for name, text in rows:
+            output.console.print(f"{name}: {text}", soft_wrap=True)
     output.console.print()
     output.console.print(data["code"], soft_wrap=True)
     how = "" if data["complete"] else "; stopped before it was done"

@@ -46,7 +46,7 @@ def test_a_check_says_what_is_interesting(cli: Callable, stage: Path, tmp_path: 
     read = load_reproducer(out)
     assert targets(read.program) == [aten.silu.default] and str(read.pipeline) == "wrong-scale"
     assert (read.scope, read.values, read.check) == ("reduced", "random", "error")
-    assert "rule: wrong-scale/OffByAPercent of " in result.out and "torch.ops.aten.silu.default(" in result.out
+    assert "rule: wrong-scale/OffByAPercent  " in result.out and "torch.ops.aten.silu.default(" in result.out
     assert "it fails alike in a fresh process" in result.out.replace("\n", " ")
     assert "fuseline repro" in result.out.rstrip().splitlines()[-1]
     data = json.loads(answer.read_text())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .check import Verdict
-from .commands import run_words
+from .commands import QUIET, run_words
 from .search import Case
 
 PLACE = "{}"
@@ -66,4 +66,4 @@ class CommandJudge:
             words = [word.replace(PLACE, str(path)) for word in self.command]
             if words == self.command:
                 words.append(str(path))
-            return run_words(words, dict(os.environ), self.seconds)
+            return run_words(words, {**os.environ, **QUIET}, self.seconds)

@@ -20,6 +20,8 @@ CANNOT_TELL = 125  # the exit code by which a command says that this run can't b
 
 _ERROR = re.compile(r"(error: |[\w.]*(Error|Exception|Failed)\b)")
 
+QUIET = {"FUSELINE_REPRO": "off"}  # what fails in a search fails on purpose, and leaves no reproducers
+
 
 @dataclass
 class Command:
@@ -40,7 +42,7 @@ class Command:
     def __call__(self, limit: int | None, skip: frozenset[int] = frozenset()) -> Outcome:
         with tempfile.TemporaryDirectory(prefix="fuseline-") as journal:
             variables = {k: v for k, v in os.environ.items() if k not in VARIABLES}
-            variables |= {**self.environment, "FUSELINE_JOURNAL": journal, **_limits(limit, skip)}
+            variables |= {**QUIET, **self.environment, "FUSELINE_JOURNAL": journal, **_limits(limit, skip)}
             code, self.output = run_words(self.words, variables, self.seconds)
             entries = read_journal(Path(journal))
         if code is None:

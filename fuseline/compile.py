@@ -27,6 +27,7 @@ from .compiler.program import Program
 from .compiler.reads import refuse_dropped
 from .compiler.report import Report
 from .compiler.sharded import refuse_derived
+from .failures import explain_lowering
 from .runtime.executable import Executable
 from .runtime.graphs import CudaGraphs, Layout
 from .runtime.leftovers import CHOICES, Leftover, install
@@ -123,7 +124,12 @@ def compile_program(
         "inductor": _through_inductor,
         "triton": partial(_kernels, leftovers=leftovers),
     }
-    executable = targets[chosen](after, inputs, result)
+    try:
+        executable = targets[chosen](after, inputs, result)
+    except Exception as error:
+        if chosen == "triton":
+            explain_lowering(error, program, pipeline)
+        raise
     executable.binder(inputs)
     if cuda_graphs and chosen == "triton":
         executable.graphs = _cuda_graphs(after, executable)

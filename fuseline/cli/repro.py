@@ -108,9 +108,7 @@ def _fresh(path: Path, seconds: float) -> dict[str, Any]:
     if proof.found is not None:
         return proof.found
     if proof.status == "unusable":
-        raise FuselineError(
-            f"a fresh process cannot run {path}: {proof.reason}", remedy=f"fuseline repro {path} --here"
-        )
+        raise UserError(f"a fresh process cannot run {path}: {proof.reason}", remedy=f"fuseline repro {path} --here")
     return _data(read, Verdict("hang" if "not done" in proof.reason else "crash", proof.reason), proof.status)
 
 

@@ -12,6 +12,7 @@ from fuseline.compiler.action import Observer
 from fuseline.compiler.errors import UserError, VerificationError
 from fuseline.compiler.framework import Tier
 from fuseline.compiler.observe.repro import OFF, VARIABLE, Repro, note, reproducing
+from fuseline.failures import of_lowering
 from fuseline.runtime.location import cache_root
 
 VERBS = ("run", "opt", "kernels")  # other verbs run what fails on purpose
@@ -50,7 +51,8 @@ def _explain(error: Exception, last: Repro) -> None:
         if isinstance(ours, VerificationError):
             said = _of_results(last)
         elif any(f"{os.sep}codegen{os.sep}" in frame.filename for frame in frames):
-            said = _of_lowering(last)
+            assert last.captured is not None
+            said = of_lowering(last, last.captured, last.pipeline)
         else:
             return
     except Exception as failure:  # whatever it is, the user wants to hear of the first error
@@ -72,16 +74,6 @@ def _of_results(last: Repro) -> str | None:
             if verdict:
                 return last.write(step.name, "error", verdict, [("local", case)])
     return None
-
-
-def _of_lowering(last: Repro) -> str | None:
-    from fuseline.codegen.check import LowerCheck
-    from fuseline.compiler.debug.search import Case
-
-    assert last.captured is not None and last.pipeline is not None
-    case = Case(last.captured, last.pipeline)
-    verdict = LowerCheck()(case.program, case.pipeline)
-    return last.write("lower", "lower", verdict, [("global", case)]) if verdict else None
 
 
 def _say(line: str) -> None:

@@ -126,7 +126,7 @@ def test_repro_as_the_command(cli: Callable, stage: Path, tmp_path: Path) -> Non
     made, out = tmp_path / "made.py", tmp_path / "small.py"
     assert cli("repro", str(stage), "-p", "crash-at-add", "-o", str(made)).code == 0
     command = (sys.executable, "-m", "fuseline", "repro", "{}", "--here", "--quiet")
-    result = cli("reduce", str(made), "-o", str(out), "--most", "25", "--", *command)
+    result = cli("reduce", str(made), "-o", str(out), "--most", "8", "--", *command)
     assert result.code == 0, result.err
     read = load_reproducer(out)
     assert len(calls(read.program)) < 24 and read.verdict.kind == "crash"

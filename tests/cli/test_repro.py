@@ -15,7 +15,7 @@ from fuseline import Pipeline, Program
 from fuseline.compiler.debug.check import Check
 from fuseline.compiler.debug.reproducer import load_reproducer, write_reproducer
 from fuseline.compiler.stage import Recipe, render
-from tests.helpers import faulty
+from tests.helpers import faulty  # noqa: F401  its passes register themselves
 from tests.helpers.models import Mlp
 
 
@@ -183,10 +183,22 @@ def test_a_kernel_that_does_not_compile(cli: Callable, stage: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_code_that_cannot_be_generated_leaves_one(cli: Callable, tmp_path: Path, monkeypatch) -> None:
     """A fault of an emitter: an exception of any kind, behind the passes."""
+    monkeypatch.setenv("FUSELINE_REPRO", str(tmp_path / "left"))
+    result = cli("kernels", "demo:tiny-decoder", "-p", "wrong-kernel{written=false},fuse")
+    (path,) = (tmp_path / "left").glob("*.py")
+    assert result.code == 1 and "LookupError: no expression for this op" in result.err
+    assert f"reproducer: {path} (fails alike in a fresh process)" in result.err
+    read = load_reproducer(path)
+    assert (read.check, read.values) == ("lower", "none") and "does not lower" in read.verdict.message
+
+
+@pytest.mark.slow
+def test_a_fault_of_this_process_alone_leaves_none(cli: Callable, tmp_path: Path, monkeypatch) -> None:
     from fuseline.codegen.expressions import RULES
 
     monkeypatch.setenv("FUSELINE_REPRO", str(tmp_path / "left"))
-    monkeypatch.setitem(RULES, faulty.faulty_silu.overload, lambda call: call.no_such_attribute)
-    result = cli("kernels", "demo:tiny-decoder", "-p", "wrong-kernel,fuse")
+    monkeypatch.setitem(RULES, torch.ops.aten.silu.default, lambda call: call.no_such_attribute)
+    result = cli("kernels", "demo:tiny-decoder", "-p", "fuse")
     assert result.code == 1 and "no_such_attribute" in result.err
-    assert "reproducer: none that fails alike in a fresh process" in result.err  # the fault is of this process alone
+    assert "reproducer: none that fails alike in a fresh process" in result.err
+    assert not list((tmp_path / "left").glob("*.py"))

@@ -28,12 +28,12 @@ aten = torch.ops.aten
 
 
 class Blocks(torch.nn.Module):
-    """Attention and a gated MLP, three times."""
+    """Attention and a gated MLP, twice."""
 
     def __init__(self, width: int = 8):
         super().__init__()
-        self.attention = torch.nn.ModuleList(torch.nn.Linear(width, 3 * width) for _ in range(3))
-        self.mlps = torch.nn.ModuleList(Mlp(width) for _ in range(3))
+        self.attention = torch.nn.ModuleList(torch.nn.Linear(width, 3 * width) for _ in range(2))
+        self.mlps = torch.nn.ModuleList(Mlp(width) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for attention, mlp in zip(self.attention, self.mlps):
@@ -54,6 +54,11 @@ def reduced(pipeline: str | Pipeline, check: str = "any", program: Program | Non
     return reduce(program or blocks(), Pipeline(pipeline), Check.parse(check), **options)
 
 
+@cache
+def moved_scale() -> Reduction:
+    return reduced("wrong-scale{at=1},fuse")
+
+
 def targets(reduction: Reduction) -> list[str]:
     return [str(n.target) for n in calls(reduction.after.program)]
 
@@ -70,22 +75,22 @@ def targets(reduction: Reduction) -> list[str]:
     ],
 )
 def test_a_fault_comes_down_to_the_nodes_of_its_rule(pipeline: str, kind: str, left: list[str]) -> None:
-    found = reduced(pipeline)
+    found = moved_scale() if "at=1" in pipeline else reduced(pipeline)
     assert found.verdict.kind == kind and found.complete
-    assert targets(found) == left and len(calls(found.before.program)) > 80
+    assert targets(found) == left and len(calls(found.before.program)) > 50
     assert len(found.after.pipeline.passes) == 1 and not found.after.program.weights()
     verify(found.after.program, "full")
 
 
 def test_the_culprit_is_named() -> None:
-    found = reduced("wrong-scale{at=1},fuse")
+    found = moved_scale()
     assert found.culprit is not None and found.culprit.to_json()["rule"] == "OffByAPercent"
     assert found.culprit.site == "mlps.1/silu#0" and "faulty.py:" in found.culprit.location
     assert "helpers/models.py:" in found.culprit.line
 
 
 def test_sizes_symbols_and_options_go_where_the_fault_does_not_need_them() -> None:
-    found = reduced("wrong-scale{at=1}")
+    found = moved_scale()
     assert str(found.after.pipeline) == "wrong-scale"
     assert [tuple(n.meta["val"].shape) for n in found.after.program.placeholders] == [(1, 2, 2)]
     kept = reduced("wrong-at-one-size")  # it shows at other sizes than the captured one alone

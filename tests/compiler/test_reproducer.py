@@ -337,3 +337,16 @@ def test_a_failing_compile_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (path,) = tmp_path.glob("*.py")
     assert f"reproducer: {path} (fails alike in a fresh process)" in str(raised.value)
     assert prove(path).reproduced
+
+
+@pytest.mark.slow
+def test_code_that_cannot_be_generated_names_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torch.compile, for a target that this machine has only by name: it fails before Triton is asked."""
+    monkeypatch.setenv("FUSELINE_REPRO", str(tmp_path))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    torch._dynamo.reset()
+    options = {"pipeline": "wrong-kernel{written=false},fuse", "target": "triton"}
+    with torch.no_grad(), pytest.raises(Exception, match="no expression for this op") as raised:
+        torch.compile(Mlp(), backend="fuseline", options=options)(torch.randn(4, 8))
+    (path,) = tmp_path.glob("*.py")
+    assert f"reproducer: {path} (fails alike in a fresh process)" in str(raised.value)

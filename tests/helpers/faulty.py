@@ -202,14 +202,29 @@ def faulty_silu(x):
 RULES[faulty_silu.overload] = lambda call: f"tl.no_such_function({call.operand('x')})"
 
 
+@op("unwritable_silu(Tensor x) -> Tensor", kind=Kind.POINTWISE)
+def unwritable_silu(x):
+    """silu, for which no code can be generated."""
+    return torch.nn.functional.silu(x)
+
+
+def _unwritable(call):
+    raise LookupError("no expression for this op")
+
+
+RULES[unwritable_silu.overload] = _unwritable
+
+
 @fuseline.register
 @dataclass(frozen=True)
 class WrongKernel(Pass):
-    """Right, and its op's kernel does not compile."""
+    """Right, and its op's kernel does not compile, or cannot even be written."""
 
     name = "wrong-kernel"
+    written: bool = True
 
     def run(self, program, rewriter):
+        op = faulty_silu if self.written else unwritable_silu
         for node in list(program.graph.nodes):
             if node.target is aten.silu.default:
-                rewriter.rewrite(node, [node], lambda new, node=node: new(faulty_silu, node.args[0]), "kernel")
+                rewriter.rewrite(node, [node], lambda new, node=node: new(op, node.args[0]), "kernel")

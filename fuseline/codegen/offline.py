@@ -108,7 +108,8 @@ def _from_files(kernel: Kernel, target: str, files: Mapping[str, bytes]) -> Comp
     try:
         metadata = json.loads(files["json"])
         asm: dict[str, str | bytes] = {binary: files[binary], text: files[text].decode()}
-        return Compiled(kernel, target, *(metadata[key] for key in _FIGURES), asm, stored=True)
+        shared, warps, stages = (metadata[key] for key in _FIGURES)
+        return Compiled(kernel, target, shared, warps, stages, asm, stored=True)
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -149,8 +150,8 @@ def _compile(kernel: Kernel, target: str) -> tuple[Compiled, str]:
             remedy=f"read it in {path}",
         ) from error
     metadata = json.dumps(compiled.metadata._asdict(), default=vars)
-    figures = (getattr(compiled.metadata, key) for key in _FIGURES)
-    return Compiled(kernel, target, *figures, dict(compiled.asm)), metadata
+    shared, warps, stages = (getattr(compiled.metadata, key) for key in _FIGURES)
+    return Compiled(kernel, target, shared, warps, stages, dict(compiled.asm)), metadata
 
 
 @cache

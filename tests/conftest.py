@@ -17,3 +17,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def only_own_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes of this package alone: the modules of other tests register faulty ones in the same process."""
+    from fuseline.compiler import registry
+
+    own = {name: kind for name, kind in registry.available().items() if kind.__module__.startswith("fuseline.")}
+    monkeypatch.setattr(registry, "_known", own)

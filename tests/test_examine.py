@@ -14,6 +14,8 @@ from fuseline.compiler.report import Report
 from fuseline.models.decoder import TinyDecoder
 from fuseline.runtime.executable import Executable
 
+pytestmark = pytest.mark.usefixtures("only_own_passes")
+
 
 @pytest.fixture(autouse=True)
 def _fresh():

@@ -54,6 +54,12 @@ def test_decorator(run: Callable[..., str]) -> None:
     assert 0 < error < 0.05
 
 
+def test_buggy_pass(run: Callable[..., str]) -> None:
+    printed = run("buggy_pass.py")
+    assert re.search(r"^rewrite \d+ of \d+, after \d+ runs: layers\.0\.q/linear#0$", printed, re.MULTILINE), printed
+    assert "layers_0_q_weight" in printed
+
+
 def test_own_pass(run: Callable[..., str]) -> None:
     printed = run("own_pass.py")
     assert "swish: 1 rewritten" in printed and "swish{narrow}: 2 rewritten" in printed

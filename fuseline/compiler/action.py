@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
@@ -43,11 +44,17 @@ class Action:
     def location(self) -> str | None:
         """`file:line` of the rule's class, or of the function that builds the replacement."""
         source = getattr(self.source, "inner", self.source)  # a rule around a rule names the one inside
-        code = source if inspect.isroutine(source) else type(source)
-        try:
-            return f"{inspect.getsourcefile(code)}:{inspect.getsourcelines(code)[1]}"
-        except (OSError, TypeError):
-            return None
+        code: Any = source.__code__ if inspect.isfunction(source) else type(source)
+        return _location(code)
+
+
+@lru_cache(maxsize=1024)
+def _location(code: Any) -> str | None:
+    """Where a class or a function's code is written; looked up once, since finding it reads the file."""
+    try:
+        return f"{inspect.getsourcefile(code)}:{inspect.getsourcelines(code)[1]}"
+    except (OSError, TypeError):
+        return None
 
 
 class PassEnds(Exception):

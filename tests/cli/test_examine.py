@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("only_own_passes")
+
 TINY = "demo:tiny-decoder"
 MODELS = """
 import torch

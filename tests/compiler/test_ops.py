@@ -42,7 +42,8 @@ EACH = [pytest.param(name, args, id=f"{name}-{i}") for name, cases in CASES.item
 
 
 def test_every_op_has_a_case() -> None:
-    assert set(ops.REGISTRY) <= set(CASES) | {"hadamard"}
+    own = {name for name, op in ops.REGISTRY.items() if op.naive.__module__.startswith("fuseline.")}  # not other tests'
+    assert own and own <= set(CASES) | {"hadamard"}
 
 
 @pytest.mark.parametrize(("name", "args"), EACH)

@@ -12,7 +12,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import compat
 from ..action import Action, Observer
@@ -35,12 +35,11 @@ class Logged(Observer):
         capture = compat.capture_id()
         self._graph = f"graph {capture}" if capture is not None else f"run {next(_runs)}"
         self._started, self._nodes, self._rewrites = time.perf_counter(), len(program), 0
-        self._locations: dict[Any, str | None] = {}
 
     def rewritten(self, action: Action, program: Program) -> None:
         self._rewrites = action.number
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s: %s, by %s", self._graph, action, self._location(action))
+            log.debug("%s: %s, by %s", self._graph, action, action.location)
 
     def pass_ends(self, step: Pass, program: Program, report: PassReport) -> None:
         counts = f"{_count(report.matched, 'site')}, {len(report.refused)} refused"
@@ -57,13 +56,6 @@ class Logged(Observer):
     def failed(self, step: Pass, program: Program, error: BaseException) -> None:
         headline = str(error).splitlines()[0] if str(error) else type(error).__name__
         log.info("%s: %s failed behind rewrite %d: %s", self._graph, step.name, self._rewrites, headline)
-
-    def _location(self, action: Action) -> str | None:
-        """Where the rule is written, looked up once a rule."""
-        kind = getattr(action.source, "__code__", type(action.source))
-        if kind not in self._locations:
-            self._locations[kind] = action.location
-        return self._locations[kind]
 
 
 def _count(number: int, noun: str) -> str:

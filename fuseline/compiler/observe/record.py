@@ -58,7 +58,7 @@ class Record(Observer):
         self._number, self._sources = Numbers(), Sources()
         self._states: dict[int, tuple[dict[str, Any], int]] = {}
         self._reports: list[tuple[PassReport, list[dict[str, Any]]]] = []
-        self._locations: dict[Any, str | None] = {}
+        self._locations: dict[str | None, str | None] = {}
         self._sites: dict[str, int] = {}
         self._opened: tuple[int, float] = (0, 0.0)
         self.data = {
@@ -144,15 +144,15 @@ class Record(Observer):
         return known[1]
 
     def _describe(self, action: Action) -> dict[str, Any]:
-        kind = getattr(action.source, "__code__", type(action.source))
-        if kind not in self._locations:
-            self._locations[kind] = self._sources.rule(action.location)
+        where = action.location
+        if where not in self._locations:
+            self._locations[where] = self._sources.rule(where)
         number: Any = self._number
         return {
             "number": action.number,
             "pass": len(self._reports),
             "rule": action.rule,
-            "location": self._locations[kind],
+            "location": self._locations[where],
             "site": action.site,
             "root": number(action.root),
             "match": [number(node) for node in action.removed],

@@ -9,18 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from fuseline.cli import options
+from fuseline.cli.checking import SECONDS, parse_bounded
 from fuseline.cli.command import command_of, graph_or_command
 from fuseline.cli.graphs import load_program
 from fuseline.cli.output import Output
 from fuseline.cli.render import following
 from fuseline.compiler.debug.bisect import Bisection, Culprit
-from fuseline.compiler.debug.check import Check
 from fuseline.compiler.debug.commands import Command
 from fuseline.compiler.debug.in_process import InProcess
-from fuseline.compiler.errors import UserError
 from fuseline.compiler.pipeline import DEFAULT, Pipeline
 
-IN_PROCESS_SECONDS = 120.0
 COMMAND_SECONDS = 600.0
 
 
@@ -47,7 +45,9 @@ def bisect(
         run: Any = Command(command, timeout or COMMAND_SECONDS, match)
     else:
         assert graph is not None
-        run = InProcess(load_program(graph), Pipeline(pipeline), _check(check, timeout, Pipeline(pipeline)))
+        passes, wanted = Pipeline(pipeline), parse_bounded(check, Pipeline(pipeline))
+        wanted = dataclasses.replace(wanted, seconds=timeout or wanted.seconds or SECONDS)
+        run = InProcess(load_program(graph), passes, wanted)
     found = Bisection(run, runs, confidence, flaky, progress=lambda line: print(line, file=sys.stderr)).search()
     again = _again(run, graph, pipeline, found)
     show(output, found, again)
@@ -60,17 +60,6 @@ def bisect(
         following(output, f"fuseline why {name} {found.entry.site.partition('/')[0]} GRAPH", "what the rule looks for")
     output.write({**dataclasses.asdict(found), "commands": again})
     raise typer.Exit(0 if found.kind == "nothing" else 1)
-
-
-def _check(text: str, timeout: float | None, pipeline: Pipeline) -> Check:
-    check = Check.parse(text)
-    if "error" in check.kinds and check.bound is None and pipeline.lossy:
-        names = ", ".join(f"'{step.name}'" for step in pipeline.lossy)
-        raise UserError(
-            f"{names} approximates: how large an error is one too many has to be said",
-            remedy=f"--check '{text}|error:0.1'" if text != "any" else "--check 'any|error:0.1'",
-        )
-    return dataclasses.replace(check, seconds=timeout or check.seconds or IN_PROCESS_SECONDS)
 
 
 def _again(run: Any, graph: str | None, pipeline: str, found: Culprit) -> dict[str, str]:

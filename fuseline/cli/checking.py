@@ -26,6 +26,16 @@ def parse_check(text: str, pipeline: Pipeline | None = None) -> Judge:
         from fuseline.codegen.check import LowerCheck
 
         return LowerCheck.parse(text)
+    check = parse_bounded(text, pipeline)
+    return replace(check, seconds=check.seconds or SECONDS) if "hang" in check.kinds else check
+
+
+def parse_bounded(text: str, pipeline: Pipeline | None = None) -> Check:
+    """A check of passes; one of results says how large an error may be where the pipeline approximates.
+
+    Raises:
+        UserError: for another word, with the nearest; or no bound is given where one is needed.
+    """
     check = Check.parse(text)
     if "error" in check.kinds and check.bound is None and pipeline is not None and pipeline.lossy:
         names = ", ".join(f"'{step.name}'" for step in pipeline.lossy)
@@ -33,7 +43,7 @@ def parse_check(text: str, pipeline: Pipeline | None = None) -> Judge:
             f"{names} approximates: how large an error is one too many has to be said",
             remedy=f"--check '{text}|error:0.1'" if text != "any" else "--check 'any|error:0.1'",
         )
-    return replace(check, seconds=check.seconds or SECONDS) if "hang" in check.kinds else check
+    return check
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-Item = TypeVar("Item")
 
 
 @contextmanager
@@ -27,13 +24,3 @@ def step(progress: Progress, what: str | None = None, count: int = 1) -> None:
     """Advances a bar, and says what is done now."""
     task = progress.task_ids[0]
     progress.update(task, advance=count, **({} if what is None else {"description": what}))
-
-
-def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-    """The items, with a bar that counts them."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)  # type: ignore[arg-type]
-    with bar(what, total) as progress:
-        for item in items:
-            yield item
-            step(progress)

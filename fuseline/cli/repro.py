@@ -18,11 +18,11 @@ from fuseline.compiler.debug.reproducer import (
     Reproducer,
     alike,
     describe,
-    example_bytes,
     load_reproducer,
     versions,
 )
 from fuseline.compiler.errors import FuselineError, UserError
+from fuseline.compiler.stage.tensors import example_bytes
 
 CODES = {"passes": 0, "reproduces": 1, "different": 3}
 SAID = {

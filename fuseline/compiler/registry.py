@@ -13,7 +13,6 @@ A pass that is not installed yet, of a file or a module, is named by the environ
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from importlib.metadata import entry_points
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from .errors import UserError, nearest
 from .framework import Pass
+from .importing import import_file
 
 GROUP = "fuseline.passes"
 VARIABLE = "FUSELINE_PASSES"
@@ -72,12 +72,9 @@ def _import_named(name: str) -> None:
         if path.suffix != ".py":
             importlib.import_module(name)
             return
-        spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
-        if spec is None or spec.loader is None or not path.is_file():
+        if not path.is_file():
             raise FileNotFoundError(f"no such file: {name}")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(path.stem, module)
-        spec.loader.exec_module(module)
+        import_file(path.resolve(), path.stem, keep=path.stem not in sys.modules)
     except Exception as error:
         raise UserError(
             f"{VARIABLE} names '{name}', which cannot be imported",

@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from fuseline.compiler.errors import UserError, nearest
+from fuseline.compiler.importing import import_file
 from fuseline.models.checks import check_weights
 from fuseline.models.huggingface import as_loaded, byte_tokenizer
 from fuseline.models.loaded import LoadedModel
@@ -78,16 +79,11 @@ def _from_file(path: Path) -> ModuleType:
     """The module that a file is; classes in it find it by its name."""
     if not path.is_file():
         raise UserError(f"no such file: {path}")
-    spec = importlib.util.spec_from_file_location("fuseline_model_" + re.sub(r"\W", "_", path.stem), path)
-    assert spec is not None and spec.loader is not None  # of a path that ends in .py
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         with _searched(path.resolve().parent):
-            spec.loader.exec_module(module)
+            return import_file(path, "fuseline_model_" + re.sub(r"\W", "_", path.stem))
     except (ModuleNotFoundError, SyntaxError) as error:
-        del sys.modules[spec.name]
         raise UserError(f"cannot import {path}: {error}") from error
-    return module
 
 
 @contextlib.contextmanager

@@ -11,25 +11,13 @@ from pathlib import Path
 import pytest
 
 import tests.debugging.faults
+from tests.debugging.scripts import HERE
 
 TINY = "demo:tiny-decoder"
-SCRIPT = """
+SCRIPT = (
+    HERE
+    + """
 import sys
-import torch
-import fuseline
-import tests.debugging.faults as faults
-from tests.helpers.models import Mlp
-
-class Here(faults.Fault):
-    name = "here"
-    def before(self, x):
-        return faults.call("silu", x)
-    def _is_here(self, node):
-        return True
-    def after(self, m, new):
-        return new(torch.ops.aten.relu.default, m.x)
-
-faults.FAULTS["here"] = Here
 torch.manual_seed(0)
 model, x = Mlp(), torch.randn(4, 8)
 with torch.no_grad():
@@ -39,6 +27,7 @@ with torch.no_grad():
 print("all is well" if same else "the results differ")
 sys.exit(0 if same else 3)
 """
+)
 
 
 def test_a_fault_is_named_with_its_rule_and_line(cli: Callable, tmp_path: Path) -> None:

@@ -10,24 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.debugging.scripts import HERE
+
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = """
-import torch
+SCRIPT = (
+    HERE
+    + """
 import torch.distributed as dist
-import fuseline
-import tests.debugging.faults as faults
-from tests.helpers.models import Mlp
-
-class Here(faults.Fault):
-    name = "here"
-    def before(self, x):
-        return faults.call("silu", x)
-    def _is_here(self, node):
-        return True
-    def after(self, m, new):
-        return new(torch.ops.aten.relu.default, m.x)
-
-faults.FAULTS["here"] = Here
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 model, x = Mlp(), torch.randn(4, 8)
@@ -39,6 +28,7 @@ dist.all_reduce(wrong)
 dist.destroy_process_group()
 raise SystemExit(wrong.item() > 0)
 """
+)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from .sizes import at_size, other_sizes
 KINDS = ("crash", "verify", "error", "hang")
 # What rounding may add to the noise of the captured graph itself, as max|Δ|/max|reference|.
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+Reference = tuple[str, list[Any], list[torch.Tensor], float]  # size, arguments, results, noise
 _DIGITS = re.compile(r"0x[0-9a-f]+|\d+")
 
 
@@ -70,10 +71,7 @@ class Check:
     message: str | None = None
     seconds: float | None = None
     sizes: bool = True
-    _references: dict[int, list[tuple[str, list[Any], list[torch.Tensor], float]]] = field(
-        default_factory=dict, repr=False
-    )
-    _kept: list[Program] = field(default_factory=list, repr=False)
+    _references: dict[int, tuple[Program, list[Reference]]] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def parse(text: str) -> Check:
@@ -155,10 +153,9 @@ class Check:
         wanted = kind in self.kinds and (self.message is None or re.search(self.message, message) is not None)
         return Verdict(kind, message, size) if wanted else Verdict(None, message, size)
 
-    def _reference(self, program: Program) -> list[tuple[str, list[Any], list[torch.Tensor], float]]:
+    def _reference(self, program: Program) -> list[Reference]:
         """(size, arguments, results in higher precision, noise) at each size, worked out once a program."""
         if id(program) not in self._references:
-            self._kept.append(program)  # its identity stays its own
             assert program.examples is not None
             cases: list[tuple[str, list[Any]]] = [("", list(program.examples))]
             if self.sizes:
@@ -173,8 +170,8 @@ class Check:
                     continue  # a size that the model itself does not take
                 noise = max((error(a, r) for a, r in zip(plain, reference, strict=True)), default=0.0)
                 found.append((size, flat, reference, noise))
-            self._references[id(program)] = found
-        return self._references[id(program)]
+            self._references[id(program)] = program, found  # kept alive, so that its identity stays its own
+        return self._references[id(program)][1]
 
 
 def results(program: Program, flat: Sequence[Any], promoted: bool = False) -> list[torch.Tensor]:

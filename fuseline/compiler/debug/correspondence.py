@@ -22,7 +22,7 @@ from ..action import Action, Observer
 from ..framework import Pass
 from ..program import Program
 from ..provenance import source_line
-from .cells import Cell, Flat, Fragment, cell_of, flatten
+from .cells import Cell, Flat, Fragment, cell_of, flatten, upwards
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -105,29 +105,13 @@ class Claims:
                 else:
                     pending.append((current, True))
                     pending += [(n, False) for n in current.all_input_nodes]
-            found[node] = Fragment(_needed(cells[node]), cells[node])
+            found[node] = Fragment(upwards(cells[node], lambda cell: False), cells[node])
         return found
 
     def claim(self, node: Node, cell: Cell, rewrites: tuple[Rewrite, ...]) -> None:
         """From now on the node has the cell's value; what is known of it already stays."""
         if all(known.cell is not cell for known in self.of.get(node, ())):
             self.of[node] = [*self.of.get(node, ()), Claim(cell, rewrites)]
-
-
-def _needed(root: Cell) -> list[Cell]:
-    """A cell and what it is computed from, inputs first."""
-    found: dict[Cell, None] = {}
-    pending = [(root, False)]
-    while pending:
-        cell, ready = pending.pop()
-        if cell in found:
-            continue
-        if ready or not cell.inputs:
-            found[cell] = None
-        else:
-            pending.append((cell, True))
-            pending += [(i, False) for i in cell.inputs]
-    return list(found)
 
 
 class Correspondence(Observer):

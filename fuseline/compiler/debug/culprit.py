@@ -182,12 +182,12 @@ def narrowed(check: Judge, wanted: Verdict) -> Judge:
     kinds: tuple[str, ...] = (wanted.kind,)
     if wanted.kind == "crash" and wanted.message.startswith(DOES_NOT_RUN):
         kinds = ("crash", "error")
-    return replace(check, kinds=kinds, sizes=check.sizes and bool(wanted.size), _references={}, _kept=[])
+    return replace(check, kinds=kinds, sizes=check.sizes and bool(wanted.size), _references={})
 
 
 def renewed(check: Judge) -> Judge:
     """The same check without the references that it keeps for programs it has seen."""
-    return replace(check, _references={}, _kept=[]) if isinstance(check, Check) else check
+    return replace(check, _references={}) if isinstance(check, Check) else check
 
 
 def _union(names: dict[Node, Names], nodes: dict[Node, None]) -> Names:

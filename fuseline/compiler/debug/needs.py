@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import os
 import site
 import sys
@@ -21,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from .. import registry
 from ..errors import UserError
+from ..importing import import_file
 from ..ops import find
 from ..ops._define import REGISTRY
 from ..pipeline import Pipeline
@@ -169,11 +169,4 @@ def _import(module: str) -> Any:
     if not module.endswith(".py"):
         return importlib.import_module(module)
     name = f"fuseline_script_{Path(module).stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, module)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"no module in {module}")
-        loaded = importlib.util.module_from_spec(spec)
-        sys.modules[name] = loaded
-        spec.loader.exec_module(loaded)
-    return sys.modules[name]
+    return sys.modules[name] if name in sys.modules else import_file(Path(module), name)

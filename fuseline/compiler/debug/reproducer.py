@@ -22,8 +22,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..compat import real_tensors
 from ..errors import UserError
 from ..pipeline import Pipeline
@@ -33,7 +31,6 @@ from ..structure import structural_hash
 from .check import Verdict
 from .needs import fulfil, needs
 
-EMBEDDED_BYTES = 4 << 20  # of values, in the file's own text
 _OFF = re.compile(r" is off by .*")
 _SYMBOL = re.compile(r"\b[su]\w*N\b")
 _SIZES = re.compile(r"N(?:(?: ?[-,*+] ?)N)+")  # a list of sizes, or a sum of some
@@ -157,11 +154,6 @@ def digest(program: Program, *rest: Any) -> str:
     """A short name for a program and what is said of it; the same failure has the same one."""
     text = "\n".join([structural_hash(program), *map(str, rest)])
     return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def example_bytes(program: Program) -> int:
-    """Bytes of the captured arguments, parameters included."""
-    return sum(t.numel() * t.element_size() for t in program.examples or () if isinstance(t, torch.Tensor))
 
 
 def describe(verdict: Verdict) -> dict[str, Any]:

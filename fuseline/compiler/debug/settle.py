@@ -7,11 +7,12 @@ from pathlib import Path
 
 from ..errors import UserError, nearest
 from ..stage import Recipe
+from ..stage.tensors import EMBEDDED_BYTES, example_bytes
 from .check import Verdict
 from .culprit import Judge as Checker
 from .culprit import renewed
 from .reduce import failing
-from .reproducer import EMBEDDED_BYTES, example_bytes, load_reproducer, write_reproducer
+from .reproducer import load_reproducer, write_reproducer
 from .search import Case
 
 VALUES = ("none", "random", "real")

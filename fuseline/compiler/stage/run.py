@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from ..binder import Binder
 from ..errors import UserError
 from ..expressions import Expression, Param
+from ..importing import import_file
 from ..precision import error, floats
 from .tensors import examples, placed
 
@@ -23,7 +23,7 @@ def execute(path: str | Path) -> Any:
         UserError: the stage has no values for its inputs.
     """
     path = Path(path)
-    module = _import(path)
+    module = import_file(path, f"fuseline_stage_{path.stem}", keep=False)
     flat = examples(module.STAGE["tensors"], path.parent)
     if flat is None:
         remedy = f"fuseline repro {path}" if "pipeline" in module.STAGE else "dump again with tensors=True"
@@ -44,12 +44,3 @@ def run_stage(path: str | Path) -> None:
     reference = floats(execute(first)) if first is not None and first.name != Path(path).name else outputs
     for position, (actual, expected) in enumerate(zip(outputs, reference, strict=True)):
         sys.stdout.write(f"output {position}: {list(actual.shape)} error {error(actual, expected):.3g}\n")
-
-
-def _import(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"fuseline_stage_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is not a dumped stage")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..program import Program
 
 FILE = "inputs.safetensors"
-EMBEDDED_BYTES = 4 << 20
+EMBEDDED_BYTES = 4 << 20  # of values, in the file's own text
 
 
 @dataclass(frozen=True)

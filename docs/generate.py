@@ -136,7 +136,8 @@ def passes() -> str:
     parts = [
         "# Passes\n\n"
         "Written by `python docs/generate.py` from the passes' docstrings and options; `fuseline passes NAME` prints\n"
-        "the same page. Every pass also takes `allow_empty`: matching no site is then no error.\n"
+        "the same page. Every pass also takes `allow_empty` (to match no site is then no error) and `expect`: fewer\n"
+        "rewrites than `raise{expect=181}`, or than `raise{expect=RMSNorm:61|Attention:30}` says, are an error.\n"
     ]
     for kind in registry.available().values():
         if not kind.__module__.startswith("fuseline."):
@@ -145,7 +146,7 @@ def passes() -> str:
         rows = [
             f"| `{option['name']}` | {option['type'].replace('|', ' or ')} | {option['default']} |"
             for option in page["options"]
-            if option["name"] != "allow_empty"
+            if option["name"] not in ("allow_empty", "expect")
         ]
         table = (
             "\n".join(["| option | values | default |", "|---|---|---|", *rows]) if rows else "No options of its own."

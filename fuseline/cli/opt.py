@@ -18,7 +18,9 @@ from fuseline.cli.environment import versions
 from fuseline.cli.graphs import load_graph
 from fuseline.cli.output import Output
 from fuseline.cli.render import following, megabytes, show_passes
+from fuseline.cli.statistics import show_statistics, statistics_data
 from fuseline.compiler.errors import FuselineError, UserError
+from fuseline.compiler.observe import Statistics
 from fuseline.compiler.observe.printing import Print, stop_after
 from fuseline.compiler.outline import inline
 from fuseline.compiler.pipeline import DEFAULT, Pipeline
@@ -39,6 +41,7 @@ def opt(
     show: Annotated[
         str | None, typer.Option("--print-after", metavar="P", help="all, changed or a pass: its code.")
     ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Each rule's tries, hits and time.")] = False,
     dump: options.Dump = None,
     dtype: options.Dtype = None,
     verify: options.Verification = None,
@@ -56,9 +59,13 @@ def opt(
     if show is not None:
         observers.append(Print(show, lambda text: output.console.print(text + "\n", soft_wrap=True)))
     captured, loaded = load_graph(graph, dtype)
-    rewritten = rewrite(captured, passes, verify, observers)
+    counted = Statistics()
+    rewritten = rewrite(captured, passes, verify, [*observers, counted])
     data: dict[str, Any] = {"model": graph, "versions": versions(), **report_data(rewritten), "path": out}
+    data["statistics"] = statistics_data(counted)
     show_passes(output, data)
+    if stats:
+        show_statistics(output, data)
     if path is not None and path.suffix == ".py":
         title = f"{graph} after {passes}{f', stopped after {stop}' if stop else ''}"
         write_stage(rewritten.program, title, path)

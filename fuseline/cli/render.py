@@ -14,7 +14,7 @@ from rich.text import Text
 from fuseline.cli.output import WIDTH, Output
 
 NUMERIC = {"sites", "refused", "ms", "error", "times", "stage", "regs", "spill", "shared", "warps", "stages", "code"}
-NUMERIC |= {"same", "changed", "added", "removed", "renamed"}
+NUMERIC |= {"tried", "same", "changed", "added", "removed", "renamed"}
 
 
 def table(output: Output, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

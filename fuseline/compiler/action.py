@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,13 @@ class Observer:
     def pipeline_starts(self, pipeline: Pipeline, program: Program) -> None: ...
 
     def pass_starts(self, step: Pass, program: Program) -> None: ...
+
+    def applying(self, rule: Rule, program: Program) -> AbstractContextManager[Any]:
+        """Held open while a pass searches for one of its rules and applies it."""
+        return nullcontext()
+
+    def refused(self, site: str, reason: str) -> None:
+        """A site that a rule fits, or a pass looked at, is left alone."""
 
     def allows(self, action: Action) -> bool:
         """Asked before each rewrite, while the nodes it removes are whole; False skips it, `PassEnds` ends the pass."""

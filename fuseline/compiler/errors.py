@@ -48,6 +48,12 @@ class EmptyPassError(PassError, UserError):
     exit_code = 2
 
 
+class ExpectationError(PassError, UserError):
+    """A pass matched fewer sites than it was expected to."""
+
+    exit_code = 2
+
+
 class CaptureError(UserError):
     """A model that cannot be captured as one graph."""
 

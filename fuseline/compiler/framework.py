@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from .errors import UserError, nearest
 from .rule import Rule
@@ -50,7 +50,12 @@ class Pass:
     ensures: ClassVar[frozenset[str]] = frozenset()
     needs_data: ClassVar[bool] = False  # `analyze` decides site by site before any rewrite
 
+    expect: tuple[str, ...] = ()  # fewer rewrites are an error: 61, or RULE:61|RULE:30
     allow_empty: bool = False  # matching no site is not an error
+
+    def relaxed(self) -> Self:
+        """The same pass, for which to match few sites or none is no error."""
+        return dataclasses.replace(self, expect=(), allow_empty=True)
 
     def rules(self, program: Program) -> Iterable[Rule]:
         """The rules to apply, in order."""
@@ -88,7 +93,8 @@ class Pass:
 def options(kind: type[Pass]) -> list[dataclasses.Field[Any]]:
     """A pass's options: its own fields first, the common ones last."""
     fields = list(dataclasses.fields(kind))
-    return [f for f in fields if f.name != "allow_empty"] + [f for f in fields if f.name == "allow_empty"]
+    common = {field.name for field in dataclasses.fields(Pass)}
+    return [f for f in fields if f.name not in common] + [f for f in fields if f.name in common]
 
 
 def document(kind: type[Pass]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from . import registry
 from .action import Observer, PassEnds
 from .errors import EmptyPassError, FuselineError, PassError, UserError
+from .expectations import check_expectations, parse_expectations
 from .framework import Level, Pass, Tier, build
 from .observe.ambient import ambient
 from .plan import Plan
@@ -45,7 +46,7 @@ class Pipeline:
             self.passes = _from_toml(path) if path else tuple(_parse(passes))
         else:
             self.passes = tuple(passes)
-        self._check_order()
+        self._check()
 
     def __str__(self) -> str:
         return ",".join(map(str, self.passes))
@@ -79,7 +80,7 @@ class Pipeline:
         program, report = program.copy(), Report(str(self))
         for step in self.passes:
             if step.needs_data:
-                plan.add(step.name, step.analyze(program, data))
+                plan.add(step, step.analyze(program, data))
             self._run_pass(step, program, [], report, plan)
         return plan
 
@@ -99,11 +100,12 @@ class Pipeline:
 
         Raises:
             EmptyPassError: a pass matched nothing and does not allow that.
+            ExpectationError: a pass matched fewer sites than its option `expect` asks for.
             PassError, VerificationError: a pass refused the program, or broke it.
             UserError: a pass needs data and there is no plan, or it was made for something else.
         """
         if plan is not None:
-            plan.check(str(self), program)
+            plan.check(self.passes, program)
         elif self.needs_data:
             raise needs_calibration(self)
         watching: list[Observer] = [*observers, *ambient()]
@@ -166,16 +168,19 @@ class Pipeline:
             raise PassError(f"pass '{step.name}' changed the graph outside the rewriter")
         if not record.matched and not rewriter.skipped and not step.allow_empty:
             raise _nothing_matched(step, program, record)
+        if step.expect and not rewriter.skipped:
+            check_expectations(step.name, step.expect, record.rules, _refusals(record))
         program.state |= step.ensures
         report.passes.append(record)
         for observer in observers:
             observer.pass_ends(step, program, record)
 
-    def _check_order(self) -> None:
+    def _check(self) -> None:
         joint: Pass | None = None
         for step in self.passes:
             if not isinstance(step, Pass):
                 raise UserError(f"a pipeline holds Pass objects, not {type(step).__name__}: {step!r}")
+            parse_expectations(step.expect)
             if step.level is Level.JOINT:
                 joint = step
             elif joint is not None:
@@ -195,13 +200,16 @@ def needs_calibration(pipeline: Pipeline) -> UserError:
 
 
 def _nothing_matched(step: Pass, program: Program, record: PassReport) -> EmptyPassError:
-    details = [*step.nothing_matched(program)]
-    details += [f"refused: {count} x {reason}" for count, reason in record.reasons()[:5]]
+    details = [*step.nothing_matched(program), *_refusals(record)]
     return EmptyPassError(
         f"pass '{step.name}' matched no site",
         details or ["nothing in this program has the shape that the pass looks for"],
         step.remedy(program) or f"drop '{step.name}' from the pipeline, or allow it: {step.name}{{allow_empty}}",
     )
+
+
+def _refusals(record: PassReport) -> list[str]:
+    return [f"refused: {count} x {reason}" for count, reason in record.reasons()[:5]]
 
 
 def _who_ensures(missing: frozenset[str]) -> str | None:

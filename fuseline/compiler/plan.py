@@ -1,6 +1,7 @@
 """Plan: what a pass that needs data decided, site by site, so that every graph captured after is rewritten alike.
 
-    {version, pipeline, model: {parameter: "dtype[sizes]"}, sites: {site: {pass: {structure: …, tensors: {name: key}}}}}
+    {version, pipeline, model: {parameter: "dtype[sizes]"}, passes: {pass: identity},
+     sites: {site: {pass: {structure: …, tensors: {name: key}}}}}
 
 as JSON, with the tensors in a safetensors file beside it. *Structure* (bits, rank, pairing) is JSON and selects how a
 site is rewritten; *tensors* (thresholds, scales) are its values.
@@ -9,7 +10,8 @@ site is rewritten; *tensors* (thresholds, scales) are its values.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 
 from .errors import UserError
+from .framework import Pass
+from .identity import identity
 from .program import Program
 from .structure import describe_value
 
@@ -36,39 +40,50 @@ class Plan:
     """The decisions of a pipeline's passes for one model.
 
     pipeline: the text of the pipeline that was analysed; model: its parameters and their types;
-    sites: site → pass → decision.
+    sites: site → pass → decision; passes: the identity of each pass that decided (`identity.py`).
     """
 
     pipeline: str
     model: dict[str, str] = field(default_factory=dict)
     sites: dict[str, dict[str, SitePlan]] = field(default_factory=dict)
+    passes: dict[str, str | None] = field(default_factory=dict)
 
     @staticmethod
     def empty(pipeline: str, program: Program) -> Plan:
         """A plan without decisions for the model that `program` was captured from."""
         return Plan(pipeline, {s.name: describe_value(s.tensor) for s in program.sources.values()})
 
-    def add(self, step: str, decisions: Mapping[str, SitePlan]) -> None:
-        """Records the decisions of the pass called `step`."""
+    def add(self, step: Pass, decisions: Mapping[str, SitePlan]) -> None:
+        """Records the decisions of a pass."""
+        self.passes[step.name] = identity(step)
         for site, decision in decisions.items():
-            self.sites.setdefault(site, {})[step] = decision
+            self.sites.setdefault(site, {})[step.name] = decision
 
     def of(self, step: str) -> dict[str, SitePlan]:
         """The decisions of the pass called `step`, by site."""
         return {site: passes[step] for site, passes in self.sites.items() if step in passes}
 
-    def check(self, pipeline: str, program: Program) -> None:
-        """Refuses another pipeline or another model than the plan was made for.
+    def check(self, steps: Sequence[Pass], program: Program) -> None:
+        """Refuses another pipeline or another model than the plan was made for; warns where a pass's code has changed.
 
         Raises:
             UserError: naming the pipelines, or the first parameter that differs.
         """
+        pipeline = ",".join(map(str, steps))
         if pipeline != self.pipeline:
             raise UserError(
                 "the plan was made for another pipeline",
                 [f"plan: {self.pipeline}", f"here: {pipeline}"],
                 "use the plan's pipeline, or analyse again with fuseline.analyze",
             )
+        for step in steps:
+            then, now = self.passes.get(step.name), identity(step)
+            if then is not None and now is not None and then != now:
+                warnings.warn(
+                    f"the plan's decisions for '{step.name}' were made by other code ({then}, now {now}); "
+                    "if it decides otherwise, analyse again: fuseline.analyze(model, pipeline, calibration=batches)",
+                    stacklevel=4,
+                )
         for source in program.sources.values():
             here, there = describe_value(source.tensor), self.model.get(source.name)
             if here != there:
@@ -92,7 +107,13 @@ class Plan:
                 tensors.update({keys[n]: t.detach().contiguous() for n, t in decision.tensors.items()})
                 sites.setdefault(site, {})[step] = {"structure": decision.structure, "tensors": keys}
         save_file(tensors, path.with_suffix(".safetensors"))
-        record = {"version": VERSION, "pipeline": self.pipeline, "model": self.model, "sites": sites}
+        record: dict[str, Any] = {
+            "version": VERSION,
+            "pipeline": self.pipeline,
+            "model": self.model,
+            "passes": self.passes,
+        }
+        record["sites"] = sites
         path.write_text(json.dumps(record, indent=1))
         return path
 
@@ -124,4 +145,4 @@ class Plan:
             }
             for site, passes in record["sites"].items()
         }
-        return Plan(record["pipeline"], record["model"], sites)
+        return Plan(record["pipeline"], record["model"], sites, record.get("passes", {}))

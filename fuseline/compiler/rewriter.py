@@ -132,14 +132,20 @@ class Rewriter:
     def apply_all(self, rules: Iterable[Rule]) -> None:
         """Applies each rule everywhere it fits, in order."""
         for rule in rules:
-            for match in rule.matches(self.program):
-                if any(node._erased for node in match.nodes):
-                    continue
-                reason = rule.refuse(match) or _overtaken(match)
-                if reason is not None:
-                    self.refuse(match.root, reason)
-                else:
-                    self.apply(rule, match)
+            with contextlib.ExitStack() as watching:
+                for observer in self.observers:
+                    watching.enter_context(observer.applying(rule, self.program))
+                self._apply_everywhere(rule)
+
+    def _apply_everywhere(self, rule: Rule) -> None:
+        for match in rule.matches(self.program):
+            if any(node._erased for node in match.nodes):
+                continue
+            reason = rule.refuse(match) or _overtaken(match)
+            if reason is not None:
+                self.refuse(match.root, reason)
+            else:
+                self.apply(rule, match)
 
     def apply(self, rule: Rule, match: Match) -> bool:
         """One rewrite by a rule."""
@@ -147,7 +153,10 @@ class Rewriter:
 
     def refuse(self, node: Node, reason: str) -> None:
         """Records why a site was left alone."""
-        self.refused[self._site(node)] = reason
+        site = self._site(node)
+        self.refused[site] = reason
+        for observer in self.observers:
+            observer.refused(site, reason)
 
     def rewrite(
         self,

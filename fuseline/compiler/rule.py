@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
@@ -17,18 +18,26 @@ if TYPE_CHECKING:
     from .rewriter import Builder
 
 
-_tried: ContextVar[list[Term] | None] = ContextVar("tried", default=None)
+@dataclass
+class Searched:
+    """What rules looked for, and at how many nodes: those whose op is a pattern's outermost one."""
+
+    terms: list[Term] = field(default_factory=list)
+    nodes: int = 0
+
+
+_searched: ContextVar[Searched | None] = ContextVar("searched", default=None)
 
 
 @contextlib.contextmanager
-def terms_tried() -> Iterator[list[Term]]:
-    """The patterns that rules look for inside the block, whatever way they come by them."""
-    terms: list[Term] = []
-    token = _tried.set(terms)
+def searching() -> Iterator[Searched]:
+    """The searches of the rules that are applied inside the block, whatever way they come by their patterns."""
+    searched = Searched()
+    token = _searched.set(searched)
     try:
-        yield terms
+        yield searched
     finally:
-        _tried.reset(token)
+        _searched.reset(token)
 
 
 class Rule:
@@ -80,12 +89,12 @@ class Rule:
     @staticmethod
     def find_all(program: Program, term: Term) -> Iterator[Match]:
         """All places where one pattern fits, for rules that have several."""
-        tried = _tried.get()
-        if tried is not None:
-            tried.append(term)
+        searched = _searched.get() or Searched()
+        searched.terms.append(term)
         ops = root_ops(term)
         for node in list(program.graph.nodes):
             if node.op == "call_function" and getattr(node.target, "_opname", "") in ops and not node._erased:
+                searched.nodes += 1
                 found = find(term, node)
                 if found is not None:
                     yield found

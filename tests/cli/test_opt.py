@@ -54,6 +54,20 @@ def test_a_dump_is_left_to_look_at(cli: Callable, tmp_path: Path) -> None:
     assert [p.name for p in sorted((tmp_path / "d").glob("*.py"))] == ["000_captured.py", "001_raise.py", "002_fuse.py"]
 
 
+def test_rules_are_counted_and_timed(cli: Callable) -> None:
+    result = cli("opt", TINY, "--stats", "--json", "-")
+    data = json.loads(result.out)
+    rows = {(s["pass"], s["rule"]): s for s in data["statistics"]}
+    for record in data["passes"]:
+        mine = {rule: s["rewritten"] for (name, rule), s in rows.items() if name == record["name"] and s["rewritten"]}
+        assert mine == record["rules"]
+    assert rows["raise", "LayerNorm"]["tried"] > 0 == rows["raise", "LayerNorm"]["rewritten"]
+    norm = rows["raise", "RMSNorm"]
+    assert norm["tried"] >= norm["rewritten"] > 0 < norm["ms"] < data["passes"][0]["ms"]
+    assert "tried" in result.err and "checks" in result.err
+    assert "tried" not in cli("opt", TINY).out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

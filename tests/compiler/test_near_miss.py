@@ -22,7 +22,7 @@ from fuseline.compiler.errors import UserError
 from fuseline.compiler.pattern import Either, Scalar, Term, Var, call, find, maybe_cast, square
 from fuseline.compiler.program import Program
 from fuseline.compiler.rewriter import Builder
-from fuseline.compiler.rule import Rule, terms_tried
+from fuseline.compiler.rule import Rule, searching
 from fuseline.compiler.structure import structural_hash
 from fuseline.passes.quantize import Quantize
 from fuseline.passes.raising import Raise
@@ -204,11 +204,11 @@ def test_it_says_what_the_pipeline_does(captured: Program) -> None:
 
 def test_the_lenient_matcher_agrees_with_the_strict_one(captured: Program) -> None:
     """What it finds without a failure is what the matcher finds, at every node, for every pattern of the pass."""
-    with terms_tried() as terms:
+    with searching() as searched:
         for rule in Raise().rules(captured):
             list(rule.matches(captured))
-    assert len(terms) >= 8
-    for term in terms:
+    assert len(searched.terms) >= 8
+    for term in searched.terms:
         for node in captured.graph.nodes:
             miss = closest(term, node)
             assert (miss is not None and not miss.problems) == (find(term, node) is not None), (node, text_of(term))

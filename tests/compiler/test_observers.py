@@ -15,8 +15,10 @@ import fuseline
 from fuseline import Pass, Pipeline, Program, UserError
 from fuseline.compiler.observe import Dump, Numerics, Statistics, Timing
 from fuseline.compiler.observe.numerics import error, promotion
+from fuseline.compiler.pattern import call
 from fuseline.compiler.stage import execute, render
-from tests.helpers.models import Mlp, Tied, tiny_llama
+from fuseline.passes import Raise
+from tests.helpers.models import Mlp, Tied, tiny_llama, traced
 
 aten = torch.ops.aten
 
@@ -54,6 +56,42 @@ def test_statistics_count_rules_and_removed_ops() -> None:
     assert seen.rules == {"quantize/linear": 3} and seen.removed == {"aten.linear.default": 3}
     assert [a.site for a in seen.actions] == ["gate/linear#0", "up/linear#0", "down/linear#0"]
     assert report.rewrites == 3
+
+
+def test_statistics_tell_tries_from_hits_and_refusals() -> None:
+    class Doubled(fuseline.Rule):
+        def before(self, x):
+            return call("silu", x)
+
+        def refuse(self, m):
+            return "once is enough" if calls else calls.append(m)
+
+        def after(self, m, new):
+            return new(torch.ops.aten.silu.default, m.x)
+
+    class Doubles(fuseline.Pass):
+        name = "doubles"
+
+        def rules(self, program):
+            yield Doubled()
+            yield from Raise().rules(program)
+
+    calls: list[object] = []
+    seen = Statistics()
+    program = traced(lambda x: torch.nn.functional.silu(x) + torch.nn.functional.silu(-x), torch.randn(3))
+    _, report = Pipeline([Doubles()]).run(program, [seen])
+    doubled = seen.by_rule["doubles", "Doubled"]
+    assert (doubled.tried, doubled.rewritten, doubled.refused) == (2, 1, 1)
+    silent = seen.by_rule["doubles", "RMSNorm"]
+    assert (silent.tried, silent.rewritten, silent.refused) == (0, 0, 0)
+    spent = sum(figures.ms for figures in seen.by_rule.values())
+    assert 0 < doubled.ms <= spent <= report["doubles"].ms
+
+
+def test_rewrites_of_a_pass_without_rules_are_counted() -> None:
+    seen = Statistics()
+    Pipeline("quantize{weights=int4:g5,allow_empty}").run(mlp(), [seen])
+    assert seen.by_rule["quantize", ""].refused == 3 and seen.by_rule["quantize", ""].tried is None
 
 
 def test_numerics_report_the_error_of_each_pass() -> None:

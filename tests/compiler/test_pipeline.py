@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import fuseline
 from fuseline import Level, Pass, Pipeline, Rule, Tier, UserError
-from fuseline.compiler.errors import EmptyPassError, FuselineError, PassError
+from fuseline.compiler.errors import EmptyPassError, ExpectationError, FuselineError, PassError
 from fuseline.compiler.framework import options
+from fuseline.compiler.observe import Limit
 from tests.helpers.models import ops, registered, traced
 from tests.strategies import settings  # noqa: F401  the profile of the project's fuzz tests
 
@@ -114,6 +115,9 @@ doubles = st.builds(
     where=st.none() | text.filter(lambda t: t != "none"),
     paths=st.lists(part, max_size=3).map(tuple),
     sizes=st.lists(st.integers(), max_size=3).map(tuple),
+    expect=st.lists(
+        st.builds("{}:{}".format, st.sampled_from(("A", "linear + add")), st.integers(0)) | st.just("7"), max_size=2
+    ).map(tuple),
     allow_empty=st.booleans(),
 )
 quantizers = st.builds(
@@ -259,6 +263,44 @@ def test_refused_sites_are_reported_with_their_reason() -> None:
     assert record.reasons() == [(1, "the operand is an input")]
     with pytest.raises(EmptyPassError, match="refused: 1 x the operand is an input"):
         Pipeline("double").run(traced(lambda x: x + x, torch.randn(3)))
+
+
+def twice_apart():
+    def function(x):
+        y, z = torch.neg(x), torch.tanh(x)
+        return (y + y) * (z + z)
+
+    return traced(function, torch.randn(3))
+
+
+@pytest.mark.parametrize("expect", ["0", "2", "Twice:2", "2|Twice:1"])
+def test_rewrites_that_are_expected(expect: str) -> None:
+    assert Pipeline(f"double{{expect={expect}}}").run(twice_apart())[1]["double"].matched == 2
+
+
+@pytest.mark.parametrize(
+    ("expect", "headline", "detail"),
+    [
+        ("3", "pass 'double' made 2 rewrites, where 3 are expected", "all rules: 2, expected 3 or more"),
+        ("Twice:4", "rule 'Twice' of pass 'double' made 2 rewrites, where 4 are", "Twice: 2, expected 4 or more"),
+        ("Twise:1", "rule 'Twise' of pass 'double' made 0 rewrites", "expected 1 or more; did you mean 'Twice'?"),
+    ],
+)
+def test_fewer_rewrites_than_expected(expect: str, headline: str, detail: str) -> None:
+    with pytest.raises(ExpectationError, match=headline) as failure:
+        Pipeline(f"double{{expect={expect}}}").run(twice_apart())
+    assert detail in str(failure.value) and "fuseline why double" in str(failure.value)
+
+
+def test_an_expectation_that_is_none() -> None:
+    with pytest.raises(UserError, match="'expect' is a whole number or RULE:NUMBER, not 'Twice'"):
+        Pipeline("double{expect=Twice}")
+
+
+def test_what_a_search_skips_is_not_expected() -> None:
+    pipeline, seen = Pipeline("double{expect=2}"), Limit(1)
+    assert pipeline.run(twice_apart(), [seen])[1]["double"].matched == 1
+    assert Double(expect=("2",)).relaxed() == Double(allow_empty=True)
 
 
 def test_the_program_given_is_left_alone() -> None:

@@ -78,7 +78,7 @@ def test_what_is_written_reads_back(mlp: Program, tmp_path: Path) -> None:
     read = load_reproducer(path)
     assert (read.pipeline, read.verdict, read.check) == (pipeline, verdict, "error:0.5")
     assert (read.scope, read.values, read.repeat) == ("local", "random", 4)
-    assert read.versions == versions() and read.versions["torch"]
+    assert read.versions == versions(pipeline) and read.versions["torch"]
     assert is_reproducer(path) and read_table(path)["passes"] == {"wrong-scale": "tests.helpers.faulty:WrongScale"}
     again = tmp_path / "again.py"
     again.write_text(render(mlp, "types", Recipe("random", 1)))

@@ -19,7 +19,7 @@ from ..pattern import Match, Term
 from ..program import Program
 from ..provenance import module_path, source_line
 from ..rewriter import Builder, Rewriter
-from ..rule import Rule, terms_tried
+from ..rule import Rule, searching
 from .closest import NearMiss, call_text, closest, depth
 from .where import Where, locate
 
@@ -166,12 +166,12 @@ def _asked(
     """The rule's matches with their sites, the patterns that it looked for, and what was refused, by root."""
     noted, rewriter = _Noted(rule), Rewriter(program, rule.name, [_Forbids()])
     rewriter.site_of = {**rewriter.site_of, **(site_of or {})}
-    with terms_tried() as terms:
+    with searching() as searched:
         rewriter.apply_all([noted])
     sites = {m.root: rewriter.site_of.get(m.root, m.root.name) for m in noted.found}
     # The rewriter refuses on its own, too, and knows sites.
     refused = {root: rewriter.refused[site] for root, site in sites.items() if site in rewriter.refused}
-    return [(m, sites[m.root]) for m in noted.found], terms, {**refused, **noted.reasons}
+    return [(m, sites[m.root]) for m in noted.found], searched.terms, {**refused, **noted.reasons}
 
 
 def _misses(

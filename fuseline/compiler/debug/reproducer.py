@@ -5,7 +5,7 @@ The table `STAGE` of such a file has these entries beside a stage's own:
     pipeline, check   what to run, and what to look for
     verdict           what was found: kind, message, signature, size
     scope             "local": the program just before the failing pass; "global": as captured; "reduced"
-    versions          of Python, PyTorch, Triton, Fuseline and the packages of other passes
+    versions          of Python, PyTorch, Triton, Fuseline, the packages of other passes, and each pass's code
     passes, ops       where passes and ops that are not Fuseline's own are defined (`needs.py`)
     paths             folders to look for those modules in
     repeat            how often to try a fault that does not show at every run
@@ -24,6 +24,7 @@ from typing import Any
 
 from ..compat import real_tensors
 from ..errors import UserError
+from ..identity import code_digest
 from ..pipeline import Pipeline
 from ..program import Program
 from ..stage import Recipe, load_stage, read_table, render, save_examples
@@ -168,7 +169,7 @@ def describe(verdict: Verdict) -> dict[str, Any]:
 
 def versions(pipeline: Pipeline | None = None) -> dict[str, str | None]:
     """Versions of what a fault may depend on, the packages of other passes among it (where they are called as their
-    modules are); None for what is not installed."""
+    modules are), and a digest of each pass's code; None for what is not installed, or in no file."""
     names = ["fuseline", "torch", "triton"]
     if pipeline is not None:
         roots = {type(step).__module__.partition(".")[0] for step in pipeline.passes} - {"fuseline", "__main__"}
@@ -180,4 +181,6 @@ def versions(pipeline: Pipeline | None = None) -> dict[str, str | None]:
         except PackageNotFoundError:
             if name in ("fuseline", "torch", "triton"):
                 found[name] = None
+    for step in pipeline.passes if pipeline is not None else ():
+        found[f"pass {step.name}"] = code_digest(type(step))
     return found

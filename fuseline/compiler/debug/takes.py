@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from .. import registry
 from ..action import Action, Observer
@@ -104,7 +104,7 @@ def _one(program: Program, step: Pass) -> tuple[Program, Takes]:
     lines = {site: line for site, line in lines.items() if line is not None and not is_ours(line)}
     watch = _Watch()
     try:
-        after, _ = Pipeline([replace(step, allow_empty=True)]).run(program, [watch])
+        after, _ = Pipeline([step.relaxed()]).run(program, [watch])
     except FuselineError as error:
         result.failure, result.remedy = "; ".join([error.headline, *error.details]), error.remedy
         return program, result

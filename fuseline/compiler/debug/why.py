@@ -6,7 +6,6 @@ A pass with a `run` of its own is run, and what it rewrote and refused there is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from torch.fx import Node
 
@@ -137,7 +136,7 @@ def _of_own(program: Program, step: Pass, rule: str | None, site: str | None) ->
     if step.needs_data:
         raise needs_calibration(Pipeline([step]))
     record = _Record()
-    Pipeline([replace(step, allow_empty=True)]).run(program, [record])
+    Pipeline([step.relaxed()]).run(program, [record])
     report = record.report
     assert report is not None
     name = f"{step.name}/{rule}" if rule else step.name

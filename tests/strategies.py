@@ -17,6 +17,8 @@ from fuseline.compiler.expressions import (
     Constant,
     Dequantize,
     Expression,
+    Hadamard,
+    HadamardCore,
     Matmul,
     Output,
     Pack,
@@ -24,6 +26,7 @@ from fuseline.compiler.expressions import (
     Quantize,
     Reshape,
     Scale,
+    Signs,
     Slice,
     Transpose,
 )  # fmt: skip
@@ -36,8 +39,15 @@ settings.load_profile("fuseline")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 names = st.text("abcdefgh._0123456789", min_size=1, max_size=12)
 schemes = st.builds(Scheme, st.sampled_from((4, 8)), st.sampled_from((0, 2, 16, 64)), st.booleans())
+devices = st.sampled_from(("cpu", "cuda:0"))
 constants = st.lists(st.floats(allow_nan=False, width=32), max_size=4).map(
     lambda v: Constant(tuple(v), (len(v),), torch.float32, "cpu")
+)
+leaves = st.one_of(
+    st.builds(Param, names),
+    constants,
+    st.builds(HadamardCore, st.sampled_from((3, 12, 20)), devices),
+    st.builds(Signs, st.integers(1, 8), st.integers(0, 2**40), st.sampled_from(DTYPES), devices),
 )
 
 
@@ -54,13 +64,14 @@ def expressions() -> st.SearchStrategy[Expression]:
             st.builds(Concat, st.lists(x, min_size=1, max_size=3).map(tuple), small),
             st.builds(Transpose, x, small, small),
             st.builds(Reshape, x, st.lists(small, max_size=3).map(tuple)),
+            st.builds(Hadamard, x, st.integers(-2, 1), st.sampled_from((0, 4, 12))),
             st.builds(Quantize, x, schemes),
             st.builds(Output, x, st.sampled_from(("codes", "scale", "zero"))),
             st.builds(Pack, x, schemes),
             st.builds(Dequantize, x, x, st.none() | x, st.sampled_from((4, 8)), small, st.sampled_from(DTYPES)),
         )
 
-    return st.recursive(st.builds(Param, names) | constants, grow, max_leaves=6)
+    return st.recursive(leaves, grow, max_leaves=6)
 
 
 _UNARY: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (

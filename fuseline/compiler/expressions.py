@@ -2,8 +2,9 @@
 
     Pack(Output(Quantize(Param("mlp.up_proj.weight"), scheme), "codes"), scheme)
 
-A closed grammar of frozen, typed, serialisable nodes. Algebra that folds into weights (matmul, scale) is computed in
-float64 and cast back to the type of its first operand. `evaluate` runs on real tensors and on fake ones alike.
+A closed grammar of frozen, typed, serialisable nodes. Algebra that folds into weights (matmul, scale, hadamard) is
+computed in float64 and cast back to the type of its first operand. `evaluate` runs on real tensors and on fake ones
+alike.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 
 from .errors import FuselineError
-from .ops import dequantize
+from .hadamard import core, factor, random_signs
+from .ops import dequantize, hadamard
 from .schemes import Scheme
 
 Lookup = Callable[[str], torch.Tensor]
@@ -190,6 +192,49 @@ class Reshape(Expression):
 
 
 @dataclass(frozen=True)
+class HadamardCore(Expression):
+    """The dense core of `hadamard.factor`: int8 signs, or a float64 Hartley matrix; [order, order], symmetric."""
+
+    order: int
+    device: str
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return core(self.order, self.device)
+
+
+@dataclass(frozen=True)
+class Signs(Expression):
+    """The diagonal of a randomised Hadamard matrix: `length` numbers 1 or −1 that `seed` determines."""
+
+    length: int
+    seed: int
+    dtype: torch.dtype
+    device: str
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return torch.tensor(random_signs(self.length, self.seed), dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Hadamard(Expression):
+    """x with dimension `dim` multiplied by the orthogonal H_n/√n of `hadamard.factor`, in float64, in x's dtype.
+
+    block n: blocks of n along the dimension, each by itself; 0: the whole dimension. H is symmetric, so that this is
+    x·H and x·Hᵀ alike, and twice the same is x again. It takes n·log n steps, not n².
+    """
+
+    x: Expression
+    dim: int
+    block: int = 0
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        x = values[0]
+        split = factor(self.block or x.shape[self.dim])
+        dense = core(split.order, x.device) if split.order > 1 else None
+        return hadamard(x.movedim(self.dim, -1).double(), dense, split.n).to(x.dtype).movedim(-1, self.dim).contiguous()
+
+
+@dataclass(frozen=True)
 class Quantize(Expression):
     """Several tensors: codes, scale and, when the scheme is asymmetric, zero. Pick one with `Output`."""
 
@@ -241,7 +286,8 @@ class Dequantize(Expression):
 GRAMMAR: dict[str, type[Expression]] = {
     kind.__name__.lower(): kind
     for kind in (
-        Param, Constant, Cast, Matmul, Scale, Slice, Concat, Transpose, Reshape, Quantize, Output, Pack, Dequantize,
+        Param, Constant, Cast, Matmul, Scale, Slice, Concat, Transpose, Reshape, HadamardCore, Signs, Hadamard,
+        Quantize, Output, Pack, Dequantize,
     )
 }  # fmt: skip
 

@@ -17,6 +17,8 @@ from fuseline.compiler.expressions import (
     Concat,
     Constant,
     Expression,
+    Hadamard,
+    HadamardCore,
     Matmul,
     Output,
     Pack,
@@ -24,9 +26,11 @@ from fuseline.compiler.expressions import (
     Quantize,
     Reshape,
     Scale,
+    Signs,
     Slice,
     Transpose,
 )  # fmt: skip
+from fuseline.compiler.hadamard import core, hadamard_matrix, random_signs
 from fuseline.compiler.schemes import Scheme
 from tests.strategies import expressions, names, schemes
 
@@ -85,6 +89,11 @@ TENSORS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.tensor([1.0, 2.0, 3
         (Slice(A, 1, 1, 3), TENSORS["a"][:, 1:3]),
         (Concat((A, Slice(A, 0, 0, 1)), 0), torch.cat((TENSORS["a"], TENSORS["a"][:1]))),
         (Reshape(A, (2, 6)), TENSORS["a"].reshape(2, 6)),
+        (Hadamard(A, 1), (TENSORS["a"].double() @ hadamard_matrix(4)).float()),
+        (Hadamard(A, -2), (hadamard_matrix(3) @ TENSORS["a"].double()).float()),
+        (Hadamard(A, 1, 2), (TENSORS["a"].double() @ torch.block_diag(*[hadamard_matrix(2)] * 2)).float()),
+        (HadamardCore(12, "cpu"), core(12)),
+        (Signs(5, 3, torch.bfloat16, "cpu"), torch.tensor(random_signs(5, 3), dtype=torch.bfloat16)),
         (Constant((1, 2, 3, 4), (2, 2), torch.int64, "cpu"), torch.tensor([[1, 2], [3, 4]])),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, Expression) else "",
@@ -119,3 +128,28 @@ def test_what_several_outputs_share_is_computed_once() -> None:
     Output(quantized, "codes").evaluate(lookup, memo)
     Output(quantized, "scale").evaluate(lookup, memo)
     assert calls == ["a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "block"), [(0, 0), (1, 0), (1, 12), (0, 3)])
+def test_a_rotation_undoes_itself_and_is_rounded_once(dtype: torch.dtype, dim: int, block: int) -> None:
+    weight = torch.randn(6, 48, dtype=dtype)
+    turned = Hadamard(Cast(A, torch.float64), dim, block)
+    back = Cast(Hadamard(turned, dim - 2, block), dtype).evaluate({"a": weight}.__getitem__)
+    assert back.is_contiguous() and torch.equal(back, weight) or (back - weight).abs().max() < 1e-14
+    once = Hadamard(A, dim, block).evaluate({"a": weight}.__getitem__)
+    assert torch.equal(once, turned.evaluate({"a": weight}.__getitem__).to(dtype))
+
+
+def test_rotations_and_their_leaves_have_fake_values() -> None:
+    for expression in (
+        Hadamard(A, 0, 12),
+        HadamardCore(47, "cpu"),
+        HadamardCore(28, "cpu"),
+        Signs(7, 0, torch.half, "cpu"),
+    ):
+        weight = torch.randn(24, 4, dtype=torch.bfloat16)
+        with FakeTensorMode() as mode:
+            fake = expression.evaluate(lambda name: mode.from_tensor(weight))  # noqa: B023
+        real = expression.evaluate(lambda name: weight)  # noqa: B023
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from fuseline.compiler import ops
+from fuseline.compiler.errors import FuselineError
+from fuseline.compiler.hadamard import core, factor, hadamard_matrix
 from tests.helpers.models import error
 
 
@@ -32,6 +34,9 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (r(1, 2, 6, 8), r(1, 2, 6, 8), r(1, 2, 6, 8), None, 0.3, "sliding", 0, 3),
         (r(1, 2, 3, 8), r(1, 1, 5, 8), r(1, 1, 5, 8), torch.rand(1, 1, 3, 5) > 0.3, 0.3, "full", 0, 0, 5.0),
     ],
+    "hadamard": [
+        (r(2, 3, 8),), (r(2, 24), core(12)), (r(2, 12), core(3)), (r(2, 24), r(3, 3), 6), (r(2, 8), None, 1),
+    ],
     "quantize": [(torch.randn(2, 3, 8), 8, 8), (torch.randn(2, 8), 8, 4)],
     "dequantize": [
         (codes(255, torch.uint8, 3, 8), torch.rand(3, 4), codes(15, torch.uint8, 3, 4), 4, 4, torch.float32),
@@ -43,7 +48,7 @@ EACH = [pytest.param(name, args, id=f"{name}-{i}") for name, cases in CASES.item
 
 def test_every_op_has_a_case() -> None:
     own = {name for name, op in ops.REGISTRY.items() if op.naive.__module__.startswith("fuseline.")}  # not other tests'
-    assert own and own <= set(CASES) | {"hadamard"}
+    assert own and own <= set(CASES)
 
 
 @pytest.mark.parametrize(("name", "args"), EACH)
@@ -150,3 +155,43 @@ def test_ops_are_opaque_to_capture() -> None:
         ops.rms_norm.overload, ops.glu.overload,
     ]  # fmt: skip
     assert ops.find(torch.ops.aten.add.Tensor) is None and ops.find(len) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [1, 2, 8, 12, 24, 36, 6, 47, 576])
+def test_hadamard_is_a_product_with_the_matrix(n: int) -> None:
+    split, x = factor(n), r(2, 3, n)
+    dense = core(split.order) if split.order > 1 else None
+    assert error(ops.hadamard(x, dense), x @ hadamard_matrix(n)) < 1e-14
+    assert error(ops.hadamard(ops.hadamard(x, dense), dense), x) < 1e-14
+    blocks = torch.block_diag(hadamard_matrix(n), hadamard_matrix(n))
+    wide = torch.cat((x, x + 1), -1)
+    assert error(ops.hadamard(wide, dense, n), wide @ blocks) < 1e-14
+
+
+@torch.no_grad()
+def test_a_core_that_is_not_symmetric_is_multiplied_from_the_right() -> None:
+    x, rotation = r(2, 10), torch.linalg.qr(r(5, 5)).Q.contiguous()
+    assert error(ops.hadamard(x, rotation), x @ torch.kron(rotation, hadamard_matrix(2))) < 1e-14
+
+
+@torch.no_grad()
+def test_hadamard_of_half_precision_is_rounded_once() -> None:
+    x = torch.randn(4, 768).bfloat16()
+    assert torch.equal(ops.hadamard(x, core(12)), ops.hadamard(x.float(), core(12)).bfloat16())
+    assert error(ops.hadamard(x, core(12)), x.double() @ hadamard_matrix(768)) < 2**-8
+
+
+@pytest.mark.parametrize(
+    ("n", "order", "block", "words"),
+    [
+        (12, 1, 0, "12 channels are not 1 times a power of two"),
+        (24, 5, 0, "24 channels are not 5 times a power of two"),
+        (24, 1, 16, "blocks of 16 do not divide 24 channels"),
+    ],
+)
+def test_sizes_that_hadamard_cannot_take(n: int, order: int, block: int, words: str) -> None:
+    dense = torch.eye(order) if order > 1 else None
+    for x in (torch.zeros(2, n), torch.zeros(2, n, device="meta")):
+        with pytest.raises(FuselineError, match=words):
+            ops.hadamard(x, dense if dense is None else dense.to(x.device), block)

@@ -4,12 +4,13 @@ from ._define import REGISTRY, Kind, Op, find, op
 from .attention import attention
 from .dequantize import dequantize, pack_nibbles
 from .glu import glu
+from .hadamard import hadamard
 from .layer_norm import layer_norm
 from .quantize import quantize
 from .rms_norm import rms_norm
 from .rotary import rotary
 
 __all__ = [
-    "REGISTRY", "Kind", "Op", "attention", "dequantize", "find", "glu", "layer_norm", "op", "pack_nibbles",
+    "REGISTRY", "Kind", "Op", "attention", "dequantize", "find", "glu", "hadamard", "layer_norm", "op", "pack_nibbles",
     "quantize", "rms_norm", "rotary",
 ]  # fmt: skip

@@ -23,6 +23,11 @@ def test_help_fits_one_screen(cli: Callable, verb: tuple[str, ...]) -> None:
     assert max(map(len, lines)) <= 80, result.out
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_gives_its_data(cli: Callable, verb: str) -> None:
+    assert "--json FILE" in cli(verb, "--help").out
+
+
 def test_help_names_the_verbs_in_full(cli: Callable) -> None:
     out = cli("--help").out.split("Commands:")[1]
     for verb in VERBS:

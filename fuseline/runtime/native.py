@@ -31,6 +31,7 @@ from .location import temporary
 log = logging.getLogger("fuseline")
 KIND = "native"
 COMPILERS = ("g++", "clang++", "c++")
+LIBRARIES = ("-Wl,--as-needed", "-lc10", "-ltorch_cpu", "-ltorch_python")  # loaded already, and found by their names
 STANDARD = "c++20"  # what PyTorch's headers are written in
 
 
@@ -91,7 +92,7 @@ def _compile(source: Path) -> bytes:
         raise Missing("no C++ compiler was found (CXX names one)")
     pytorch = Path(torch.__file__).parent
     headers = [f"-I{sysconfig.get_paths()['include']}", f"-isystem{pytorch / 'include'}"]
-    libraries = [f"-L{pytorch / 'lib'}", "-lc10"]  # the one that is loaded already is found by its name
+    libraries = [f"-L{pytorch / 'lib'}", *LIBRARIES]
     with tempfile.TemporaryDirectory(prefix="fuseline-") as folder:
         target = Path(folder) / _file(source.stem)
         options = ["-O2", f"-std={STANDARD}", "-shared", "-fPIC", *headers]

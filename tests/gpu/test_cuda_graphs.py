@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 import fuseline
 from fuseline.runtime import native
+from fuseline.runtime.results import in_cpp
 
 pytestmark = pytest.mark.gpu
 transformers = pytest.importorskip("transformers")
@@ -149,6 +151,44 @@ def test_results_may_be_read_on_another_stream(pair: Callable[[str], Pair]) -> N
     assert captures(models.compiled)
     for got, expected in zip(copies, want, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_copies_of_results_are_made_on_their_stream_from_the_allocator() -> None:
+    x, side = torch.zeros(1 << 20, device="cuda"), torch.cuda.Stream()
+    for stream in (torch.cuda.current_stream(), side):
+        copies = in_cpp([x, 7], stream.cuda_stream)
+        assert copies is not None, "the driver is there"
+        kept = []
+        with torch.cuda.stream(stream):
+            for n in range(10):
+                x.fill_(n)
+                torch.cuda._sleep(1_000_000)
+                kept.append(copies())
+        torch.cuda.synchronize()
+        assert [(a.unique().tolist(), b) for a, b in kept] == [([n], 7) for n in range(10)]
+        held = torch.cuda.memory_allocated()
+        del kept
+        assert torch.cuda.memory_allocated() <= held - 10 * 4 * x.numel()
+
+
+def test_copies_of_results_in_another_thread_and_without_memory() -> None:
+    x = torch.arange(1 << 24, device="cuda")
+    copies = in_cpp(x, torch.cuda.current_stream().cuda_stream)
+    assert copies is not None
+    found: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(copies()))
+    thread.start()
+    thread.join()
+    assert torch.equal(found.pop(), x)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (1 << 20)) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            copies()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(copies(), x)
 
 
 @pytest.mark.parametrize("checks", ["C++", "Python"])

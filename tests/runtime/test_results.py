@@ -48,6 +48,7 @@ def like(copy: torch.Tensor, source: torch.Tensor) -> None:
     assert copy.untyped_storage().nbytes() == clone.untyped_storage().nbytes()
     assert copy.untyped_storage().data_ptr() != source.untyped_storage().data_ptr()
     assert not copy.requires_grad and copy.grad_fn is None and copy.is_leaf
+    assert torch._C._dispatch_keys(copy) == torch._C._dispatch_keys(clone)
 
 
 def test_there_is_a_compiler_here() -> None:
@@ -107,6 +108,9 @@ def test_inference_tensors_where_the_caller_asks_for_them(make: Any, recorded: b
         copies = make([torch.ones(3)])
     with torch.inference_mode(called):
         (copy,) = copies()
+    with torch.inference_mode(called):
+        clone = torch.ones(3).clone()
+    assert torch._C._dispatch_keys(copy) == torch._C._dispatch_keys(clone)
     assert copy.is_inference() == called and torch.equal(copy + 1, torch.full((3,), 2.0))
     if not called:
         assert (copy.requires_grad_() * 2).requires_grad and copy._version >= 0

@@ -11,8 +11,9 @@ wrapper_us     of that, outside our executable: Dynamo's guards, the model's own
 executable_us  our executable: inputs, weights, replay, results
 launch_us      of that, the replay of the captured graph: cudaGraphLaunch
 python_us      executable_us - launch_us: what we add to the launch. At most 60 is asked for.
-checks         what compares addresses and versions before each replay: runtime/watch.cpp ("C++") or the loops for
-               machines without a C++ compiler ("Python"), which the rows ending in -loops run for comparison
+checks         what compares addresses and versions before each replay, and copies the results after it:
+               runtime/watch.cpp and results.cpp ("C++"), or what does it on machines without a C++ compiler
+               ("Python"), which the rows ending in -loops run for comparison
 stages         python_us by stage, measured apart, with timers around each, which add about a third of a microsecond
                a call: the checks, copies into the capture's inputs and out of its results, and the rest. What only
                a call of another kind needs must be 0: finding the weights, the capture's key.
@@ -96,7 +97,7 @@ class Profile:
         if self.device.type == "cuda" and not row["captured"]:
             found = self.executable().graphs
             raise RuntimeError(f"no step was captured: {found.refusal if found else 'this target captures nothing'}")
-        row["checks"] = "Python" if native.module("watch") is None else "C++"
+        row["checks"] = "C++" if native.module("watch") and native.module("results") else "Python"
         row["stages"] = self.stages()
 
     def stages(self) -> dict[str, float]:
@@ -108,7 +109,7 @@ class Profile:
             "key": (CudaGraphs, "_key"),
             "checks": (CudaGraphs, "_fits"),
             "copies in": (torch, "_foreach_copy_"),
-            "copies out": (graphs, "_copied"),
+            "copies out": (graphs, "_results"),
             "launch": self.launch(),
         }
         medians = self.measure(functions).medians()

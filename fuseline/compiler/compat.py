@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,13 +51,10 @@ from .compat_debug import (
 
 CHECKED_VERSIONS = ("2.11.0", "2.13.0")
 
-# Where a C function lies that reads a tensor's address, `void *(PyObject *)`: Inductor hands it to the code that it
-# generates. It throws C++ exceptions. None where this PyTorch has none.
-ADDRESS_READER: int | None = getattr(torch._C._dynamo.guards, "_torchinductor_pyobject_tensor_data_ptr", None)
-
-# Both are missing from builds without CUDA.
+# All are missing from builds without CUDA.
 _ADDRESSES_EQUAL = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 _RAW_STREAM = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_CAPTURING = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 
 # Ops that are made of others, and whose results are new memory whatever their arguments.
 _ALWAYS_NEW = frozenset(
@@ -107,11 +105,26 @@ def same_addresses(values: Sequence[Any], addresses: list[int | None], positions
     return all(values[i].data_ptr() == addresses[i] for i in positions)
 
 
+def implementation(tensor: torch.Tensor) -> int:
+    """Where the C++ tensor behind a Python one lies, a `c10::TensorImpl`."""
+    return int(tensor._cdata)
+
+
 def current_stream(device: torch.device) -> int:
-    """The handle of a CUDA device's current stream, without the cost of an object for it."""
+    """The handle of a CUDA device's current stream."""
+    return stream_reader(device)()
+
+
+def stream_reader(device: torch.device) -> Callable[[], int]:
+    """What reads the handle of a CUDA device's current stream, at the lowest cost: this runs at every call."""
     if _RAW_STREAM is not None and device.index is not None:
-        return int(_RAW_STREAM(device.index))
-    return int(torch.cuda.current_stream(device).cuda_stream)
+        return partial(_RAW_STREAM, device.index)
+    return lambda: int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def capture_reader() -> Callable[[], bool]:
+    """What says whether the current CUDA stream is being captured, at the lowest cost."""
+    return _CAPTURING if _CAPTURING is not None else torch.cuda.is_current_stream_capturing
 
 
 def _is_real(x: Any) -> bool:

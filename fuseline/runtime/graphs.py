@@ -4,14 +4,7 @@ What a decode step costs the host is its launches; a captured step is one launch
 graph writes to (a KV cache), are read where they lie: their addresses are part of the key, and a call with others is
 run plainly and captured in its turn. The remaining inputs, a few tokens and positions, are copied into buffers of the
 capture unless they stay where they are, and results are copied out of it, so that what a caller keeps never changes
-under him.
-
-The copy of the results is 12 us of a replay, on an H100's host. Handing out the capture's own memory where nobody holds
-the last result would save most of that, and who holds a storage can be counted. What cannot be seen is what the
-allocator knows: a caller who reads a result on another stream calls `record_stream` and lets go of it, and memory from
-the allocator then waits for that stream, while the next replay would write into the capture's own at once. Besides, the
-captures of a stream share one pool, so that any of them may overwrite what another handed out. So each result is memory
-from the allocator, as in a call that was not captured.
+under him (`results.py` says why nothing less will do).
 
 A key is run plainly the first time, on buffers of its own the second time (so that every kernel is loaded as the
 capture needs it), and captured the third.
@@ -31,6 +24,7 @@ import torch
 
 from ..compiler.binder import Binder, Bound
 from .recorder import Recorder
+from .results import Copies, copier
 from .watch import Watch, watch
 
 log = logging.getLogger("fuseline")
@@ -58,7 +52,7 @@ class _Capture:
 
     unchanged: whether the tensors among a call's arguments that are read where they lie, weights and caches, lie there
     still and were not edited; moving: positions of those that are copied into `buffers`, whose `targets` hold each
-    element once.
+    element once; copies: of the `results` that a replay fills.
     """
 
     place: Hashable
@@ -70,6 +64,7 @@ class _Capture:
     targets: list[torch.Tensor]
     replay: Callable[[], None] | None = None
     results: Any = ()
+    copies: Copies = tuple
 
 
 @dataclass
@@ -110,7 +105,7 @@ class CudaGraphs:
             return self._plainly(flat)
         assert capture.replay is not None
         capture.replay()
-        return _copied(capture.results)
+        return _results(capture)
 
     def _fits(self, capture: _Capture, flat: Sequence[Any]) -> bool:
         """Whether a call's tensors lie where the capture reads them, with the same sizes and unchanged weights."""
@@ -210,13 +205,13 @@ class CudaGraphs:
             self.latest = None
             log.warning("a graph cannot be captured and is launched kernel by kernel: %s", self.refusal)
             return False
+        capture.copies = copier(capture.results, capture.place)
         return True
 
 
-def _copied(results: Any) -> Any:
-    if isinstance(results, torch.Tensor):
-        return results.clone()
-    return tuple([x.clone() if isinstance(x, torch.Tensor) else x for x in results])
+def _results(capture: _Capture) -> Any:
+    """Apart for those who look at what a replay costs."""
+    return capture.copies()
 
 
 def _forget(graphs: weakref.ref[CudaGraphs], key: Hashable, _: Any) -> None:

@@ -1,7 +1,7 @@
 """What is written in C++: compiled with the machine's compiler when it is first asked for, kept in the cache.
 
-Each has the same in Python beside it, which is what runs where there is no compiler, or no header of Python's. (Triton
-needs both on every machine that runs its kernels.)
+Each has the same in Python beside it, which is what runs where there is no compiler, or no header of Python's or of
+PyTorch's. (Triton needs the first two on every machine that runs its kernels; PyTorch's wheels bring the third.)
 """
 
 from __future__ import annotations
@@ -21,13 +21,18 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from .cache import Cache
 from .entry import Entry
+from .kernel_store import versions
 from .location import temporary
 
 log = logging.getLogger("fuseline")
 KIND = "native"
 COMPILERS = ("g++", "clang++", "c++")
+LIBRARIES = ("-Wl,--as-needed", "-lc10", "-ltorch_cpu", "-ltorch_python")  # loaded already, and found by their names
+STANDARD = "c++20"  # what PyTorch's headers are written in
 
 
 class Missing(Exception):
@@ -53,6 +58,7 @@ def build(source: Path, store: Cache) -> ModuleType:
     fields = {
         "source": hashlib.sha256(source.read_bytes()).hexdigest(),
         "python": sysconfig.get_config_var("EXT_SUFFIX") or "",
+        "torch": versions()["torch"] or "",  # whose headers say where fields lie
         "compiler": os.environ.get("CXX", ""),
     }
     found = store.get(KIND, source.stem, fields)
@@ -84,10 +90,13 @@ def _compile(source: Path) -> bytes:
     compiler = shlex.split(os.environ.get("CXX", "")) or [c for c in COMPILERS if shutil.which(c)][:1]
     if not compiler:
         raise Missing("no C++ compiler was found (CXX names one)")
-    include = sysconfig.get_paths()["include"]
+    pytorch = Path(torch.__file__).parent
+    headers = [f"-I{sysconfig.get_paths()['include']}", f"-isystem{pytorch / 'include'}"]
+    libraries = [f"-L{pytorch / 'lib'}", *LIBRARIES]
     with tempfile.TemporaryDirectory(prefix="fuseline-") as folder:
         target = Path(folder) / _file(source.stem)
-        command = [*compiler, "-O2", "-std=c++17", "-shared", "-fPIC", f"-I{include}", str(source), "-o", str(target)]
+        options = ["-O2", f"-std={STANDARD}", "-shared", "-fPIC", *headers]
+        command = [*compiler, *options, str(source), "-o", str(target), *libraries]
         try:
             subprocess.run(command, capture_output=True, text=True, check=True)
             return target.read_bytes()

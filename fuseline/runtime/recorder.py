@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..compiler.compat import current_stream
+from ..compiler.compat import capture_reader, stream_reader
 
 
 class Recorder(Protocol):
@@ -42,12 +42,9 @@ class CudaRecorder:
     def __init__(self, device: torch.device):
         self.device = device
         self._pools: dict[Hashable, _Pool] = {}
-
-    def busy(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
-
-    def place(self) -> Hashable:
-        return current_stream(self.device)
+        # Both are asked at every call, and no function of ours stands before PyTorch's.
+        self.busy: Callable[[], bool] = capture_reader()
+        self.place: Callable[[], Hashable] = stream_reader(device)
 
     def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         with torch.cuda.device(self.device):

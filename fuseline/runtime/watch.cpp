@@ -1,71 +1,61 @@
 // Whether the tensors of a call lie where they did and are what they were. watch.py says what for; it has the same
 // check in Python, which is what runs where this file cannot be compiled.
 //
-// Needs Python's headers alone. PyTorch hands over what reads an address, as it does to the code that Inductor
-// generates, and the getter of a version is its type's own.
+// One pass over a call's tensors, which reads their fields as PyTorch's headers have them: address and version of a
+// tensor stand in one place, and no Python object is made of either. Only where a Python tensor holds its C++ one is in
+// no header that is quick to compile: it is looked for, and found right or not at all, when a watch is made.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <c10/core/TensorImpl.h>
 
+#include <cstring>
 #include <memory>
-#include <new>
 #include <vector>
 
 namespace {
 
-using AddressOf = void *(*)(PyObject *);
-
-struct Address {
+struct Seen {
   Py_ssize_t position;
-  void *value;
-};
-
-struct Version {
-  Py_ssize_t position;
-  long long value;
+  const void *address;
+  bool versioned;
+  uint32_t version;
 };
 
 struct Watch {
-  Py_ssize_t length;  // of the tuples that it looks at
-  PyTypeObject *tensor, *parameter;
-  AddressOf address_of;
-  getter version_of;
-  void *closure;
-  std::vector<Address> addresses;
-  std::vector<Version> versions;
-  PyObject *kept = nullptr;  // the types and the getter's descriptor
+  Py_ssize_t length = 0;  // of the tuples that it looks at
+  PyTypeObject *tensor = nullptr, *parameter = nullptr;
+  Py_ssize_t offset = 0;  // from a Python tensor to the pointer to its TensorImpl
+  std::vector<Seen> seen;
+  PyObject *types = nullptr;  // keeps both
 
-  ~Watch() { Py_XDECREF(kept); }
+  ~Watch() { Py_XDECREF(types); }
+
+  bool is_plain(PyObject *value) const {  // a class of its own may read its address otherwise
+    PyTypeObject *type = Py_TYPE(value);
+    return type == tensor || type == parameter;
+  }
 };
 
 constexpr const char *kName = "fuseline.watch";
 
-// A version is read through Python's C interface: any trouble is "not the same", and is looked into in Python.
-bool same_version(const Watch &watch, PyObject *tensor, long long expected) {
-  PyObject *found = watch.version_of(tensor, watch.closure);
-  if (found == nullptr) {
-    PyErr_Clear();
-    return false;
-  }
-  const long long value = PyLong_AsLongLong(found);
-  Py_DECREF(found);
-  if (value == -1 && PyErr_Occurred()) {
-    PyErr_Clear();
-    return false;
-  }
-  return value == expected;
+c10::TensorImpl *tensor_at(PyObject *tensor, Py_ssize_t offset) {
+  c10::TensorImpl *found;
+  std::memcpy(&found, reinterpret_cast<const char *>(tensor) + offset, sizeof(found));
+  return found;
 }
+
+// As Tensor.data_ptr has it: memory that is shared until somebody writes is no longer shared then.
+const void *address_of(c10::TensorImpl *tensor) { return tensor->mutable_data(); }
 
 bool same(const Watch &watch, PyObject *values) {
   if (!PyTuple_CheckExact(values) || PyTuple_GET_SIZE(values) != watch.length) return false;
-  for (const Address &seen : watch.addresses) {
-    PyObject *tensor = PyTuple_GET_ITEM(values, seen.position);
-    PyTypeObject *type = Py_TYPE(tensor);
-    if (type != watch.tensor && type != watch.parameter) return false;
-    if (watch.address_of(tensor) != seen.value) return false;
-  }
-  for (const Version &seen : watch.versions) {  // all of them are among the addresses: their types are known
-    if (!same_version(watch, PyTuple_GET_ITEM(values, seen.position), seen.value)) return false;
+  for (const Seen &seen : watch.seen) {
+    PyObject *value = PyTuple_GET_ITEM(values, seen.position);
+    if (!watch.is_plain(value)) return false;
+    c10::TensorImpl *tensor = tensor_at(value, watch.offset);
+    if (address_of(tensor) != seen.address) return false;
+    if (seen.versioned && tensor->version_counter().current_version() != seen.version) return false;
   }
   return true;
 }
@@ -75,7 +65,7 @@ PyObject *call(PyObject *capsule, PyObject *values) {
   if (watch == nullptr) return nullptr;
   try {
     return PyBool_FromLong(same(*watch, values));
-  } catch (...) {  // a tensor without memory of its own has no address
+  } catch (...) {  // a tensor without memory of its own has no address, an inference tensor no version
     Py_RETURN_FALSE;
   }
 }
@@ -84,60 +74,76 @@ PyMethodDef same_method = {"same", call, METH_O, "Whether the tensors of this tu
 
 void destroy(PyObject *capsule) { delete static_cast<Watch *>(PyCapsule_GetPointer(capsule, kName)); }
 
-// Pairs of integers, (position, value), of a list of tuples; positions are checked against the tuples' length.
-template <typename Item, typename Read>
-bool fill(std::vector<Item> &items, PyObject *list, Py_ssize_t length, Read read) {
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
-    PyObject *position = nullptr, *value = nullptr;
-    if (!PyArg_ParseTuple(PyList_GET_ITEM(list, i), "OO", &position, &value)) return false;
-    const Item item{PyLong_AsSsize_t(position), read(value)};
-    if (PyErr_Occurred()) return false;
-    if (item.position < 0 || item.position >= length) {
+// Where all of these tensors hold the TensorImpl that `handles` says they have, directly or behind a flag; 0: nowhere.
+Py_ssize_t offset_of(const Watch &watch, PyObject *values, const std::vector<void *> &handles) {
+  constexpr Py_ssize_t word = sizeof(void *);
+  for (Py_ssize_t offset : {Py_ssize_t(sizeof(PyObject)), Py_ssize_t(sizeof(PyObject)) + word}) {
+    bool here = watch.tensor->tp_basicsize >= offset + word && watch.parameter->tp_basicsize >= offset + word;
+    for (size_t i = 0; here && i < handles.size(); ++i)
+      here = tensor_at(PyTuple_GET_ITEM(values, watch.seen[i].position), offset) == handles[i];
+    if (here) return offset;
+  }
+  return 0;
+}
+
+// The tensors to look at, (position, TensorImpl, whether the version counts) each; false with an exception set.
+bool fill(Watch &watch, PyObject *values, PyObject *entries, std::vector<void *> &handles) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(entries); ++i) {
+    Seen seen{};
+    PyObject *handle = nullptr;
+    int versioned = 0;
+    PyObject *entry = PyList_GET_ITEM(entries, i);
+    if (!PyTuple_Check(entry)) {
+      PyErr_SetString(PyExc_TypeError, "an entry is a tuple: a position, where the tensor lies, whether versions count");
+      return false;
+    }
+    if (!PyArg_ParseTuple(entry, "nOp", &seen.position, &handle, &versioned)) return false;
+    if (seen.position < 0 || seen.position >= watch.length) {
       PyErr_SetString(PyExc_IndexError, "a watched position is outside of the arguments");
       return false;
     }
-    items.push_back(item);
+    if (!watch.is_plain(PyTuple_GET_ITEM(values, seen.position))) {
+      PyErr_SetString(PyExc_TypeError, "a watched argument is no tensor, or one of a class of its own");
+      return false;
+    }
+    handles.push_back(PyLong_AsVoidPtr(handle));
+    if (PyErr_Occurred()) return false;
+    seen.versioned = versioned != 0;
+    watch.seen.push_back(seen);
   }
   return true;
 }
 
-// watch(length, (Tensor, Parameter), address_of, version, addresses, versions): see watch.py.
+// watch((Tensor, Parameter), values, entries) → a function of another tuple, or None for tensors laid out otherwise.
 PyObject *watch(PyObject *, PyObject *args) {
-  PyObject *types, *pointer, *version, *addresses, *versions;
-  auto made = std::unique_ptr<Watch>(new (std::nothrow) Watch());
-  if (!made) return PyErr_NoMemory();
-  if (!PyArg_ParseTuple(args, "nO!OO!O!O!", &made->length, &PyTuple_Type, &types, &pointer, &PyGetSetDescr_Type,
-                        &version, &PyList_Type, &addresses, &PyList_Type, &versions))
-    return nullptr;
-  if (!PyArg_ParseTuple(types, "O!O!", &PyType_Type, &made->tensor, &PyType_Type, &made->parameter)) return nullptr;
-  PyTypeObject *owner = PyDescr_TYPE(version);
-  if (!PyType_IsSubtype(made->tensor, owner) || !PyType_IsSubtype(made->parameter, owner)) {
-    PyErr_SetString(PyExc_TypeError, "the version's getter belongs to another type");
-    return nullptr;
-  }
-  made->address_of = reinterpret_cast<AddressOf>(PyLong_AsVoidPtr(pointer));
-  if (made->address_of == nullptr) {
-    if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "nothing that reads an address was given");
-    return nullptr;
-  }
-  const PyGetSetDef *getset = reinterpret_cast<PyGetSetDescrObject *>(version)->d_getset;
-  made->version_of = getset->get;
-  made->closure = getset->closure;
+  PyObject *types, *values, *entries;
   try {
-    if (!fill(made->addresses, addresses, made->length, PyLong_AsVoidPtr) ||
-        !fill(made->versions, versions, made->length, PyLong_AsLongLong))
+    auto made = std::make_unique<Watch>();
+    std::vector<void *> handles;
+    if (!PyArg_ParseTuple(args, "O!O!O!", &PyTuple_Type, &types, &PyTuple_Type, &values, &PyList_Type, &entries) ||
+        !PyArg_ParseTuple(types, "O!O!", &PyType_Type, &made->tensor, &PyType_Type, &made->parameter))
       return nullptr;
-  } catch (const std::bad_alloc &) {
-    return PyErr_NoMemory();
+    Py_INCREF(types);
+    made->types = types;
+    made->length = PyTuple_GET_SIZE(values);
+    if (!fill(*made, values, entries, handles)) return nullptr;
+    made->offset = offset_of(*made, values, handles);
+    if (made->offset == 0) Py_RETURN_NONE;
+    for (Seen &seen : made->seen) {
+      c10::TensorImpl *tensor = tensor_at(PyTuple_GET_ITEM(values, seen.position), made->offset);
+      seen.address = address_of(tensor);
+      if (seen.versioned) seen.version = tensor->version_counter().current_version();
+    }
+    PyObject *capsule = PyCapsule_New(made.get(), kName, destroy);
+    if (capsule == nullptr) return nullptr;
+    made.release();
+    PyObject *function = PyCFunction_New(&same_method, capsule);
+    Py_DECREF(capsule);
+    return function;
+  } catch (const std::exception &error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
   }
-  made->kept = PyTuple_Pack(2, types, version);
-  if (made->kept == nullptr) return nullptr;
-  PyObject *capsule = PyCapsule_New(made.get(), kName, destroy);
-  if (capsule == nullptr) return nullptr;
-  made.release();
-  PyObject *function = PyCFunction_New(&same_method, capsule);
-  Py_DECREF(capsule);
-  return function;
 }
 
 PyMethodDef methods[] = {{"watch", watch, METH_VARARGS, "A function that looks at one call's tensors."},

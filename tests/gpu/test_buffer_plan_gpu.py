@@ -17,6 +17,15 @@ from tests.codegen.test_leftovers import Block
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def settings_of_dynamo():
+    """PyTorch 2.11 has one set of Dynamo's settings for all threads: when two of them call what was compiled with
+    `dynamic=True`, one may restore what the other had changed, and all that is compiled later has symbolic sizes."""
+    before = torch._dynamo.config.assume_static_by_default
+    yield
+    torch._dynamo.config.assume_static_by_default = before
+
+
 @pytest.fixture(scope="module")
 def model():
     built = demo_geometry(vocabulary=512, dtype=torch.bfloat16).cuda()
@@ -94,6 +103,7 @@ def test_a_capture_keeps_its_memory(model):
 @pytest.mark.parametrize("graphs", [False, True])
 def test_leftovers_through_inductor(graphs, tmp_path, monkeypatch):
     monkeypatch.setenv("FUSELINE_CACHE", str(tmp_path))
+    torch.compiler.reset()
     model = nn.Sequential(Block(64), Block(64), nn.Flatten(2), nn.Linear(256, 32)).cuda().eval()
     x = torch.randn(4, 64, 16, 16, device="cuda")
     expected = model(x)

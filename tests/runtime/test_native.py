@@ -48,6 +48,17 @@ def test_compiled_once_and_kept(source: Path, store: Cache, monkeypatch: pytest.
     assert native.build(source, store).value == 43
 
 
+def test_another_pytorch_has_other_headers(source: Path, store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    native.build(source, store)
+    monkeypatch.setattr(native, "versions", lambda: {"torch": "2.99"})
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_compile", never)
+        with pytest.raises(AssertionError, match="compiled again"):
+            native.build(source, store)
+    native.build(source, store)
+    assert len(list(store.entries())) == 2
+
+
 def test_an_entry_that_cannot_be_loaded_is_replaced(
     source: Path, store: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,12 +162,13 @@ def test_versions_without_addresses_are_looked_at_in_python() -> None:
     assert in_cpp(values, [2], [1]) is None and watch(values, [2], [1])(values)
 
 
-@pytest.mark.parametrize("lacking", ["module", "reader"])
+@pytest.mark.parametrize("lacking", ["module", "layout"])
 def test_without_the_cpp_part(monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
+    """No compiler; or Python tensors that hold their C++ ones elsewhere than those of the PyTorch releases known."""
     if lacking == "module":
         monkeypatch.setattr(native, "module", lambda name: None)
     else:
-        monkeypatch.setattr(module, "ADDRESS_READER", None)
+        monkeypatch.setattr(module, "implementation", lambda tensor: tensor._cdata + 8)
     values = arguments()
     same = watch(values, [1, 2, 3], [1])
     assert type(same).__name__ == "function" and same(values)
@@ -177,15 +178,71 @@ def test_without_the_cpp_part(monkeypatch: pytest.MonkeyPatch, lacking: str) -> 
 
 def test_wrong_arguments_are_errors_not_crashes() -> None:
     extension = native.module("watch")
-    types, reader, version = (torch.Tensor, Parameter), module.ADDRESS_READER, torch.Tensor._version
+    types, values = (torch.Tensor, Parameter), (torch.zeros(2), 3)
+    lies = values[0]._cdata
     for arguments, error in (
-        ((2, types, reader, version, [(2, 0)], []), IndexError),
-        ((2, types, reader, version, [(-1, 0)], []), IndexError),
-        ((2, types, 0, version, [], []), ValueError),
-        ((2, types, reader, version, [(0, "x")], []), TypeError),
-        ((2, types, reader, type.__dict__["__abstractmethods__"], [], []), TypeError),
-        ((2, (torch.Tensor,), reader, version, [], []), TypeError),
-        ((2, types, reader, version, (), []), TypeError),
+        ((types, values, [(2, lies, False)]), IndexError),
+        ((types, values, [(-1, lies, False)]), IndexError),
+        ((types, values, [(1, lies, False)]), TypeError),
+        ((types, values, [(0, "x", False)]), TypeError),
+        ((types, values, [(0, lies)]), TypeError),
+        ((types, values, [3]), TypeError),
+        ((types, [*values], []), TypeError),
+        (((torch.Tensor,), values, []), TypeError),
+        ((types, values, ()), TypeError),
     ):
         with pytest.raises(error):
             extension.watch(*arguments)
+    assert extension.watch(types, values, [(0, lies + 8, False)]) is None
+    sparse = torch.eye(3).to_sparse()
+    with pytest.raises(RuntimeError):
+        extension.watch(types, (sparse,), [(0, sparse._cdata, False)])
+    with torch.inference_mode():
+        unversioned = torch.zeros(2)
+    with pytest.raises(RuntimeError, match="version"):
+        extension.watch(types, (unversioned,), [(0, unversioned._cdata, True)])
+
+
+@torch.no_grad()
+def test_the_two_checks_agree_on_what_is_done_to_tensors() -> None:
+    """One edit after another, in an order of its own for each seed, on tensors and on views of one memory."""
+
+    def edited(x: torch.Tensor) -> torch.Tensor:
+        x.add_(1)
+        return x
+
+    def given_others(x: torch.Tensor) -> torch.Tensor:
+        x.data = x.data.clone()
+        return x
+
+    def shared(x: torch.Tensor) -> torch.Tensor:
+        kept.append(torch._lazy_clone(x))  # the memory of both until one is written to
+        return x
+
+    def exchanged(x: torch.Tensor) -> torch.Tensor:
+        torch.utils.swap_tensors(x, torch.full_like(x, 5))
+        return x
+
+    def resized(x: torch.Tensor) -> torch.Tensor:
+        return x.resize_(x.numel() + 512)
+
+    def through_data(x: torch.Tensor) -> torch.Tensor:
+        x.data.mul_(2)
+        return x
+
+    actions = (edited, given_others, shared, exchanged, resized, through_data, lambda x: x.detach(), lambda x: x.data)
+    kept: list[torch.Tensor] = []
+    told = set()
+    for seed in range(40):
+        chosen = torch.Generator().manual_seed(seed)
+        memory = torch.randn(64)
+        values: list[object] = [1, memory[:16], memory[16:], *(torch.randn(8) for _ in range(3)), torch.randn(0)]
+        watched = range(1, len(values))
+        checks = [make(values, watched, [1, 3, 4, 6]) for make in LOOPS.values()]
+        for _ in range(3):
+            at, action = (int(torch.randint(n, (), generator=chosen)) for n in (len(watched), len(actions)))
+            values[1 + at] = actions[action](values[1 + at])
+            answers = {check(tuple(values)) for check in checks}
+            assert len(answers) == 1, (seed, at, action)
+            told |= answers
+    assert told == {True, False}

@@ -121,6 +121,15 @@ def test_a_slip_is_told_with_its_line(mlp: Program, tmp_path: Path, before: str,
         load_stage(path)
 
 
+def test_a_region_named_like_a_weight_is_told(mlp: Program, tmp_path: Path) -> None:
+    path = written(mlp, tmp_path)
+    text = path.read_text().replace("torch.ops.aten.silu.default(linear)", "self.norm(linear)")
+    method = "    def norm(self, x):\n        y = torch.ops.aten.silu.default(x)\n        return y\n"
+    path.write_text(text.replace("\n\n\nSTAGE = {", f"\n\n{method}\n\nSTAGE = {{"))
+    with pytest.raises(UserError, match=r"stage.py:\d+: the method 'norm' has the name of a weight: call it something"):
+        load_stage(path)
+
+
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("print('hello')")
     assert not is_stage(tmp_path / "train.py") and not is_stage(tmp_path / "absent.py")

@@ -188,6 +188,8 @@ class Reader:
         if not hasattr(owner, target):
             assert owner is not None
             owner.add_submodule(target, self.owner.region(target, list(args)))
+        elif not isinstance(getattr(owner, target), GraphModule):
+            self._fail(node, f"the method '{target}' has the name of a weight: call it something else")
         created = graph.create_node("call_module", target, args, {}, name=name)
         inner = getattr(owner, target)
         result = inner.graph.output_node().meta["val"]

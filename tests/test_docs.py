@@ -187,6 +187,19 @@ def test_paths_named_in_text_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tests_named_in_text_exist(page: Path) -> None:
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text(encoding="utf-8")):
+        assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{page.name} names {file}::{name}"
+
+
+def test_each_part_of_the_debugger_has_its_test() -> None:
+    text = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| [^|]+ \| (.+) \|$", text, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 26))
+    assert all(re.search(r"`tests/[\w/]+\.py::test_\w+`", shown) for _, shown in rows)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_pages_are_plain_and_narrow(page: Path) -> None:
     prose = FENCE.sub("", page.read_text(encoding="utf-8"))
     assert not re.search(r"[\U0001f300-\U0001faff☀-➿]", prose)

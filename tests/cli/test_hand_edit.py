@@ -27,7 +27,9 @@ def hunt(cli: Callable, folder: Path, model: str, norms: int, broken: int) -> No
     compared = cli("compare", str(stage), str(stage.with_name("edited.py")), "--json", "-")
     data = json.loads(compared.out)
     assert compared.code == 1 and data["first"]["node"] == node, compared.err
-    assert [edit["node"] for edit in data["rewrites"] if edit["verdict"] not in ("rounding", "below rounding")] == [node]
+    assert [edit["node"] for edit in data["rewrites"] if edit["verdict"] not in ("rounding", "below rounding")] == [
+        node
+    ]
     assert f"first divergence: node '{node}'" in compared.err
 
     asked = cli("why", "raise/RMSNorm", node, str(stage.with_name("edited.py")), "--json", "-")

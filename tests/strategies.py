@@ -1,8 +1,10 @@
-"""Random weight expressions, schemes and graphs for hypothesis."""
+"""Random weight expressions, schemes, graphs and pipelines for hypothesis."""
 
 from __future__ import annotations
 
+import enum
 import os
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +32,9 @@ from fuseline.compiler.expressions import (
     Slice,
     Transpose,
 )  # fmt: skip
+from fuseline.compiler.framework import Level, Pass, Tier, options
+from fuseline.compiler.pipeline import Pipeline
+from fuseline.compiler.registry import available
 from fuseline.compiler.schemes import Scheme
 
 # The same examples at every run, so that a failure is the change's own; FUSELINE_FUZZ=1 looks for new ones.
@@ -139,3 +144,52 @@ class Network(torch.nn.Module):
 
     def __repr__(self) -> str:
         return f"Network({self.steps}, {self.outputs})"
+
+
+def exact_passes() -> list[type[Pass]]:
+    """This package's own passes that need no data and keep results: the modules of other tests register faulty ones."""
+    return [
+        kind
+        for kind in available().values()
+        if kind.__module__.startswith("fuseline.") and kind.tier is Tier.EXACT and kind.level is Level.NORMAL
+        if not kind.needs_data
+    ]
+
+
+def with_options(kind: type[Pass]) -> st.SearchStrategy[Pass]:
+    """A pass with random values of its options that are flags or choices; the others keep their defaults."""
+    hints = typing.get_type_hints(kind)
+    drawn: dict[str, st.SearchStrategy[Any]] = {}
+    for field in options(kind):
+        hint = hints[field.name]
+        if field.name == "allow_empty":
+            drawn[field.name] = st.just(True)
+        elif hint is bool:
+            drawn[field.name] = st.sampled_from((field.default, not field.default))
+        elif isinstance(hint, type) and issubclass(hint, enum.Enum):
+            drawn[field.name] = st.sampled_from(hint)
+    return st.builds(kind, **drawn)
+
+
+def _quantizer(weights: Scheme, activations: bool) -> Pass:
+    rest = ",activations=int8" if activations else ""
+    return Pipeline(f"quantize{{weights={weights}{rest},allow_empty}}").passes[0]
+
+
+_groups = st.sampled_from((0, 2, 4, 8, 16, 5))  # the last divides no width of `blocks()`
+quantizers = st.builds(_quantizer, st.builds(Scheme, st.sampled_from((4, 8)), _groups, st.booleans()), st.booleans())
+
+
+@st.composite
+def pipelines(draw: st.DrawFn, quantize: bool = False) -> Pipeline:
+    """Exact passes in any order that they allow, some more than once; with `quantize`, quantized once before `fuse`."""
+    passes: list[Pass] = []
+    state: frozenset[str] = frozenset()
+    for _ in range(draw(st.integers(0 if quantize else 1, 4))):
+        step = draw(st.sampled_from([k for k in exact_passes() if k.requires <= state]).flatmap(with_options))
+        passes.append(step)
+        state |= step.ensures
+    if quantize:
+        last = next((i for i, step in enumerate(passes) if step.name == "fuse"), len(passes))
+        passes.insert(draw(st.integers(0, last)), draw(quantizers))
+    return Pipeline(passes)

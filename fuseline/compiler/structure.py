@@ -61,5 +61,7 @@ def _lines(module: GraphModule) -> list[str]:
             target = structural_hash(inner) if isinstance(inner, GraphModule) else str(node.target)
         else:
             target = "" if node.op in ("placeholder", "output") else str(node.target)
-        lines.append(f"{node.op} {target} {args} {kwargs} {describe_value(node.meta.get('val'))}")
+        # An output's type is that of its arguments, and only some captures write it down.
+        value = "" if node.op == "output" else describe_value(node.meta.get("val"))
+        lines.append(f"{node.op} {target} {args} {kwargs} {value}")
     return lines

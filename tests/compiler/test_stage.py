@@ -65,6 +65,13 @@ def test_what_is_read_renders_as_it_was_written(mlp: Program, tmp_path: Path) ->
         assert render(load_stage(path), title, Recipe("file"), path.name) == text
 
 
+def test_what_is_read_has_the_structure_that_was_written(tmp_path: Path) -> None:
+    program = fuseline.capture(Mlp(), (torch.randn(4, 8),))
+    for pipeline in ("raise", "quantize{weights=int8},fuse"):
+        after, _ = Pipeline(pipeline).run(program)
+        assert same_structure(load_stage(written(after, tmp_path)), after)
+
+
 def test_provenance_is_kept(mlp: Program, tmp_path: Path) -> None:
     *_, fused = dumped(mlp, tmp_path)
     before, after = Pipeline("quantize{weights=int8},fuse").run(mlp)[0], load_stage(fused)

@@ -187,6 +187,18 @@ def test_a_lone_pointwise_op_is_left_to_pytorch() -> None:
         Pipeline("fuse").run(traced(lambda x: torch.exp(x), torch.randn(3, 3)))
 
 
+def test_what_nothing_reads_is_no_region() -> None:
+    class Unread(torch.nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            F.scaled_dot_product_attention(q, q, q)  # may draw random numbers, so the capture keeps it
+            return torch.tanh(q) * 2.0
+
+    q = torch.randn(1, 2, 3, 4)
+    after, report = Pipeline("raise,fuse").run(fuseline.capture(Unread(), (q,)), verification="full")
+    assert regions(after) == [["tanh", "mul"]] and report["raise"].rules == {"Attention": 1}
+    assert torch.equal(after.to_module()(q), Unread()(q))
+
+
 def test_options_choose_what_is_fused() -> None:
     def function(x, w):
         return F.linear(torch.exp(torch.neg(x)), w)

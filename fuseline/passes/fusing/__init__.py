@@ -61,7 +61,7 @@ class Fuse(Pass):
             attentions = [n for n in program.graph.nodes if n.target is ops.attention.overload]
             regions += [Region("attention", "attention", [n]) for n in attentions]
         try:
-            for region in regions:
+            for region in filter(_is_read, regions):
                 piece = cut(program, region.nodes, region.kind)
                 rewriter.rewrite(
                     region.nodes[-1],
@@ -74,3 +74,10 @@ class Fuse(Pass):
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
         return ("the program has no linear, no attention, and no two pointwise operations that follow each other",)
+
+
+def _is_read(region: Region) -> bool:
+    """Whether anything outside reads a region: what draws random numbers stays in a graph though nothing reads it, and
+    an attention that it became, or a line of an edited stage, gives no result to call a kernel for."""
+    members = set(region.nodes)
+    return any(user not in members for node in region.nodes for user in node.users)

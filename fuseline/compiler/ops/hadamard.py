@@ -16,7 +16,7 @@ from ..errors import FuselineError
 from ._define import Kind, op
 
 
-@op("hadamard(Tensor x, Tensor? core=None, int block=0) -> Tensor", kind=Kind.ANCHOR)
+@op("hadamard(Tensor x, Tensor? core=None, int block=0) -> Tensor", kind=Kind.ROW)
 def hadamard(x: torch.Tensor, core: torch.Tensor | None = None, block: int = 0) -> torch.Tensor:
     """x: [..., n]; core: [K, K], int8 signs (divided by √K) or orthogonal, absent for K = 1; the result is like x.
 

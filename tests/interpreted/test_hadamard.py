@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from fuseline.compiler.hadamard import core, factor, random_signs
 from fuseline.compiler.ops import glu, hadamard, quantize
-from tests.codegen.regions import check, compare, emitted, loaded, refused
+from tests.codegen.regions import check, emitted, loaded, refused
 
 
 def dense(n: int) -> tuple[torch.Tensor, ...]:
@@ -22,7 +22,7 @@ def dense(n: int) -> tuple[torch.Tensor, ...]:
     return (core(order),) if order > 1 else ()
 
 
-SIZES = [16, 32, 64, 128, 512, 12, 24, 96, 576, 768, 20, 28 * 32, 148, 172, 172 * 2, 148 * 4, 100 * 2, 108, 6 * 8, 47, 94]
+SIZES = [16, 32, 64, 128, 512, 12, 24, 48, 96, 576, 768, 20, 28 * 32, 148, 172, 172 * 2, 148 * 4, 100 * 2, 108, 47, 94]
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -41,6 +41,11 @@ def test_type(n: int, dtype: torch.dtype, tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", [4096, 14336, 11008, 18944])
 def test_sizes_of_models(n: int, tmp_path: Path) -> None:
     check(hadamard, torch.randn(3, n).half(), *dense(n), dynamic={0: (0,)}, folder=tmp_path)
+
+
+@pytest.mark.parametrize("n", [172, 28 * 4])
+def test_signs_in_the_type_of_the_input(n: int, tmp_path: Path) -> None:
+    check(lambda x, c: hadamard(x, c, n, True), torch.randn(3, n).half(), dense(n)[0].half(), folder=tmp_path)
 
 
 def test_a_core_that_is_not_symmetric(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ...compiler.ops import hadamard
 from ...compiler.traits import arguments
 from ..call import Unsupported, dtype_of
 from ..dtypes import cast, compute_dtype, literal, triton_type
@@ -72,7 +71,7 @@ class Layout:
 
     @property
     def blocks(self) -> Blocks:
-        """Two to sixteen thousand elements a program, at most 128 sums in a thread; rows by fours where they are short."""
+        """Two to sixteen thousand elements a program, 128 sums in a thread at most; rows by fours where they are short."""
         rows = min(4, WIDE // self.block) if self.block >= 512 else 2048 // self.block
         return Blocks(max(1, self.least_rows, rows), self.least_rows, 4 * max(1, self.piece // GROUP), PROGRAMS)
 
@@ -100,7 +99,7 @@ def rule(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
     cut = cut_of(node)
     compute = compute_dtype(dtype_of(x))
     if compute is not torch.float32:
-        raise Unsupported(f"hadamard in {compute}: kernels compute it in float32")
+        raise Unsupported(f"it is computed in {str(compute)[6:]}, kernels compute it in float32")
     channels = shape(x)[-1]
     which, within = split(tile, index[-1], cut.n) if channels != cut.n else (None, index[-1])
     columns = tile.columns(cut.n)
@@ -122,14 +121,14 @@ def cut_of(node: torch.fx.Node) -> Layout:
     given = arguments(node)
     n = given["block"] or shape(given["x"])[-1]
     if not isinstance(n, int):
-        raise Unsupported("hadamard over a symbolic number of channels")
+        raise Unsupported("a symbolic number of channels")
     core = given["core"]
     order = 1 if core is None else shape(core)[0]
     cut = layout(n, order)
     if cut.block > LONGEST:
-        raise Unsupported(f"hadamard over {n} channels: a program holds at most {LONGEST}")
+        raise Unsupported(f"{n} channels, a program holds at most {LONGEST}")
     if cut.padded < LEAST:
-        raise Unsupported(f"hadamard over {n} channels: a product takes at least {LEAST}")
+        raise Unsupported(f"{n} channels, a product takes at least {LEAST}")
     return cut
 
 
@@ -167,7 +166,8 @@ class Writer:
     @property
     def _exact(self) -> bool:
         """Whether the core holds signs."""
-        return self.core is not None and dtype_of(self.core) is torch.int8
+        signs = arguments(self.node)["signs"]
+        return self.core is not None and (signs or dtype_of(self.core) is torch.int8)
 
     @property
     def _lanes(self) -> str:

@@ -51,7 +51,7 @@ constants = st.lists(st.floats(allow_nan=False, width=32), max_size=4).map(
 leaves = st.one_of(
     st.builds(Param, names),
     constants,
-    st.builds(HadamardCore, st.sampled_from((3, 12, 20)), devices),
+    st.builds(HadamardCore, st.sampled_from((3, 12, 20)), devices, st.sampled_from((torch.int8, *DTYPES))),
     st.builds(Signs, st.integers(1, 8), st.integers(0, 2**40), st.sampled_from(DTYPES), devices),
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..compiler.ops import dequantize, layer_norm, quantize, rms_norm, rotary
+from ..compiler.ops import dequantize, hadamard, layer_norm, quantize, rms_norm, rotary
 from ..compiler.traits import arguments, is_last_dim_reduction
 from .call import Unsupported, dtype_of
 from .dtypes import cast, compute_dtype, literal, rounded
@@ -17,6 +17,7 @@ from .formulas import divide, round_half_even
 from .indexing import flatten, split
 from .rows import Row, Rule, element
 from .sizes import Size, same, shape, size
+from .templates import hadamard as transform
 from .tile import Tile
 from .values import ZERO, Index, Mask, Term
 
@@ -226,6 +227,8 @@ def domains(node: torch.fx.Node) -> tuple[tuple[Size, ...], ...]:
     """Shapes over which the op's rows are whole: the groups of `quantize`, otherwise the rows of its input."""
     x = node.args[0]
     assert isinstance(x, torch.fx.Node)
+    if node.target is hadamard.overload:
+        return transform.domains(node)
     if node.target is quantize.overload and not same(_groups(node), 1):
         return ((*shape(x)[:-1], _groups(node), _group(node)),)
     return (shape(x),)
@@ -238,4 +241,5 @@ RULES[torch.ops.aten.layer_norm.default] = _layer_norm
 RULES[rotary.overload] = _rotary
 RULES[dequantize.overload] = _dequantize
 RULES[quantize.overload] = _quantize
+RULES[hadamard.overload] = transform.rule
 RESULTS[quantize.overload] = (_quantized_codes, _quantized_scale)

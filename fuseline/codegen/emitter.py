@@ -18,7 +18,7 @@ from pathlib import PurePath
 
 import torch
 
-from ..compiler.ops import layer_norm, quantize, rms_norm
+from ..compiler.ops import hadamard, layer_norm, quantize, rms_norm
 from ..compiler.provenance import makers, source_lines
 from ..compiler.traits import NORMS, REDUCTIONS
 from . import creations, dialect_rows, expressions, rearrangements, rows
@@ -35,7 +35,7 @@ from .values import Index, Mask, Term
 
 ROW_RULES = {**rows.RULES, **dialect_rows.RULES}
 RULES = {**rearrangements.RULES, **creations.RULES, **ROW_RULES}
-REDUCING = REDUCTIONS | NORMS | {rms_norm.overload, layer_norm.overload, quantize.overload}
+REDUCING = REDUCTIONS | NORMS | {rms_norm.overload, layer_norm.overload, quantize.overload, hadamard.overload}
 
 
 def emit_region(region: torch.fx.GraphModule, name: str) -> Launcher | Refusal:
@@ -80,7 +80,8 @@ def _emit(nodes: list[torch.fx.Node], host: Host, domain: Domain) -> Launcher:
         tile.reserve(node, text)
     for output in host.outputs:
         tile.reserve(output.node, output.name)
-    schedule = Schedule(tile, domain, any(n.target in REDUCING for n in nodes))
+    targets = {n.target for n in nodes}
+    schedule = Schedule(tile, domain, bool(targets & REDUCING), hadamard.overload in targets)
     full = [o for o in host.outputs if same(product(shape(o.node)), product(domain.shape))]
     by_row = [o for o in host.outputs if o not in full]
     for output in by_row:

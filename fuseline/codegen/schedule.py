@@ -48,7 +48,8 @@ class Launch:
 class Schedule:
     """Opens a tile: writes the program's rows and columns, and later decides the blocks."""
 
-    def __init__(self, tile: Tile, domain: Domain, reduces: bool):
+    def __init__(self, tile: Tile, domain: Domain, reduces: bool, in_registers: bool = False):
+        """in_registers: rows of a known length are held in one block, however long they are."""
         self.tile, self.domain, self.reduces = tile, domain, reduces
         self.whole_rows = reduces or _one_block(domain.length)
         lines = tile.scopes[0].lines
@@ -59,7 +60,8 @@ class Schedule:
         tile.names.taken |= {"rows", "row", "rows_inside"}
         lines.append("pid = tl.program_id(0)")
         if reduces:
-            self.columns = tile.add_range("column", domain.length)
+            known = in_registers and isinstance(domain.length, int)
+            self.columns = tile.add_range("column", domain.length, looped=False if known else None)
         else:
             self.columns = tile.add_range("column", domain.length, block=1, looped=False)
             self._open_columns(lines)
@@ -111,9 +113,8 @@ class Schedule:
         for columns in used:
             length = columns.size
             if isinstance(length, int):
-                block = (
-                    _block(length) if not self.reduces else min(_power(length), LOOP_BLOCK if columns.looped else 2**14)
-                )
+                whole = min(_power(length), LOOP_BLOCK) if columns.looped else _power(length)
+                block = whole if self.reduces else _block(length)
                 constants[columns.block], samples[columns.block] = str(block), block
             else:
                 limit = LOOP_BLOCK if self.reduces else ELEMENTS
@@ -124,20 +125,33 @@ class Schedule:
         widest = max(samples.values())
         looped = any(columns.looped for columns in used)
         most = max(1, (ROW_ELEMENTS if self.reduces else ELEMENTS) // widest) if not looped else 1
-        rows = self.domain.rows
+        rows, least, asked = self.domain.rows, 1, self.tile.blocks
+        if asked is not None:
+            most, least = asked.rows, asked.least_rows
         symbolic_block = not isinstance(self.columns.size, int) and not self.reduces
         if symbolic_block:
             height = f"triton.next_power_of_2(max({self.rows}, 1))"
             constants["ROWS"], samples["ROWS"] = f"min({ELEMENTS} // BLOCK, {height})", 1
         elif isinstance(rows, int) or most == 1:
-            samples["ROWS"] = min(most, _power(rows)) if isinstance(rows, int) else most
+            samples["ROWS"] = max(least, min(most, _power(rows))) if isinstance(rows, int) else most
             constants["ROWS"] = str(samples["ROWS"])
         else:
-            constants["ROWS"], samples["ROWS"] = f"min({most}, triton.next_power_of_2(max(rows, 1)))", most
+            text = f"min({most}, triton.next_power_of_2(max(rows, {least})))"
+            constants["ROWS"], samples["ROWS"] = text, most
         elements = widest * samples["ROWS"]
         warps = 8 if looped or elements > ROW_ELEMENTS else 4
         warps = 16 if elements > 8192 else warps
-        return Launch(constants, samples, self._grid(constants), warps)
+        if asked is None:
+            return Launch(constants, samples, self._grid(constants), warps)
+        self._walk()
+        return Launch(constants, samples, f"min({asked.programs}, {self._grid(constants)})", asked.warps)
+
+    def _walk(self) -> None:
+        """Has each program take one block of rows after the other."""
+        lines = self.tile.scopes[0].lines
+        first, *body = lines
+        head = [*self.tile.prelude.lines, first, f"while pid < tl.cdiv({self.rows}, ROWS):"]
+        lines[:] = [*head, *("    " + line for line in body), "    pid += tl.num_programs(0)"]
 
     def _grid(self, constants: dict[str, str]) -> str:
         height = "ROWS" if not constants["ROWS"].isdigit() else constants["ROWS"]

@@ -18,7 +18,7 @@ import torch
 from .call import Unsupported, dtype_of
 from .dtypes import cast, compute_dtype, is_supported, literal, pointer_type, triton_type
 from .sizes import Size, SizeReader, same, shape
-from .values import ROW, ZERO, Index, Mask, Names, Range, Scope, Term
+from .values import ROW, ZERO, Blocks, Index, Mask, Names, Range, Scope, Term
 
 DEEPEST = 60  # of nested evaluations, well below Python's limit of recursion
 
@@ -30,11 +30,13 @@ class Tile:
         self.sizes, self.evaluate = sizes, evaluate
         self.names = Names()
         self.scopes = [Scope()]
+        self.prelude = Scope()  # of a program that walks over rows: what is the same for all of them
         self.ranges: list[Range] = []
         self.pointers: dict[torch.fx.Node, str] = {}
         self.signature: dict[str, str] = {}
         self.arguments: dict[str, str] = {}  # kernel argument → its text on the host
         self.size_names: dict[Size, str] = {}
+        self.blocks: Blocks | None = None  # where an op wants them otherwise than the schedule
         self.depth = 0
         self.in_order: set[tuple[str, ...]] = set()  # where a chain of ops is being evaluated from its start
 
@@ -60,6 +62,13 @@ class Tile:
         if looped != {self.scopes[-1].axis}:
             raise Unsupported("a value varies along a row while another row is reduced")
         return self.scopes[-1]
+
+    @contextmanager
+    def before_rows(self) -> Iterator[None]:
+        """What is bound inside is computed once, before a program walks over its rows: it may not depend on them."""
+        body, self.scopes[0] = self.scopes[0], self.prelude
+        yield
+        self.scopes[0] = body
 
     @contextmanager
     def loop(self, columns: Range) -> Iterator[None]:

@@ -42,6 +42,17 @@ class Range:
     inside: Term | None
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """What an op asks of its kernel's launch: rows that a program takes at once, at most and at least, its warps, and
+    the most programs, which walk over all rows."""
+
+    rows: int
+    least_rows: int
+    warps: int
+    programs: int
+
+
 @dataclass
 class Scope:
     """Lines under construction: the kernel's body, or the body of a loop over the columns of `axis`."""

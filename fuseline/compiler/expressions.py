@@ -193,13 +193,25 @@ class Reshape(Expression):
 
 @dataclass(frozen=True)
 class HadamardCore(Expression):
-    """The dense core of `hadamard.factor`: int8 signs, or a float64 Hartley matrix; [order, order], symmetric."""
+    """The dense core of `hadamard.factor`, [order, order], symmetric: signs in any type, or a Hartley matrix."""
 
     order: int
     device: str
+    dtype: torch.dtype = torch.int8
 
     def compute(self, values: list[Any], lookup: Lookup) -> Any:
-        return core(self.order, self.device)
+        return core(self.order, self.device).to(self.dtype)
+
+
+def online_core(n: int, dtype: torch.dtype, device: torch.device | str) -> tuple[HadamardCore | None, bool]:
+    """The core that `fuseline::hadamard` takes for blocks of n channels of this dtype, and its argument `signs`."""
+    split = factor(n)
+    if split.order == 1:
+        return None, False
+    if split.kind == "hartley":
+        return HadamardCore(split.order, str(device), torch.float64), False
+    as_input = dtype.itemsize == 2 and split.order > 128  # it is kept in shared memory, not made in registers
+    return HadamardCore(split.order, str(device), dtype if as_input else torch.int8), True
 
 
 @dataclass(frozen=True)

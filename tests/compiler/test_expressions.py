@@ -29,8 +29,10 @@ from fuseline.compiler.expressions import (
     Signs,
     Slice,
     Transpose,
+    online_core,
 )  # fmt: skip
 from fuseline.compiler.hadamard import core, hadamard_matrix, random_signs
+from fuseline.compiler.ops import hadamard
 from fuseline.compiler.schemes import Scheme
 from tests.strategies import expressions, names, schemes
 
@@ -93,6 +95,7 @@ TENSORS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.tensor([1.0, 2.0, 3
         (Hadamard(A, -2), (hadamard_matrix(3) @ TENSORS["a"].double()).float()),
         (Hadamard(A, 1, 2), (TENSORS["a"].double() @ torch.block_diag(*[hadamard_matrix(2)] * 2)).float()),
         (HadamardCore(12, "cpu"), core(12)),
+        (HadamardCore(12, "cpu", torch.float16), core(12).half()),
         (Signs(5, 3, torch.bfloat16, "cpu"), torch.tensor(random_signs(5, 3), dtype=torch.bfloat16)),
         (Constant((1, 2, 3, 4), (2, 2), torch.int64, "cpu"), torch.tensor([[1, 2], [3, 4]])),
     ],
@@ -141,10 +144,19 @@ def test_a_rotation_undoes_itself_and_is_rounded_once(dtype: torch.dtype, dim: i
     assert torch.equal(once, turned.evaluate({"a": weight}.__getitem__).to(dtype))
 
 
+@pytest.mark.parametrize("n", [64, 96, 94, 11008, 18944])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_op_with_its_own_core_is_the_expression(n: int, dtype: torch.dtype) -> None:
+    dense, signs = online_core(n, dtype, "cpu")
+    x = torch.randn(2, n, dtype=torch.float64)
+    found = hadamard(x, None if dense is None else dense.evaluate({}.__getitem__), n, signs)
+    assert (found - Hadamard(A, -1).evaluate({"a": x}.__getitem__)).abs().max() < 1e-12
+
+
 def test_rotations_and_their_leaves_have_fake_values() -> None:
     for expression in (
         Hadamard(A, 0, 12),
-        HadamardCore(47, "cpu"),
+        HadamardCore(47, "cpu", torch.float64),
         HadamardCore(28, "cpu"),
         Signs(7, 0, torch.half, "cpu"),
     ):

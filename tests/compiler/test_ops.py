@@ -35,7 +35,8 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (r(1, 2, 3, 8), r(1, 1, 5, 8), r(1, 1, 5, 8), torch.rand(1, 1, 3, 5) > 0.3, 0.3, "full", 0, 0, 5.0),
     ],
     "hadamard": [
-        (r(2, 3, 8),), (r(2, 24), core(12)), (r(2, 12), core(3)), (r(2, 24), r(3, 3), 6), (r(2, 8), None, 1),
+        (r(2, 3, 8),), (r(2, 24), core(12)), (r(2, 12), core(3)), (r(2, 24), r(3, 3), 6),
+        (r(2, 12), core(12).double(), 12, True), (r(2, 8), None, 1),
     ],
     "quantize": [(torch.randn(2, 3, 8), 8, 8), (torch.randn(2, 8), 8, 4)],
     "dequantize": [

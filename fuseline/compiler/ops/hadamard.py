@@ -1,11 +1,10 @@
 """fuseline::hadamard: x·(C ⊗ H_2 ⊗ … ⊗ H_2)/√n along the last dimension, a rotation in n·log n steps.
 
-C is an operand, a weight of the graph: `expressions.HadamardCore(order, device)` for the sizes in `hadamard.factor`,
-or any orthogonal matrix. A randomised rotation is x·signs before it, with `expressions.Signs`.
+C is an operand, a weight of the graph: `expressions.online_core` gives the one for a size, and any orthogonal matrix
+will do. A randomised rotation is x·signs before it, with `expressions.Signs`.
 
-    split = factor(n)
-    dense = new.weight(HadamardCore(split.order, device)) if split.order > 1 else None
-    y = new(ops.hadamard, x, dense, n)
+    core, signs = online_core(n, x.dtype, x.device)
+    y = new(ops.hadamard, x, core and new.weight(core), n, signs)
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ from ..errors import FuselineError
 from ._define import Kind, op
 
 
-@op("hadamard(Tensor x, Tensor? core=None, int block=0) -> Tensor", kind=Kind.ANCHOR)
-def hadamard(x: torch.Tensor, core: torch.Tensor | None = None, block: int = 0) -> torch.Tensor:
-    """x: [..., n]; core: [K, K], int8 signs (divided by √K) or orthogonal, absent for K = 1; the result is like x.
+@op("hadamard(Tensor x, Tensor? core=None, int block=0, bool signs=False) -> Tensor", kind=Kind.ROW)
+def hadamard(x: torch.Tensor, core: torch.Tensor | None = None, block: int = 0, signs: bool = False) -> torch.Tensor:
+    """x: [..., n]; core: [K, K], absent for K = 1; the result is like x.
 
+    signs: the core is a Hadamard matrix of 1 and −1, to be divided by √K, as one of int8 always is; otherwise it is
+    orthogonal as it stands. Signs in x's own 16-bit type are what tensor cores read without a conversion.
     block: rotates each run of `block` channels by itself; 0: the whole dimension. A block is K times a power of two.
     Computed in float32 for 16-bit inputs, otherwise in x's type: the core between channels that lie 2^m apart, then
     Walsh-Hadamard butterflies. Source: Fino and Algazi, 1976.
@@ -30,7 +31,7 @@ def hadamard(x: torch.Tensor, core: torch.Tensor | None = None, block: int = 0) 
     scale = float(size)
     if core is not None:
         h = core.to(compute).t() @ h
-        scale *= order if core.dtype == torch.int8 else 1
+        scale *= order if signs or core.dtype == torch.int8 else 1
     distance = 1
     while distance < size:
         a, b = h.unflatten(-1, (size // (2 * distance), 2, distance)).unbind(-2)
@@ -40,7 +41,7 @@ def hadamard(x: torch.Tensor, core: torch.Tensor | None = None, block: int = 0) 
 
 
 @hadamard.fake
-def _(x, core=None, block=0):
+def _(x, core=None, block=0, signs=False):
     _split(x, core, block)
     return x.new_empty(x.shape)
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ...compiler import ops
 from ...compiler.compat import symbolic_expression
 from ...compiler.ops import Kind
 from ...compiler.order import Partition, is_barrier, touches_written
 from ...compiler.program import Program
-from ...compiler.traits import is_view, kind
+from ...compiler.traits import arguments, is_view, kind
 from .linear import Region
 
 LARGEST = 24
@@ -31,7 +32,7 @@ def clusters(program: Program, partition: Partition, taken: set[object]) -> Iter
             label = member_of.get(source)
             if label is None or len(found[label]) >= LARGEST or _space(source) != _space(node):
                 continue
-            if partition.fits(found[label] | {node}, ("cluster", label)):
+            if _rows_agree(found[label] | {node}) and partition.fits(found[label] | {node}, ("cluster", label)):
                 home = label
                 break
         if home is None:
@@ -72,6 +73,20 @@ def _space(node: Node) -> tuple[object, ...]:
     """
     value = _first(node.meta["val"])
     return (*map(symbolic_expression, value.shape[:-1]), value.device)
+
+
+def _rows_agree(nodes: set[Node]) -> bool:
+    """Whether what a Hadamard transform mixes is the row of the other row operations, too: it holds rows whole."""
+    if not any(n.target is ops.hadamard.overload for n in nodes):
+        return True
+    return len({_row(n) for n in nodes if n.target is not operator.getitem and kind(n) is Kind.ROW}) == 1
+
+
+def _row(node: Node) -> object:
+    """The channels that a row operation mixes."""
+    given = arguments(node)
+    width = symbolic_expression(node.all_input_nodes[0].meta["val"].shape[-1])
+    return given.get("block") or given.get("group") or width
 
 
 def _first(value: Any) -> Any:

@@ -1,0 +1,299 @@
+"""`fuseline::hadamard` in the emitter's kernels: whole rows in registers, read once and written once.
+
+    x [ROWS, n] ──► [A, N] ──► H_A · x on tensor cores ──► butterflies along N ──► y [ROWS, n]
+
+n = A·C, where A = K·2^a holds the core: a channel is (i, c), i < A. One product with H_A = core ⊗ H_{2^a}, whose
+entries are made in place from the core's, then log2(C) butterflies between columns in float32. The columns of one
+product are N = (c / 2, row, c % 2): in the accumulators of tensor cores the bits of `row` then lie where a thread's
+neighbours hold other columns, and every butterfly stays inside of a thread when a program has four rows.
+
+What precedes and follows the op in its region is evaluated on the same tile: SwiGLU or signs before, casts, absmax and
+codes after. The tile holds the next power of two of n; A is cut into pieces of 64, of which empty ones are not
+multiplied. 16-bit signs times 16-bit inputs with float32 sums are exact products; a core of other numbers is taken as
+a sum of two 16-bit matrices, good to 2^-17 (bfloat16) or 2^-22.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...compiler.traits import arguments
+from ..call import Unsupported, dtype_of
+from ..dtypes import cast, compute_dtype, literal, triton_type
+from ..indexing import flatten, split
+from ..rows import element
+from ..sizes import shape
+from ..tile import Tile
+from ..values import Blocks, Index, Mask, Term
+
+LONGEST = 32768  # elements of a row, padded: 128 registers in each of 256 threads
+LEAST = 16  # the least that tl.dot takes
+GROUP = 64  # rows of the product that a group of four warps takes at once
+WIDE = 16384  # elements of a row, padded, from which on a program has two such groups
+PROGRAMS = 264  # programs that walk over all rows: two a multiprocessor of a large GPU; each makes H_A once
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a row of n channels is cut: A = order·2^log2 rows of C = n / A columns.
+
+    piece, inner: rows and summands of one product; the padded A is a multiple of both.
+    """
+
+    n: int
+    order: int
+    log2: int
+    piece: int
+    inner: int
+
+    @property
+    def rows(self) -> int:
+        return self.order << self.log2
+
+    @property
+    def columns(self) -> int:
+        return self.n // self.rows
+
+    @property
+    def padded(self) -> int:
+        return power_of_two(self.rows)
+
+    @property
+    def block(self) -> int:
+        return self.padded * self.columns
+
+    @property
+    def least_rows(self) -> int:
+        """Rows of a program: a product has at least 16 columns."""
+        return max(1, LEAST // self.columns)
+
+    @property
+    def blocks(self) -> Blocks:
+        """Two to sixteen thousand elements a program, 128 sums in a thread at most; rows by fours where they are short."""
+        rows = min(4, WIDE // self.block) if self.block >= 512 else 2048 // self.block
+        return Blocks(max(1, self.least_rows, rows), self.least_rows, 4 * max(1, self.piece // GROUP), PROGRAMS)
+
+
+def layout(n: int, order: int) -> Layout:
+    """The cut of n = order·2^m: the largest A that one product takes, else A = order in several."""
+    piece = GROUP if power_of_two(n) < WIDE else 2 * GROUP
+    most = (n // order).bit_length() - 1
+    fits = [a for a in range(most + 1) if order << a <= piece]
+    if fits:
+        whole = power_of_two(order << fits[-1])
+        return Layout(n, order, fits[-1], whole, whole)
+    narrow = power_of_two(n) <= WIDE
+    return Layout(n, order, 0, GROUP if narrow else 2 * GROUP, GROUP)
+
+
+def power_of_two(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def rule(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
+    """The value of the op at an index whose last entry runs through the rows of the kernel's tile."""
+    given = arguments(node)
+    x, core = given["x"], given["core"]
+    cut = cut_of(node)
+    compute = compute_dtype(dtype_of(x))
+    if compute is not torch.float32:
+        raise Unsupported(f"it is computed in {str(compute)[6:]}, kernels compute it in float32")
+    channels = shape(x)[-1]
+    which, within = split(tile, index[-1], cut.n) if channels != cut.n else (None, index[-1])
+    columns = tile.columns(cut.n)
+    if columns.looped or within.text != columns.index.text or any(not t.axes <= {"row"} for t in index[:-1]):
+        raise Unsupported("it needs whole rows of its own block of channels")
+    outer = (*index[:-1], *((which,) if which is not None else ()))
+    key = (node, "whole row", *(t.text for t in outer))
+    if key not in tile.scopes[0].values:
+        inner = tuple(m for m in mask if m.axes <= {"row"}) + ((columns.inside,) if columns.inside else ())
+        channel = columns.index if which is None else flatten(tile, (which, columns.index), (channels // cut.n, cut.n))
+        value = element(tile, x, (*index[:-1], channel), inner, compute)
+        tile.blocks = cut.blocks
+        tile.scopes[0].values[key] = Writer(tile, node, cut, core, dtype_of(x)).write(value, columns.inside)
+    return tile.scopes[0].values[key]
+
+
+def cut_of(node: torch.fx.Node) -> Layout:
+    """Raises Unsupported for a row that no program holds."""
+    given = arguments(node)
+    n = given["block"] or shape(given["x"])[-1]
+    if not isinstance(n, int):
+        raise Unsupported("a symbolic number of channels")
+    core = given["core"]
+    order = 1 if core is None else shape(core)[0]
+    cut = layout(n, order)
+    if cut.block > LONGEST:
+        raise Unsupported(f"{n} channels, a program holds at most {LONGEST}")
+    if cut.padded < LEAST:
+        raise Unsupported(f"{n} channels, a product takes at least {LEAST}")
+    return cut
+
+
+class Writer:
+    """Writes one transform into a kernel. Its variables begin with `h`."""
+
+    def __init__(self, tile: Tile, node: torch.fx.Node, cut: Layout, core: torch.fx.Node | None, dtype: torch.dtype):
+        self.tile, self.node, self.cut, self.core, self.dtype = tile, node, cut, core, dtype
+        self.axes = frozenset({"row", tile.columns(cut.n).axis})
+        self.lines = tile.scopes[0].lines
+
+    def write(self, x: Term, inside: Term | None) -> Term:
+        cut, tile = self.cut, self.tile
+        text = x.text
+        if inside is not None:
+            text = f"tl.where({inside.text}, {text}, {literal(0, torch.float32)})"
+        if text == x.text and x.axes < self.axes:
+            text = f"tl.broadcast_to({text}, [ROWS, {cut.block}])"
+        narrow = self.bind("narrow", cast(text, torch.float32, self.dtype))
+        parts = self._apart(narrow)
+        sums = [self._product(i, parts) for i in range(-(-cut.rows // cut.piece))]
+        sums = [self._butterflies(s) for s in sums]
+        result = self._together(sums)
+        scale = (cut.columns << cut.log2) * (cut.order if self._exact else 1)
+        return tile.bind(self.node.name, f"{result} * {literal(scale**-0.5, torch.float32)}", self.axes)
+
+    def bind(self, wish: str, text: str) -> str:
+        return self.tile.bind(f"h_{wish}", text, self.axes).text
+
+    def pair(self, text: str) -> tuple[str, str]:
+        first, second = self.tile.names.new("h_first"), self.tile.names.new("h_second")
+        self.lines.append(f"{first}, {second} = tl.split({text})")
+        return first, second
+
+    @property
+    def _exact(self) -> bool:
+        """Whether the core holds signs."""
+        signs = arguments(self.node)["signs"]
+        return self.core is not None and (signs or dtype_of(self.core) is torch.int8)
+
+    @property
+    def _lanes(self) -> str:
+        """The columns of a product, highest first: (c / 2, row, c % 2), or the rows alone."""
+        c = self.cut.columns
+        return f"{c // 2}, ROWS, 2" if c > 1 else "ROWS"
+
+    @property
+    def _columns(self) -> str:
+        return f"ROWS * {self.cut.columns}" if self.cut.columns > 1 else "ROWS"
+
+    def _apart(self, x: str) -> list[str]:
+        """[ROWS, block] → [inner, N] each, those that hold channels."""
+        cut = self.cut
+        slots = cut.padded // cut.inner
+        lead = [f"{slots}"] if slots > 1 else []
+        tail = [f"{cut.columns // 2}", "2"] if cut.columns > 1 else []
+        dims = ", ".join(["ROWS", *lead, f"{cut.inner}", *tail])
+        k = len(lead)
+        # rows, [slot], inner, [c / 2, c % 2]  →  inner, [c / 2], rows, [c % 2], [slot]
+        order = [1 + k, *([2 + k] if tail else []), 0, *([3 + k] if tail else []), *([1] if lead else [])]
+        turned = self.bind("turned", f"tl.permute(tl.reshape({x}, [{dims}]), {order})")
+        twos = ", 2" * (slots.bit_length() - 1)
+        found = [self.bind("part", f"tl.reshape({turned}, [{cut.inner}, {self._columns}{twos}])")]
+        while len(found) < slots:  # the last dimension is the lowest bit that is left
+            pairs = [self.pair(f) for f in found]
+            found = [p[0] for p in pairs] + [p[1] for p in pairs]
+        return found[: -(-cut.rows // cut.inner)]
+
+    def _product(self, i: int, parts: list[str]) -> str:
+        """Rows i·piece … of H_A times x, in float32."""
+        precision = ', input_precision="ieee"' if self.dtype is torch.float32 else ""
+        total = ""
+        for j, part in enumerate(parts):
+            with self.tile.before_rows():
+                matrices = self._entries(i, j)
+            for matrix in matrices:
+                more = f", {total}" if total else ""
+                total = self.bind("sum", f"tl.dot({matrix}, {part}{more}{precision})")
+        return total
+
+    def _entries(self, i: int, j: int) -> list[str]:
+        """H_A[j·inner …, i·piece …], transposed, in the input's type; two of them where one is not exact."""
+        cut, dtype = self.cut, triton_type(self.dtype)
+        whole = self._core(i, j, cut.log2) if self.core is not None else self._signs(cut.log2 - cut.log2 // 2)
+        low = cut.log2 if self.core is not None else cut.log2 // 2
+        if low:  # the Kronecker product with H of the low bits
+            outer, inner = cut.piece >> low, 1 << low
+            first = f"tl.reshape({whole}, [{outer}, 1, {cut.inner >> low}, 1])"
+            second = f"tl.reshape({self._signs(low)}, [1, {inner}, 1, {inner}])"
+            whole = self.constant("matrix", f"tl.reshape({first} * {second}, [{cut.piece}, {cut.inner}])")
+        if self.dtype is torch.float32:
+            return [whole]
+        high = self.constant("matrix", f"{whole}.to({dtype})")
+        if self.core is None or self._exact:
+            return [high]
+        return [self.constant("rest", f"({whole} - {high}.to(tl.float32)).to({dtype})"), high]
+
+    def constant(self, wish: str, text: str) -> str:
+        return self.tile.bind(f"h_{wish}", text, frozenset({"h_to", "h_from"})).text
+
+    def _core(self, i: int, j: int, log2: int) -> str:
+        """The core's entries that rows i·piece … and summands j·inner … meet, transposed, in float32; zero beyond."""
+        cut, tile = self.cut, self.tile
+        ends: list[Term] = []
+        found: list[Term] = []
+        for axis, part, size, dims in (("h_from", j, cut.inner, "[None, :]"), ("h_to", i, cut.piece, "[:, None]")):
+            size >>= log2
+            start = f"{part * size} + " if part else ""
+            term = tile.bind(axis, f"{start}tl.arange(0, {size}){dims}", frozenset({axis}))
+            found.append(term)
+            if (part + 1) * size > cut.order:
+                ends.append(tile.bind("h_inside", f"{term.text} < {cut.order}", term.axes))
+        assert self.core is not None
+        entry = tile.load(self.core, tuple(found), tuple(ends))
+        return self.constant("core", cast(entry.text, compute_dtype(dtype_of(self.core)), torch.float32))
+
+    def _signs(self, log2: int) -> str:
+        """H of 2^log2 in float32: −1 where two numbers share an odd count of bits."""
+        a, b = (
+            self.tile.bind("h_bit", f"tl.arange(0, {1 << log2}){dims}", frozenset({axis})).text
+            for axis, dims in (("h_to", "[:, None]"), ("h_from", "[None, :]"))
+        )
+        bits = self.constant("bits", f"{a} & {b}")
+        for shift in (4, 2, 1):
+            if log2 > shift:
+                bits = self.constant("bits", f"{bits} ^ ({bits} >> {shift})")
+        return self.constant("signs", f"(1 - 2 * ({bits} & 1)).to(tl.float32)")
+
+    def _butterflies(self, x: str) -> str:
+        """a + b, a − b between columns whose c differs in one bit, for each bit."""
+        cut = self.cut
+        for bit in reversed(range(cut.columns.bit_length() - 1)):
+            if bit:
+                # (c / 2, row, c % 2) as (above, this bit, below · row · c % 2)
+                above, below = cut.columns >> (bit + 1), 1 << bit
+                dims = f"[{cut.piece}, {above}, 2, {below} * ROWS]"
+                turned = self.bind("turned", f"tl.permute(tl.reshape({x}, {dims}), [0, 1, 3, 2])")
+                a, b = self.pair(turned)
+                joined = self.bind("joined", f"tl.permute(tl.join({a} + {b}, {a} - {b}), [0, 1, 3, 2])")
+            else:
+                a, b = self.pair(f"tl.reshape({x}, [{cut.piece}, {cut.columns // 2} * ROWS, 2])")
+                joined = self.bind("joined", f"tl.join({a} + {b}, {a} - {b})")
+            x = self.bind("sum", f"tl.reshape({joined}, [{cut.piece}, {self._columns}])")
+        return x
+
+    def _together(self, parts: list[str]) -> str:
+        """[piece, N] each → [ROWS, block]."""
+        cut = self.cut
+        slots = cut.padded // cut.piece
+        if slots > len(parts):
+            empty = self.bind("empty", f"tl.zeros([{cut.piece}, {self._columns}], tl.float32)")
+            parts = [*parts, *[empty] * (slots - len(parts))]
+        while len(parts) > 1:
+            half = len(parts) // 2
+            parts = [self.bind("joined", f"tl.join({a}, {b})") for a, b in zip(parts[:half], parts[half:], strict=True)]
+        lead, tail = slots > 1, cut.columns > 1
+        dims = ", ".join([f"{cut.piece}", self._lanes, *([f"{slots}"] if lead else [])])
+        # piece, [c / 2], rows, [c % 2], [slot]  →  rows, [slot], piece, [c / 2, c % 2]
+        order = [2 if tail else 1, *([(4 if tail else 2)] if lead else []), 0, *([1, 3] if tail else [])]
+        turned = self.bind("turned", f"tl.permute(tl.reshape({parts[0]}, [{dims}]), {order})")
+        return self.bind("row", f"tl.reshape({turned}, [ROWS, {cut.block}])")
+
+
+def domains(node: torch.fx.Node) -> tuple[tuple[object, ...], ...]:
+    """Shapes over which the blocks are whole rows."""
+    given = arguments(node)
+    lead, channels, n = shape(given["x"])[:-1], shape(given["x"])[-1], given["block"]
+    return ((*lead, channels),) if n in (0, channels) else ((*lead, channels // n, n),)

@@ -1,0 +1,106 @@
+"""Hadamard transforms in kernels, against eager in float64: sizes, types, cores, what comes before and after.
+
+In float16: the interpreter multiplies the bits of bfloat16 tiles as integers. bfloat16 is in tests/gpu.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fuseline.compiler.hadamard import core, factor, random_signs
+from fuseline.compiler.ops import glu, hadamard, quantize
+from tests.codegen.regions import check, emitted, loaded, refused
+
+
+def dense(n: int) -> tuple[torch.Tensor, ...]:
+    """The core of n, where it has one."""
+    order = factor(n).order
+    return (core(order),) if order > 1 else ()
+
+
+SIZES = [16, 32, 64, 128, 512, 12, 24, 48, 96, 576, 768, 20, 28 * 32, 148, 172, 172 * 2, 148 * 4, 100 * 2, 108, 47, 94]
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_size(n: int, tmp_path: Path) -> None:
+    others = [(torch.randn(rows, n).half(), *dense(n)) for rows in (1, 2, 7)]
+    check(hadamard, torch.randn(3, n).half(), *dense(n), dynamic={0: (0,)}, run=others, folder=tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize("n", [64, 96, 94])
+def test_type(n: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    check(hadamard, torch.randn(2, 3, n).to(dtype), *dense(n), folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [4096, 14336, 11008, 18944])
+def test_sizes_of_models(n: int, tmp_path: Path) -> None:
+    check(hadamard, torch.randn(3, n).half(), *dense(n), dynamic={0: (0,)}, folder=tmp_path)
+
+
+@pytest.mark.parametrize("n", [172, 28 * 4])
+def test_signs_in_the_type_of_the_input(n: int, tmp_path: Path) -> None:
+    check(lambda x, c: hadamard(x, c, n, True), torch.randn(3, n).half(), dense(n)[0].half(), folder=tmp_path)
+
+
+def test_a_core_that_is_not_symmetric(tmp_path: Path) -> None:
+    rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q.contiguous()
+    for x in (torch.randn(2, 40), torch.randn(2, 40).half()):
+        check(hadamard, x, rotation, folder=tmp_path)
+        check(hadamard, x, rotation.float().t(), folder=tmp_path)
+
+
+def test_blocks(tmp_path: Path) -> None:
+    block = lambda x, c: hadamard(x, c, 48)
+    others = [(torch.randn(rows, 144), core(12)) for rows in (1, 5)]
+    check(block, torch.randn(3, 144), core(12), dynamic={0: (0,)}, run=others, folder=tmp_path)
+    check(lambda x: hadamard(x, None, 32) * 2, torch.randn(2, 2, 96).half(), folder=tmp_path)
+
+
+def test_strides(tmp_path: Path) -> None:
+    heads = torch.randn(2, 3, 4, 64)
+    check(hadamard, heads.transpose(1, 2), folder=tmp_path)
+    check(hadamard, torch.randn(64, 5).t(), folder=tmp_path)
+    check(hadamard, torch.randn(2, 1, 64).expand(2, 3, 64), folder=tmp_path)
+
+
+def test_what_comes_before_and_after(tmp_path: Path) -> None:
+    signs = torch.tensor(random_signs(96, 0), dtype=torch.float16)
+    gate, up = torch.randn(2, 5, 96).half(), torch.randn(2, 5, 96).half()
+
+    def online(gate, up, signs, c):
+        return hadamard(glu(gate, up, "silu") * signs, c).float() + 1
+
+    wide = (gate, up, signs, core(12))  # the gated product is rounded to 16 bits on the way
+    check(online, *wide, dynamic={0: (1,), 1: (1,)}, folder=tmp_path, bound=3e-3)
+    # padding is no number before the transform, and must not reach it
+    check(lambda x, c: hadamard(1 / x, c), torch.rand(3, 24) + 0.5, core(12), folder=tmp_path)
+    check(lambda x: (hadamard(x), x + 1), torch.randn(3, 64), folder=tmp_path)
+    check(lambda x: hadamard(hadamard(x) * 2), torch.randn(3, 64), folder=tmp_path)
+
+
+@pytest.mark.parametrize("n", [64, 96, 576])
+def test_codes_come_out_of_the_same_kernel(n: int, tmp_path: Path) -> None:
+    def rotated(gate, up, *c):
+        return quantize(hadamard(glu(gate, up, "silu"), *c), 8, n)
+
+    inputs = torch.randn(6, n).half(), torch.randn(6, n).half(), *dense(n)
+    launcher = emitted(rotated, *inputs, dynamic={0: (0,), 1: (0,)})
+    assert len(launcher.kernels) == 1
+    (codes, scale), call = rotated(*inputs), loaded(launcher, tmp_path)
+    found, found_scale = call(*inputs)
+    assert (found.int() - codes.int()).abs().max() <= 1 and ((found_scale - scale).abs() / scale).max() < 1e-2
+    # against the transform in float64, which the kernel does not round to 16 bits before the codes
+    exact = hadamard(F.silu(inputs[0].double()) * inputs[1].double(), *inputs[2:])
+    assert ((found * found_scale).double() - exact).abs().max() < 0.75 * found_scale.max()
+
+
+def test_what_the_kernel_does_not_take() -> None:
+    assert "float64" in refused(hadamard, torch.randn(2, 64, dtype=torch.float64))
+    assert "at most 32768" in refused(hadamard, torch.randn(1, 65536))
+    assert "at least 16" in refused(hadamard, torch.randn(2, 8))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .errors import FuselineError
-from .hadamard import core, factor, random_signs
+from .hadamard import core, factor, random_orthogonal, random_signs
 from .ops import dequantize, hadamard
 from .schemes import Scheme
 
@@ -141,7 +141,7 @@ class Scale(Expression):
         x, by = values
         shape = [1] * x.dim()
         shape[self.dim] = -1
-        return (x.double() * by.double().view(shape)).to(x.dtype)
+        return (x.double() * by.double().to(x.device).view(shape)).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,74 @@ class Reshape(Expression):
 
     def compute(self, values: list[Any], lookup: Lookup) -> Any:
         return values[0].reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Add(Expression):
+    """a + b in float64, in a's dtype; b broadcasts."""
+
+    a: Expression
+    b: Expression
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        a, b = values
+        return (a.double() + b.double()).to(a.dtype)
+
+
+@dataclass(frozen=True)
+class Offset(Expression):
+    """x + by, a number, in float64, in x's dtype."""
+
+    x: Expression
+    by: float
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return (values[0].double() + self.by).to(values[0].dtype)
+
+
+@dataclass(frozen=True)
+class Centre(Expression):
+    """x less its mean along `dim`, in float64, in x's dtype."""
+
+    x: Expression
+    dim: int
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        x = values[0].double()
+        return (x - x.mean(self.dim, keepdim=True)).to(values[0].dtype)
+
+
+@dataclass(frozen=True)
+class Orthogonal(Expression):
+    """A random orthogonal matrix [n, n], float64, uniform over all of them, that `seed` determines (Stewart, 1980)."""
+
+    n: int
+    seed: int
+    device: str
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        made = torch.empty(self.n, self.n, dtype=torch.float64, device=self.device)
+        return (
+            made.copy_(random_orthogonal(self.n, self.seed)) if type(made) is torch.Tensor else made
+        )  # else a fake one
+
+
+@dataclass(frozen=True)
+class Blocks(Expression):
+    """x with each block of channels along `dim` multiplied by the matrix `by` [b, b] from the right, in x's dtype.
+
+    Computed in float64. The dimension is a number of blocks of b.
+    """
+
+    x: Expression
+    by: Expression
+    dim: int
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        x, by = values
+        last = x.movedim(self.dim, -1)
+        blocks = last.unflatten(-1, (-1, by.shape[0])).double() @ by.double().to(x.device)
+        return blocks.flatten(-2).to(x.dtype).movedim(-1, self.dim).contiguous()
 
 
 @dataclass(frozen=True)
@@ -298,8 +366,8 @@ class Dequantize(Expression):
 GRAMMAR: dict[str, type[Expression]] = {
     kind.__name__.lower(): kind
     for kind in (
-        Param, Constant, Cast, Matmul, Scale, Slice, Concat, Transpose, Reshape, HadamardCore, Signs, Hadamard,
-        Quantize, Output, Pack, Dequantize,
+        Param, Constant, Cast, Matmul, Scale, Add, Offset, Centre, Slice, Concat, Transpose, Reshape, HadamardCore,
+        Signs, Hadamard, Orthogonal, Blocks, Quantize, Output, Pack, Dequantize,
     )
 }  # fmt: skip
 

@@ -3,5 +3,6 @@
 from .fusing import Fuse
 from .quantize import Quantize
 from .raising import Raise
+from .rotation import Rotate
 
-__all__ = ["Fuse", "Quantize", "Raise"]
+__all__ = ["Fuse", "Quantize", "Raise", "Rotate"]

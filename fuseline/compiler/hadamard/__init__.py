@@ -10,6 +10,6 @@ in exact integer arithmetic; none is stored but four triples of sequences of 23 
 
 from .cores import ORDERS, core_signs
 from .factors import Factors, core, factor, hadamard_matrix
-from .signs import random_signs
+from .signs import random_orthogonal, random_signs
 
-__all__ = ["ORDERS", "Factors", "core", "core_signs", "factor", "hadamard_matrix", "random_signs"]
+__all__ = ["ORDERS", "Factors", "core", "core_signs", "factor", "hadamard_matrix", "random_orthogonal", "random_signs"]

@@ -1,0 +1,173 @@
+"""Fold rotations into weights: `rotate`.
+
+Before                                  after  rotate{r2,r4}
+    v = linear(x, Wv)                       v = linear(x, Wv·R2)             folded into rows
+    o = attention(q, k, v)                  o = attention(q, k, v)           mixes tokens, not channels
+    y = linear(o, Wo)                       y = linear(o, Wo·R2)             folded into columns
+    z = linear(silu(g) * u, Wd)             z = linear(hadamard(silu(g) * u), Wd·R4)
+
+`r1`      the residual stream, by one rotation of the model's width, folded into all that writes and reads it, with the
+          scales of the norms between.
+`r2`      values and what attention makes of them, by one of the head's size a layer, folded.
+`r3`      queries and keys, at run time, where they meet: their products stay the same.
+`r4`      the input of the last linear of an MLP, at run time, folded into that linear's columns.
+`kind`    hadamard; random-hadamard and orthogonal take `seed`.
+`block`   rotates runs of so many channels by themselves, for r1 and r4; 0: the whole width.
+`untie`   copies a table that is both embedding and head, so that r1 folds into both; else the stream is rotated at run
+          time behind the embedding, and back before the last norm.
+
+No names are matched: a basis is followed through whatever carries it, and R is folded where the stream is written and
+read. What needs single channels (a norm whose result is added, a gate, a cache that other graphs read) is a boundary:
+r2 is refused there, and so is r1 where more than two operations would be left at run time. Each fold is a rewrite of
+its own that keeps the program's results. Embeddings are not centred.
+
+Exact: logits agree within 1e-5 in float32. Sources: QuaRot (Ashkboos et al., 2024), SpinQuant (Liu et al., 2024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from ...compiler.errors import UserError
+from ...compiler.expressions import Expression
+from ...compiler.framework import Pass, Tier
+from ...compiler.ops import attention
+from ...compiler.program import Program
+from ...compiler.registry import register
+from ...compiler.rewriter import Rewriter
+from .centring import centre
+from .inputs import rotate_inputs
+from .keys import rotate_keys
+from .rotations import Kind, Rotation
+from .stream import Stream, flood, is_norm
+from .turn import Turn
+
+ONLINE = 2
+"""Operations at run time that r1 may leave in a stream: behind a tied embedding, and before the last norm."""
+
+
+@register
+@dataclass(frozen=True)
+class Rotate(Pass):
+    """Rotations of the residual stream, of values, of queries and keys, and of the inputs of MLPs' last linears."""
+
+    name = "rotate"
+    tier = Tier.EXACT
+    example = "raise,rotate{r2,r4}"
+    requires = frozenset({"raised"})
+
+    r1: bool = False  # the residual stream
+    r2: bool = False  # values, by head
+    r3: bool = False  # queries and keys, by head
+    r4: bool = False  # inputs of the MLPs' last linears
+    kind: Kind = Kind.HADAMARD
+    block: int = 0  # channels that r1 and r4 rotate together; 0: all
+    seed: int = 0
+    untie: bool = False  # fold r1 into copies of a tied table
+
+    def __post_init__(self) -> None:
+        if not (self.r1 or self.r2 or self.r3 or self.r4):
+            raise UserError("pass 'rotate' needs to be told what to rotate", remedy="rotate{r2,r4} or rotate{r1,r2,r4}")
+
+    def run(self, program: Program, rewriter: Rewriter) -> None:
+        if self.r1:
+            centre(program, rewriter, self._folds(program, self.untie), ONLINE)
+            self._streams(program, rewriter)
+        if self.r2:
+            self._values(program, rewriter)
+        if self.r3:
+            rotate_keys(program, rewriter, lambda size: self._rotation("R3", size))
+        if self.r4:
+            rotate_inputs(
+                program, rewriter, self._folds(program, True), lambda size: self._rotation("R4", self._block(size))
+            )
+
+    def _rotation(self, label: str, size: int) -> Rotation:
+        return Rotation(label, size, self.kind, self.seed)
+
+    def _block(self, size: int) -> int:
+        return self.block if self.block and size % self.block == 0 else size
+
+    def _folds(self, program: Program, untie: bool) -> Folds:
+        return Folds(program, untie)
+
+    def _streams(self, program: Program, rewriter: Rewriter) -> None:
+        seen: set[Node] = set()
+        for norm in [n for n in program.graph.nodes if is_norm(n)]:
+            start = norm.args[0] if not norm._erased else None
+            if start is None or start in seen or norm in seen:
+                continue
+            folds = self._folds(program, self.untie)
+            size = norm.meta["val"].shape[-1]
+            stream = flood(start, self._block(int(size)), folds)
+            seen |= stream.members
+            reason = _refuse_stream(stream, norm)
+            if reason:
+                rewriter.refuse(norm, f"R1: {reason}")
+                continue
+            turn = Turn(program, rewriter, self._rotation("R1", stream.block), folds)
+            turn.apply(stream)
+            seen |= turn.turned.keys() | {t.node for t in turn.turned.values()}
+
+    def _values(self, program: Program, rewriter: Rewriter) -> None:
+        for node in [n for n in program.graph.nodes if is_attention(n)]:
+            values = node.args[2]
+            size = int(values.meta["val"].shape[-1])
+            folds = self._folds(program, False)
+            stream = flood(values, size, folds)
+            reason = _refuse_values(stream)
+            if reason:
+                rewriter.refuse(node, f"R2: {reason}")
+                continue
+            Turn(program, rewriter, self._rotation("R2", size), folds).apply(stream)
+
+
+class Folds:
+    """Which weights may be replaced by rotated ones: those that no gradient reaches, and that are not tied."""
+
+    def __init__(self, program: Program, untie: bool):
+        self.sources = program.sources if program.training else {}
+        tables = {n.args[0] for n in program.graph.nodes if n.target is torch.ops.aten.embedding.default}
+        self.tied: set[Expression] = set()
+        for node in program.weights():
+            users = set(node.users)
+            looked_up = {u for u in users if u.target is torch.ops.aten.embedding.default}
+            if node in tables and users - looked_up and not untie:
+                self.tied.add(node.meta["weight"])
+        by_expression: dict[Expression, set[bool]] = {}
+        for node in program.weights():
+            kinds = {u.target is torch.ops.aten.embedding.default for u in node.users}
+            by_expression.setdefault(node.meta["weight"], set()).update(kinds)
+        if not untie:
+            self.tied |= {e for e, kinds in by_expression.items() if kinds == {True, False}}
+
+    def __call__(self, weight: Expression) -> bool:
+        trainable = any(self.sources[n].trainable for n in weight.parameters() if n in self.sources)
+        return weight not in self.tied and not trainable
+
+
+def is_attention(node: Node) -> bool:
+    return node.target in (attention.overload, torch.ops.aten.scaled_dot_product_attention.default)
+
+
+def _refuse_stream(stream: Stream, norm: Node) -> str | None:
+    if not stream.readers or not stream.writers and not stream.enters:
+        return "no product reads what this norm returns"
+    if stream.online > ONLINE:
+        where = next(iter(stream.leaves.values()), None) or stream.enters[0]
+        return f"{stream.online} operations would be left at run time, the first at {where.name} ({where.target})"
+    return None
+
+
+def _refuse_values(stream: Stream) -> str | None:
+    if stream.enters:
+        return (
+            f"the values come from {stream.enters[0].name} ({stream.enters[0].target}), which R cannot be folded into"
+        )
+    if stream.leaves:
+        use = next(iter(stream.leaves.values()))
+        return f"{use.name} ({use.target}) reads single channels of what attention returns, or keeps the values"
+    return None if stream.readers and stream.writers else "no product reads what attention returns"

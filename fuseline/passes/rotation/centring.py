@@ -1,0 +1,151 @@
+"""LayerNorm as RMSNorm of a centred stream, so that rotations commute with it.
+
+    layer_norm(x, γ, β)  =  rms_norm(x − mean(x), γ) + β
+
+The mean is taken away where the stream is written: C = I − 11ᵀ/n, folded into the rows of every product that writes it
+and into embeddings. That is exact where layer norms alone read the stream, since they ignore the mean; where anything
+else does, or the stream is written by a norm (as behind each block of BERT), it is refused. β goes into the biases of
+the products behind the norm. Source: SliceGPT (Ashkboos et al., 2024), section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ...compiler import ops
+from ...compiler.expressions import Add, Cast, Centre, Expression, Matmul, Reshape, Transpose
+from ...compiler.program import Program
+from ...compiler.rewriter import Builder, Rewriter
+from .carriers import carriers
+from .products import Product, product
+from .stream import Stream, flood, readers_of
+
+aten = torch.ops.aten
+Folds = Callable[[Expression], bool]
+
+
+def centre(program: Program, rewriter: Rewriter, folds: Folds, online: int) -> None:
+    """Replaces the layer norms of each stream that can be centred; `online` means at most may be taken at run time."""
+    known: dict[Node, tuple[Stream, str | None, dict[Node, Node]]] = {}
+    for norm in [n for n in program.graph.nodes if n.target is ops.layer_norm.overload]:
+        x: Any = norm.args[0]
+        if x not in known:
+            stream = flood(x, int(norm.meta["val"].shape[-1]), folds, centring=True)
+            found = (stream, _refuse(stream, online, folds), {})
+            known.update(dict.fromkeys(stream.members, found))  # type: ignore[arg-type]
+        stream, reason, twins = known[x]
+        if reason is None:
+            _replace(rewriter, norm, _Twins(stream, folds, twins), folds)
+        else:
+            rewriter.refuse(norm, f"R1: {reason}")
+
+
+def _refuse(stream: Stream, online: int, folds: Folds) -> str | None:
+    if stream.leaves:
+        use = next(iter(stream.leaves.values()))
+        return f"its input cannot be centred: {use.name} ({use.target}) reads it as well, mean and all"
+    if len(stream.enters) > online:
+        first = stream.enters[0]
+        return (
+            f"its input cannot be centred where it is made: {first.name} ({first.target}) and "
+            f"{len(stream.enters) - 1} others are no products"
+        )
+    norms = {u for n in stream.members for u in n.users if u.target is ops.layer_norm.overload}
+    if not any(readers_of(norm, folds) for norm in norms):
+        return "what it returns is read by others than products, or by a tied head alone"
+    return None
+
+
+class _Twins:
+    """The centred values beside the values of a stream, made when they are asked for."""
+
+    def __init__(self, stream: Stream, folds: Folds, made: dict[Node, Node]):
+        self.stream, self.folds, self.made = stream, folds, made
+
+    def __call__(self, new: Builder, node: Node) -> Node:
+        if node not in self.made:
+            self.made[node] = self._make(new, node)
+        return self.made[node]
+
+    def _make(self, new: Builder, node: Node) -> Node:
+        weight = node.meta.get("weight")
+        if weight is not None and self.folds(weight):
+            return new.weight(_centred(weight, node.meta["val"], -1))
+        written = product(node)
+        if written is not None and all(map(self.folds, written.weights())):
+            table = _centred(written.expression, written.weight.meta["val"], written.outputs)
+            bias = written.bias
+            shift = None if bias is None else _centred(bias.meta["weight"], bias.meta["val"], 0)
+            return written.rebuilt(new, written.x, table, shift)
+        if node.target is aten.embedding.default and self.folds(node.args[0].meta["weight"]):  # type: ignore[union-attr]
+            table, *rest = node.args  # type: ignore[assignment]
+            folded = new.weight(_centred(table.meta["weight"], table.meta["val"], 1))  # type: ignore[attr-defined]
+            return new(node.target, folded, *rest, **node.kwargs)
+        carried = None if node in self.stream.enters else carriers(node, self.stream.block)
+        if not carried:
+            return new(aten.sub.Tensor, node, new(aten.mean.dim, node, [-1], True))
+        twins = {c: self(new, c) for c in carried}
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: twins.get(n, n))
+        return new(node.target, *args, **kwargs)
+
+
+def _centred(x: Expression, value: torch.Tensor, dim: int) -> Expression:
+    return Cast(Centre(Cast(x, torch.float64), dim % value.dim()), value.dtype)
+
+
+def _replace(rewriter: Rewriter, norm: Node, twins: _Twins, folds: Folds) -> None:
+    x, scale, shift, eps = norm.args
+    readers = readers_of(norm, folds) if shift is not None else None
+    into = readers if readers and all(_takes_bias(r) for r in readers) else None
+
+    def build(new: Builder) -> Node | dict[Node, Node]:
+        dtype = norm.meta["val"].dtype
+        wide = torch.float32 if dtype.itemsize < 4 else None
+        plain = new(ops.rms_norm, twins(new, x), scale, eps, False, wide, True)  # type: ignore[arg-type]
+        if into is None:
+            return plain if shift is None else new(aten.add.Tensor, plain, shift)
+        copies = {norm: plain}
+        return {reader.node: _biased(new, reader, copies, shift) for reader in into}  # type: ignore[arg-type]
+
+    rule = "layer norm of a centred stream"
+    if into is None:
+        rewriter.rewrite(norm, [norm], build, rule)
+    else:
+        rewriter.rewrite(norm, [norm, *(r.node for r in into)], build, rule)
+
+
+def _takes_bias(reader: Product) -> bool:
+    return reader.node.target in (aten.linear.default, aten.addmm.default)
+
+
+def _biased(new: Builder, reader: Product, copies: dict[Node, Node], shift: Node) -> Node:
+    """The product of the norm without β, which its bias takes: b + W·β."""
+    new.at(reader.node)
+    value = reader.weight.meta["val"]
+    table = Cast(reader.expression, torch.float64)
+    rows = table if reader.inputs == 1 else Transpose(table, 0, 1)
+    width = int(value.shape[reader.inputs])
+    moved: Expression = Reshape(
+        Matmul(rows, Reshape(shift.meta["weight"], (width, 1))), (int(value.shape[reader.outputs]),)
+    )
+    if reader.bias is not None:
+        moved = Add(moved, reader.bias.meta["weight"])
+    again = reader.rebuilt(new, _copied(new, reader.x, copies), reader.expression)
+    bias = new.weight(Cast(moved, value.dtype))
+    if reader.node.target is aten.linear.default:
+        return new(aten.linear.default, again.args[0], again.args[1], bias)
+    return new(aten.addmm.default, bias, *again.args[1:], **again.kwargs)
+
+
+def _copied(new: Builder, node: Node, copies: dict[Node, Node]) -> Node:
+    """The views between the norm and a product, over the new norm."""
+    if node not in copies:
+        args, kwargs = torch.fx.node.map_arg(
+            (node.args, node.kwargs), lambda n: _copied(new, n, copies) if n is node.args[0] else n
+        )
+        copies[node] = new(node.target, *args, **kwargs)
+    return copies[node]

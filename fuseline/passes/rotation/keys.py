@@ -1,0 +1,49 @@
+"""R3: queries and keys, rotated alike where attention multiplies them; q·R·Rᵀ·kᵀ = q·kᵀ.
+
+It pays where the keys are quantized behind it. Keys that come from a cache are left alone: the whole cache would be
+rotated at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.fx import Node
+
+from ...compiler.ops import attention
+from ...compiler.order import touches_written
+from ...compiler.program import Program
+from ...compiler.rewriter import Builder, Rewriter
+from ..raising.nodes import op_name
+from .carriers import carriers
+from .rotations import Rotation
+
+
+def rotate_keys(program: Program, rewriter: Rewriter, rotation: Callable[[int], Rotation]) -> None:
+    """Rotates the queries and keys of every attention that makes its keys itself."""
+    targets = (attention.overload, torch.ops.aten.scaled_dot_product_attention.default)
+    for node in [n for n in program.graph.nodes if n.target in targets]:
+        q, k, *rest = node.args
+        reason = _cached(k)  # type: ignore[arg-type]
+        if reason:
+            rewriter.refuse(node, f"R3: {reason}")
+            continue
+        turn = rotation(int(q.meta["val"].shape[-1]))  # type: ignore[union-attr]
+
+        def build(new: Builder, node: Node = node, q=q, k=k, rest=rest, turn: Rotation = turn) -> Node:
+            return new(node.target, turn.online(new, q), turn.online(new, k), *rest, **node.kwargs)
+
+        rewriter.rewrite(node, [node], build, "R3 online")
+
+
+def _cached(keys: Node) -> str | None:
+    """Why keys are not this call's alone: they were written to, or joined with others."""
+    node, size = keys, int(keys.meta["val"].shape[-1])
+    while True:
+        if touches_written(node) or node.op == "placeholder" or op_name(node) in ("cat", "index_copy"):
+            return f"the keys come from a cache ({node.name})"
+        before = carriers(node, size)
+        if not before:
+            return None
+        node = before[0]

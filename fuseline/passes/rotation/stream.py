@@ -1,0 +1,150 @@
+"""Streams: the values that must share a basis, because additions and norms tie them together.
+
+A residual stream is one, and so are the values of an attention with what it returns. Found by flooding: from one value
+backwards and forwards through every op that carries a basis (`carriers.py`), to where the stream is written, read, or
+met by something that cares for single channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+
+from ...compiler.expressions import Expression
+from ...compiler.ops import layer_norm, rms_norm
+from ...compiler.order import touches_written
+from ..raising.nodes import same_size
+from .carriers import carriers, in_blocks
+from .products import Part, Product, part, product
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Stream:
+    """What a flood found.
+
+    members: values in the basis, and norms among them; readers: products that read one, by node; enters: members that
+    something else computes, which need R at run time; leaves: member → its first use that needs Rᵀ at run time.
+    """
+
+    block: int
+    centring: bool = False
+    members: set[Node] = field(default_factory=set)
+    readers: dict[Node, Product] = field(default_factory=dict)
+    writers: int = 0
+    enters: list[Node] = field(default_factory=list)
+    leaves: dict[Node, Node] = field(default_factory=dict)
+
+    @property
+    def online(self) -> int:
+        """Operations that the stream leaves at run time."""
+        return len(self.enters) + len(self.leaves)
+
+
+def flood(start: Node, block: int, folds: Callable[[Expression], bool], centring: bool = False) -> Stream:
+    """The stream that `start` belongs to; `folds` says whether a weight may be replaced by a rotated one.
+
+    centring: read by layer norms alone, which take the mean away, and by nothing else.
+    """
+    stream = Stream(block, centring)
+    pending = [start]
+    while pending:
+        node = pending.pop()
+        if node in stream.members:
+            continue
+        stream.members.add(node)
+        before = sources(node, block, folds)
+        if before is None:
+            stream.enters.append(node)
+        elif not before:
+            stream.writers += 1
+        pending += before or ()
+        for user in node.users:
+            ahead = _reads(user, node, stream, folds)
+            if ahead == "carries":
+                pending.append(user)
+            elif ahead != "reads":
+                stream.leaves.setdefault(node, user)
+    return stream
+
+
+def sources(node: Node, block: int, folds: Callable[[Expression], bool]) -> tuple[Node, ...] | None:
+    """What a member's basis comes from: other members; nothing for a weight, a product or a table that R folds into;
+    None where R has to be applied to it at run time."""
+    weight = node.meta.get("weight")
+    if weight is not None:
+        return () if folds(weight) else None
+    if is_norm(node):
+        return (node.args[0],) if commutes(node, folds) else None  # type: ignore[return-value]
+    found = part(node)
+    if found is not None and writes_blocks(found, block):
+        return () if all(folds(w) for w in found.product.weights()) else None
+    made = product(node)
+    if made is not None:
+        return () if all(folds(w) for w in made.weights()) else None
+    if node.target is aten.embedding.default:
+        table = node.args[0].meta.get("weight")  # type: ignore[union-attr]
+        return () if table is not None and folds(table) else None
+    return carriers(node, block)
+
+
+def _reads(user: Node, node: Node, stream: Stream, folds: Callable[[Expression], bool]) -> str:
+    if stream.centring and (user.target is layer_norm.overload or is_norm(user) or product(user) is not None):
+        return "reads" if user.target is layer_norm.overload and not touches_written(user) else "leaves"
+    if is_norm(user):
+        return "carries" if commutes(user, folds) and not touches_written(user) else "leaves"
+    made = product(user)
+    if made is not None:
+        reads = made.x is node and folds(made.expression) and _contracts(made, stream.block)
+        if reads:
+            stream.readers[user] = made
+        return "reads" if reads else "leaves"
+    carried = carriers(user, stream.block)
+    return "carries" if carried is not None and node in carried and part(user) is None else "leaves"
+
+
+def _contracts(made: Product, block: int) -> bool:
+    return in_blocks(made.x, block) and made.weight.meta["val"].shape[made.inputs] % block == 0
+
+
+def writes_blocks(found: Part, block: int) -> bool:
+    return found.start % block == 0 and (found.end - found.start) % block == 0
+
+
+def is_norm(node: Node) -> bool:
+    """An RMSNorm, over the last dimension: whatever rotates that leaves its statistics as they are."""
+    return node.target is rms_norm.overload
+
+
+def commutes(norm: Node, folds: Callable[[Expression], bool]) -> bool:
+    """Whether a norm commutes with rotations, once its scale has been folded into whatever reads it."""
+    return norm.args[1] is None or scaled_readers(norm, folds) is not None
+
+
+def scaled_readers(norm: Node, folds: Callable[[Expression], bool]) -> list[Product] | None:
+    """The products that read a norm's result, when nothing else does and its scale folds into them."""
+    scale = norm.args[1]
+    known = isinstance(scale, Node) and "weight" in scale.meta and scale.meta["val"].dim() == 1
+    return readers_of(norm, folds) if known else None
+
+
+def readers_of(norm: Node, folds: Callable[[Expression], bool]) -> list[Product] | None:
+    """The products that read a value channel by channel as it is, when nothing else does and their weights fold."""
+    width, found, pending = norm.meta["val"].shape[-1], [], [norm]
+    while pending:
+        value = pending.pop()
+        for user in value.users:
+            made = product(user)
+            if made is not None:
+                if made.x is not value or not folds(made.expression):
+                    return None
+                found.append(made)
+            elif carriers(user, width) == (value,) and same_size(user.meta["val"].shape[-1], width):
+                pending.append(user)
+            else:
+                return None
+    return found or None

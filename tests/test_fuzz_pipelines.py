@@ -219,8 +219,8 @@ def test_the_fuzzer_finds(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@fuzzed(200)
-@given(blocks(14), st.booleans(), st.booleans(), st.floats(0, 1), st.data())
+@fuzzed(60)
+@given(blocks(10), st.booleans(), st.booleans(), st.floats(0, 1), st.data())
 def test_many_more(
     folder: Path, network: Blocks, quantize: bool, symbolic: bool, share: float, data: st.DataObject
 ) -> None:

@@ -7,12 +7,13 @@ rewrite of an exact pass may change roundings and nothing else.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import fuseline
@@ -20,8 +21,12 @@ from fuseline import Pipeline, Program
 from fuseline.codegen.lower import lower
 from fuseline.compiler.action import Observer
 from fuseline.compiler.observe import Limit
+from fuseline.compiler.order import Partition
+from fuseline.compiler.pipeline import DEFAULT
 from fuseline.compiler.stage import Recipe, load_stage, render
 from fuseline.compiler.structure import same_structure
+from fuseline.passes.raising import RMSNorm
+from fuseline.passes.raising.masks import Claim, Masks
 from tests.blocks import WIDTH, Blocks, blocks
 from tests.strategies import exact_passes, pipelines
 
@@ -177,15 +182,45 @@ def test_stages_read_back(folder: Path, network: Blocks, pipeline: Pipeline, sym
     check_stages(network, pipeline, symbolic, folder)
 
 
-@fuzzed(8)
+@fuzzed(6)
 @given(blocks(5), st.booleans().flatmap(pipelines))
 def test_lowering_is_deterministic(network: Blocks, pipeline: Pipeline) -> None:
     check_lowered(network, pipeline)
 
 
+UNWRITTEN = [
+    (sys.modules[f"fuseline.{module}"], name, lambda node: False)
+    for module in ("compiler.order", "passes.fusing.clusters", "passes.fusing.linear")
+    for name in ("touches_written", "is_barrier")
+    if hasattr(sys.modules[f"fuseline.{module}"], name)
+]
+FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "a norm over any dimension": [(RMSNorm, "refuse", lambda self, match: None)],
+    "any mask is causal": [(Masks, "claim", lambda self, mask, q, k: Claim("causal"))],
+    "a cache is a tensor like others": UNWRITTEN,
+    "any set of nodes can run as one": [(Partition, "fits", lambda self, nodes, name=None: True)],
+}
+
+
 @pytest.mark.slow
-@fuzzed(400)
-@given(blocks(14), st.booleans(), st.booleans(), st.floats(0, 1), st.data())
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_fuzzer_finds(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these guards is there for a reason that the random graphs know."""
+    for change in FAULTS[fault]:
+        monkeypatch.setattr(*change)
+
+    @settings(fuzzed(60), phases=[Phase.generate])
+    @given(blocks())
+    def fuzz(network: Blocks) -> None:
+        check_exact(network, Pipeline(DEFAULT), False)
+
+    with pytest.raises((AssertionError, fuseline.FuselineError)):
+        fuzz()
+
+
+@pytest.mark.slow
+@fuzzed(60)
+@given(blocks(10), st.booleans(), st.booleans(), st.floats(0, 1), st.data())
 def test_many_more(
     folder: Path, network: Blocks, quantize: bool, symbolic: bool, share: float, data: st.DataObject
 ) -> None:

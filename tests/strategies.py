@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hypothesis import settings
+from hypothesis import reject, settings
 from hypothesis import strategies as st
 
+from fuseline.compiler.errors import UserError
 from fuseline.compiler.expressions import (
     Cast,
     Concat,
@@ -168,7 +169,14 @@ def with_options(kind: type[Pass]) -> st.SearchStrategy[Pass]:
             drawn[field.name] = st.sampled_from((field.default, not field.default))
         elif isinstance(hint, type) and issubclass(hint, enum.Enum):
             drawn[field.name] = st.sampled_from(hint)
-    return st.builds(kind, **drawn)
+
+    def build(values: dict[str, Any]) -> Pass:
+        try:
+            return kind(**values)
+        except UserError:  # these values do not go together
+            reject()
+
+    return st.fixed_dictionaries(drawn).map(build)
 
 
 def _quantizer(weights: Scheme, activations: bool) -> Pass:

@@ -20,10 +20,9 @@ from tests.codegen.regions import emitted
 
 def contiguous(kernel: Kernel, n: int) -> Kernel:
     """The kernel as a launch over contiguous tensors specialises it: strides of rows and of channels are known."""
-    order = factor(n).order
-    strides = {
-        a: 1 if a.endswith("_1") else order if a.startswith("arg1") else n for a in kernel.signature if "_stride_" in a
-    }
+    rows = {"arg1": factor(n).order}
+    names = [a for a in kernel.signature if "_stride_" in a]
+    strides = {a: 1 if a.endswith("_1") else rows.get(a.partition("_")[0], n) for a in names}
     signature = {**kernel.signature, **dict.fromkeys(strides, "constexpr")}
     return replace(kernel, signature=signature, constants={**kernel.constants, **strides})
 

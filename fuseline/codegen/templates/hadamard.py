@@ -71,7 +71,7 @@ class Layout:
 
     @property
     def blocks(self) -> Blocks:
-        """Two to sixteen thousand elements a program, 128 sums in a thread at most; rows by fours where they are short."""
+        """2048 to 16384 elements a program, at most 128 sums in a thread; rows by fours where they are short."""
         rows = min(4, WIDE // self.block) if self.block >= 512 else 2048 // self.block
         return Blocks(max(1, self.least_rows, rows), self.least_rows, 4 * max(1, self.piece // GROUP), PROGRAMS)
 

@@ -62,6 +62,16 @@ def test_blocks(tmp_path: Path) -> None:
     check(lambda x: hadamard(x, None, 32) * 2, torch.randn(2, 2, 96).half(), folder=tmp_path)
 
 
+@pytest.mark.parametrize("n", [64, 96, 1024, 4096])
+def test_one_row(n: int, tmp_path: Path) -> None:
+    check(hadamard, torch.randn(1, n).half(), *dense(n), folder=tmp_path)
+    check(hadamard, torch.randn(1, 1, n), *dense(n), folder=tmp_path)
+    check(hadamard, torch.randn(n).half(), *dense(n), folder=tmp_path)
+    one_for_all = lambda y, x, *c: hadamard(x, *c) + y
+    check(one_for_all, torch.randn(5, n), torch.randn(1, n), *dense(n), folder=tmp_path)
+    check(lambda x, *c: quantize(hadamard(x, *c), 8, n)[1], torch.randn(1, n), *dense(n), folder=tmp_path)
+
+
 def test_strides(tmp_path: Path) -> None:
     heads = torch.randn(2, 3, 4, 64)
     check(hadamard, heads.transpose(1, 2), folder=tmp_path)

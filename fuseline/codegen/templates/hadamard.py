@@ -112,7 +112,8 @@ def rule(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
         channel = columns.index if which is None else flatten(tile, (which, columns.index), (channels // cut.n, cut.n))
         value = element(tile, x, (*index[:-1], channel), inner, compute)
         tile.blocks = cut.blocks
-        tile.scopes[0].values[key] = Writer(tile, node, cut, core, dtype_of(x)).write(value, columns.inside)
+        axes = columns.index.axes.union(*(t.axes for t in outer))
+        tile.scopes[0].values[key] = Writer(tile, node, cut, core, dtype_of(x), axes).write(value, columns.inside)
     return tile.scopes[0].values[key]
 
 
@@ -135,23 +136,33 @@ def cut_of(node: torch.fx.Node) -> Layout:
 class Writer:
     """Writes one transform into a kernel. Its variables begin with `h`."""
 
-    def __init__(self, tile: Tile, node: torch.fx.Node, cut: Layout, core: torch.fx.Node | None, dtype: torch.dtype):
-        self.tile, self.node, self.cut, self.core, self.dtype = tile, node, cut, core, dtype
-        self.axes = frozenset({"row", tile.columns(cut.n).axis})
+    def __init__(
+        self,
+        tile: Tile,
+        node: torch.fx.Node,
+        cut: Layout,
+        core: torch.fx.Node | None,
+        dtype: torch.dtype,
+        axes: frozenset[str],
+    ):
+        """axes: along which the result varies; not along the rows where there is one for the whole kernel."""
+        self.tile, self.node, self.cut, self.core, self.dtype, self.axes = tile, node, cut, core, dtype, axes
         self.lines = tile.scopes[0].lines
 
     def write(self, x: Term, inside: Term | None) -> Term:
         cut, tile = self.cut, self.tile
-        text = x.text
-        if inside is not None:
-            text = f"tl.where({inside.text}, {text}, {literal(0, torch.float32)})"
-        if text == x.text and x.axes < self.axes:
+        zero, one_row = literal(0, torch.float32), "row" not in self.axes
+        text = x.text if inside is None else f"tl.where({inside.text}, {x.text}, {zero})"
+        if "row" not in x.axes or not inside and not x.axes > {"row"}:
             text = f"tl.broadcast_to({text}, [ROWS, {cut.block}])"
-        narrow = self.bind("narrow", cast(text, torch.float32, self.dtype))
+        if one_row:  # the others of the tile stay empty
+            text = f"tl.where(tl.arange(0, ROWS)[:, None] == 0, {text}, {zero}) if ROWS > 1 else {text}"
+        narrow = self.bind("narrow", cast(f"({text})" if one_row else text, torch.float32, self.dtype))
         parts = self._apart(narrow)
         sums = [self._product(i, parts) for i in range(-(-cut.rows // cut.piece))]
-        sums = [self._butterflies(s) for s in sums]
-        result = self._together(sums)
+        result = self._together([self._butterflies(s) for s in sums])
+        if one_row:
+            result = self.bind("only", f"tl.sum({result}, 0, keep_dims=True) if ROWS > 1 else {result}")
         scale = (cut.columns << cut.log2) * (cut.order if self._exact else 1)
         return tile.bind(self.node.name, f"{result} * {literal(scale**-0.5, torch.float32)}", self.axes)
 

@@ -11,7 +11,7 @@ import torch
 from fuseline.codegen.kernel import Kernel
 from fuseline.codegen.offline import compile_kernel
 from fuseline.codegen.resources import resources
-from fuseline.codegen.templates.hadamard import LONGEST, layout, power_of_two
+from fuseline.codegen.templates.hadamard import LONGEST, SINGLE, layout, power_of_two
 from fuseline.compiler.hadamard import factor
 from fuseline.compiler.ops import glu, hadamard, quantize
 from tests.codegen.hadamard_cases import MODELS, launcher, operands, transform
@@ -45,8 +45,9 @@ def test_nothing_is_spilled_on_hopper(n: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_other_types_compile(dtype: torch.dtype) -> None:
-    (kernel,) = launcher(1536, dtype).kernels
-    assert compile_kernel(contiguous(kernel, 1536), "sm_80").shared_bytes <= 99 << 10
+    for n in (1536, 8192):
+        compiled = compile_kernel(contiguous(launcher(n, dtype).kernels[0], n), "sm_80")
+        assert compiled.shared_bytes <= 99 << 10
 
 
 @pytest.mark.parametrize("n", MODELS)
@@ -82,12 +83,15 @@ def test_the_fused_kernel_writes_codes_and_scales_alone() -> None:
         compile_kernel(kernel, target)
 
 
+@pytest.mark.parametrize(("busy", "single"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("n", [*range(16, 300), *MODELS, 3072, 5120, 9728, 13824, 28672])
-def test_cuts_hold_every_channel(n: int) -> None:
-    cut = layout(n, factor(n).order)
+def test_cuts_hold_every_channel(n: int, busy: bool, single: bool) -> None:
+    cut = layout(n, factor(n).order, busy, single)
     assert cut.rows * cut.columns == n and cut.rows % cut.order == 0
     assert cut.padded % cut.piece == 0 and cut.padded % cut.inner == 0
     blocks = cut.blocks
+    if single and cut.block > SINGLE:
+        return  # refused
     assert cut.block == power_of_two(n) <= LONGEST and blocks.rows >= blocks.least_rows
     assert blocks.least_rows * cut.columns >= 16
     sums = -(-cut.rows // cut.piece) * cut.piece * cut.columns * blocks.rows

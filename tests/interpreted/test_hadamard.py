@@ -112,5 +112,7 @@ def test_codes_come_out_of_the_same_kernel(n: int, tmp_path: Path) -> None:
 
 def test_what_the_kernel_does_not_take() -> None:
     assert "float64" in refused(hadamard, torch.randn(2, 64, dtype=torch.float64))
-    assert "at most 32768" in refused(hadamard, torch.randn(1, 65536))
+    assert "at most 32768" in refused(hadamard, torch.randn(1, 65536).half())
+    assert "at most 8192 of float32" in refused(hadamard, torch.randn(2, 16384))
+    assert "a core of 172 rows in float32" in refused(hadamard, torch.randn(2, 172), core(172))
     assert "at least 16" in refused(hadamard, torch.randn(2, 8))

@@ -69,6 +69,16 @@ def test_it_is_exact(dtype: torch.dtype, bound: float) -> None:
         assert error(model(x), expected) < bound
 
 
+def test_gradients_pass_through_it() -> None:
+    torch.manual_seed(0)
+    model, x, y = Net(), torch.randn(5, 64, requires_grad=True), torch.randn(5, 64, requires_grad=True)
+    y.data.copy_(x.data)
+    model(x).square().sum().backward()
+    fuseline.optimize(model, "turn-every-linear,fuse", target="eager", keep_originals=True)
+    model(y).square().sum().backward()
+    assert error(y.grad, x.grad) < 1e-5
+
+
 @torch.no_grad()
 def test_a_saved_model_has_its_signs_and_cores(tmp_path: Path) -> None:
     torch.manual_seed(0)

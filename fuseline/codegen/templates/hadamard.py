@@ -173,8 +173,12 @@ class Writer:
             text = f"tl.broadcast_to({text}, [ROWS, {cut.block}])"
         if one_row:  # the others of the tile stay empty
             text = f"tl.where(tl.arange(0, ROWS)[:, None] == 0, {text}, {zero}) if ROWS > 1 else {text}"
-        narrow = self.bind("narrow", cast(f"({text})" if one_row else text, torch.float32, self.dtype))
-        parts = [self._apart(term) for term in (self._terms(narrow) if self.dtype is torch.float32 else [narrow])]
+        row = self.bind("row", f"({text})" if one_row else text)
+        single = self.dtype is torch.float32
+        parts = [self._apart(term) for term in (self._terms(row) if single else [row])]
+        if not single:
+            # Rounded last: Triton's memory layouts of a product's operand cannot all be reshaped where they lie.
+            parts = [[self.bind("part", cast(part, torch.float32, self.dtype)) for part in parts[0]]]
         sums = [self._product(i, parts) for i in range(-(-cut.rows // cut.piece))]
         result = self._together([self._butterflies(s) for s in sums])
         if one_row:

@@ -294,7 +294,19 @@ def aot_autograd(
     def boxed(compiler: Callable[..., Any]) -> Callable[..., Any]:
         return lambda graph_module, fakes: make_boxed_func(compiler(graph_module, fakes))
 
-    return dynamo_aot_autograd(fw_compiler=boxed(forward), bw_compiler=boxed(backward))(module, list(inputs))
+    compiler = dynamo_aot_autograd(fw_compiler=boxed(forward), bw_compiler=boxed(backward))
+    return compiler(module, [_of_known_size(value) for value in inputs])
+
+
+def _of_known_size(value: Any) -> Any:
+    """A tensor that Dynamo has not seen (a weight computed from parameters) as a fake whose sizes are numbers: as
+    symbols they would have no source that a guard could name."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fake_mode is None or not isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, FakeTensor) or value in context.tensor_to_context:
+        return value
+    return context.fake_mode.from_tensor(value, static_shapes=True)
 
 
 def inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

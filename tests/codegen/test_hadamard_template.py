@@ -11,7 +11,7 @@ import torch
 from fuseline.codegen.kernel import Kernel
 from fuseline.codegen.offline import compile_kernel
 from fuseline.codegen.resources import resources
-from fuseline.codegen.templates.hadamard import LONGEST, layout, power_of_two
+from fuseline.codegen.templates.hadamard import LONGEST, SINGLE, layout, power_of_two
 from fuseline.compiler.hadamard import factor
 from fuseline.compiler.ops import glu, hadamard, quantize
 from tests.codegen.hadamard_cases import MODELS, launcher, operands, transform
@@ -20,10 +20,9 @@ from tests.codegen.regions import emitted
 
 def contiguous(kernel: Kernel, n: int) -> Kernel:
     """The kernel as a launch over contiguous tensors specialises it: strides of rows and of channels are known."""
-    order = factor(n).order
-    strides = {
-        a: 1 if a.endswith("_1") else order if a.startswith("arg1") else n for a in kernel.signature if "_stride_" in a
-    }
+    rows = {"arg1": factor(n).order}
+    names = [a for a in kernel.signature if "_stride_" in a]
+    strides = {a: 1 if a.endswith("_1") else rows.get(a.partition("_")[0], n) for a in names}
     signature = {**kernel.signature, **dict.fromkeys(strides, "constexpr")}
     return replace(kernel, signature=signature, constants={**kernel.constants, **strides})
 
@@ -46,8 +45,9 @@ def test_nothing_is_spilled_on_hopper(n: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_other_types_compile(dtype: torch.dtype) -> None:
-    (kernel,) = launcher(1536, dtype).kernels
-    assert compile_kernel(contiguous(kernel, 1536), "sm_80").shared_bytes <= 99 << 10
+    for n in (1536, 8192):
+        compiled = compile_kernel(contiguous(launcher(n, dtype).kernels[0], n), "sm_80")
+        assert compiled.shared_bytes <= 99 << 10
 
 
 @pytest.mark.parametrize("n", MODELS)
@@ -81,14 +81,24 @@ def test_the_fused_kernel_writes_codes_and_scales_alone() -> None:
     assert kernel.source.count("tl.store(") == 2 and len(re.findall(r"tl.load\((?:gate|up)_ptr", kernel.source)) == 2
     for target in ("sm_80", "sm_90", "gfx942"):
         compile_kernel(kernel, target)
+    # with the strides of contiguous tensors, where Triton would reshape the operand of Hopper's product in place
+    strides = {
+        a: 1 if a.endswith("_1") else 12 if a.startswith("core") else 1536 for a in kernel.signature if "stride" in a
+    }
+    signature = {**kernel.signature, **dict.fromkeys(strides, "constexpr")}
+    known = replace(kernel, signature=signature, constants={**kernel.constants, **strides})
+    assert resources(compile_kernel(known, "sm_90")).spill_bytes == 0
 
 
+@pytest.mark.parametrize(("busy", "single"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("n", [*range(16, 300), *MODELS, 3072, 5120, 9728, 13824, 28672])
-def test_cuts_hold_every_channel(n: int) -> None:
-    cut = layout(n, factor(n).order)
+def test_cuts_hold_every_channel(n: int, busy: bool, single: bool) -> None:
+    cut = layout(n, factor(n).order, busy, single)
     assert cut.rows * cut.columns == n and cut.rows % cut.order == 0
     assert cut.padded % cut.piece == 0 and cut.padded % cut.inner == 0
     blocks = cut.blocks
+    if single and cut.block > SINGLE:
+        return  # refused
     assert cut.block == power_of_two(n) <= LONGEST and blocks.rows >= blocks.least_rows
     assert blocks.least_rows * cut.columns >= 16
     sums = -(-cut.rows // cut.piece) * cut.piece * cut.columns * blocks.rows

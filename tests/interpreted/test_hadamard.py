@@ -62,6 +62,16 @@ def test_blocks(tmp_path: Path) -> None:
     check(lambda x: hadamard(x, None, 32) * 2, torch.randn(2, 2, 96).half(), folder=tmp_path)
 
 
+@pytest.mark.parametrize("n", [64, 96, 1024, 4096])
+def test_one_row(n: int, tmp_path: Path) -> None:
+    check(hadamard, torch.randn(1, n).half(), *dense(n), folder=tmp_path)
+    check(hadamard, torch.randn(1, 1, n), *dense(n), folder=tmp_path)
+    check(hadamard, torch.randn(n).half(), *dense(n), folder=tmp_path)
+    one_for_all = lambda y, x, *c: hadamard(x, *c) + y
+    check(one_for_all, torch.randn(5, n), torch.randn(1, n), *dense(n), folder=tmp_path)
+    check(lambda x, *c: quantize(hadamard(x, *c), 8, n)[1], torch.randn(1, n), *dense(n), folder=tmp_path)
+
+
 def test_strides(tmp_path: Path) -> None:
     heads = torch.randn(2, 3, 4, 64)
     check(hadamard, heads.transpose(1, 2), folder=tmp_path)
@@ -102,5 +112,7 @@ def test_codes_come_out_of_the_same_kernel(n: int, tmp_path: Path) -> None:
 
 def test_what_the_kernel_does_not_take() -> None:
     assert "float64" in refused(hadamard, torch.randn(2, 64, dtype=torch.float64))
-    assert "at most 32768" in refused(hadamard, torch.randn(1, 65536))
+    assert "at most 32768" in refused(hadamard, torch.randn(1, 65536).half())
+    assert "at most 8192 of float32" in refused(hadamard, torch.randn(2, 16384))
+    assert "a core of 172 rows in float32" in refused(hadamard, torch.randn(2, 172), core(172))
     assert "at least 16" in refused(hadamard, torch.randn(2, 8))

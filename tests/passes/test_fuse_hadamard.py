@@ -49,7 +49,7 @@ def test_a_norm_joins_the_transform() -> None:
 
 
 def test_what_no_kernel_holds_runs_through_pytorch() -> None:
-    x = torch.randn(2, 65536)
+    x = torch.randn(2, 65536).bfloat16()
     program, _ = FUSE.run(traced(lambda x: own.hadamard(x) * 2, x), [], "full")
     (reason,) = lower(program).refusals.values()
     assert reason.endswith("hadamard: 65536 channels, a program holds at most 32768")

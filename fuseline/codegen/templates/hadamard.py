@@ -10,7 +10,8 @@ neighbours hold other columns, and every butterfly stays inside of a thread when
 What precedes and follows the op in its region is evaluated on the same tile: SwiGLU or signs before, casts, absmax and
 codes after. The tile holds the next power of two of n; A is cut into pieces of 64, of which empty ones are not
 multiplied. 16-bit signs times 16-bit inputs with float32 sums are exact products; a core of other numbers is taken as
-a sum of two 16-bit matrices, good to 2^-17 (bfloat16) or 2^-22.
+a sum of two 16-bit matrices, good to 2^-17 (bfloat16) or 2^-22. float32 is multiplied in three parts of 11 bits, as
+TF32: nothing is lost but where an input is infinite, whose row becomes NaN.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from ..values import Blocks, Index, Mask, Term
 LONGEST = 32768  # elements of a row, padded: 128 registers in each of 256 threads
 LEAST = 16  # the least that tl.dot takes
 GROUP = 64  # rows of the product that a group of four warps takes at once
+HALF = 32  # the same of float32: Hopper's own products of TF32 would want their operands the other way round
 WIDE = 16384  # elements of a row, padded, from which on a program has two such groups
+SINGLE = 8192  # elements of a row of float32, padded: its three parts take 96 KB of shared memory
+BUSY = 2048  # the same where the kernel does more than the transform
 PROGRAMS = 264  # programs that walk over all rows: two a multiprocessor of a large GPU; each makes H_A once
 
 
@@ -47,6 +51,7 @@ class Layout:
     log2: int
     piece: int
     inner: int
+    elements: int = WIDE  # of a program, where rows are shorter
 
     @property
     def rows(self) -> int:
@@ -71,21 +76,28 @@ class Layout:
 
     @property
     def blocks(self) -> Blocks:
-        """Two to sixteen thousand elements a program, 128 sums in a thread at most; short rows by fours."""
-        rows = min(4, WIDE // self.block) if self.block >= 512 else 2048 // self.block
+        """2048 to 16384 elements a program, at most 128 sums in a thread; rows by fours where they are short."""
+        rows = min(4, self.elements // self.block) if self.block >= 512 else 2048 // self.block
         return Blocks(max(1, self.least_rows, rows), self.least_rows, 4 * max(1, self.piece // GROUP), PROGRAMS)
 
 
-def layout(n: int, order: int) -> Layout:
-    """The cut of n = order·2^m: the largest A that one product takes, else A = order in several."""
-    piece = GROUP if power_of_two(n) < WIDE else 2 * GROUP
-    most = (n // order).bit_length() - 1
-    fits = [a for a in range(most + 1) if order << a <= piece]
+def layout(n: int, order: int, busy: bool = False, single: bool = False) -> Layout:
+    """The cut of n = order·2^m: the largest A that one product takes, else A = order in several.
+
+    busy: other operations stand in the kernel and want registers, so that a thread gets fewer elements.
+    single: the input is float32, of which three parts are multiplied, all of them in shared memory.
+    """
+    padded = power_of_two(n)
+    wide = padded >= (BUSY if busy else WIDE)
+    piece = HALF if single else 2 * GROUP if wide else GROUP
+    elements = SINGLE // 2 if single else WIDE
+    fits = [a for a in range((n // order).bit_length()) if order << a <= piece]
     if fits:
         whole = power_of_two(order << fits[-1])
-        return Layout(n, order, fits[-1], whole, whole)
-    narrow = power_of_two(n) <= WIDE
-    return Layout(n, order, 0, GROUP if narrow else 2 * GROUP, GROUP)
+        return Layout(n, order, fits[-1], whole, whole, elements)
+    if not single:
+        piece = GROUP if padded <= WIDE and not busy else 2 * GROUP
+    return Layout(n, order, 0, piece, GROUP, elements)
 
 
 def power_of_two(value: int) -> int:
@@ -112,7 +124,8 @@ def rule(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
         channel = columns.index if which is None else flatten(tile, (which, columns.index), (channels // cut.n, cut.n))
         value = element(tile, x, (*index[:-1], channel), inner, compute)
         tile.blocks = cut.blocks
-        tile.scopes[0].values[key] = Writer(tile, node, cut, core, dtype_of(x)).write(value, columns.inside)
+        axes = columns.index.axes.union(*(t.axes for t in outer))
+        tile.scopes[0].values[key] = Writer(tile, node, cut, core, dtype_of(x), axes).write(value, columns.inside)
     return tile.scopes[0].values[key]
 
 
@@ -124,9 +137,13 @@ def cut_of(node: torch.fx.Node) -> Layout:
         raise Unsupported("a symbolic number of channels")
     core = given["core"]
     order = 1 if core is None else shape(core)[0]
-    cut = layout(n, order)
-    if cut.block > LONGEST:
-        raise Unsupported(f"{n} channels, a program holds at most {LONGEST}")
+    alone = given["x"].op == "placeholder" and all(user.op == "output" for user in node.users)
+    single = dtype_of(given["x"]) is torch.float32
+    cut, longest = layout(n, order, not alone, single), SINGLE if single else LONGEST
+    if cut.block > longest:
+        raise Unsupported(f"{n} channels, a program holds at most {longest}{' of float32' if single else ''}")
+    if single and order > GROUP:
+        raise Unsupported(f"a core of {order} rows in float32, at most {GROUP} in registers")
     if cut.padded < LEAST:
         raise Unsupported(f"{n} channels, a product takes at least {LEAST}")
     return cut
@@ -135,23 +152,37 @@ def cut_of(node: torch.fx.Node) -> Layout:
 class Writer:
     """Writes one transform into a kernel. Its variables begin with `h`."""
 
-    def __init__(self, tile: Tile, node: torch.fx.Node, cut: Layout, core: torch.fx.Node | None, dtype: torch.dtype):
-        self.tile, self.node, self.cut, self.core, self.dtype = tile, node, cut, core, dtype
-        self.axes = frozenset({"row", tile.columns(cut.n).axis})
+    def __init__(
+        self,
+        tile: Tile,
+        node: torch.fx.Node,
+        cut: Layout,
+        core: torch.fx.Node | None,
+        dtype: torch.dtype,
+        axes: frozenset[str],
+    ):
+        """axes: along which the result varies; not along the rows where there is one for the whole kernel."""
+        self.tile, self.node, self.cut, self.core, self.dtype, self.axes = tile, node, cut, core, dtype, axes
         self.lines = tile.scopes[0].lines
 
     def write(self, x: Term, inside: Term | None) -> Term:
         cut, tile = self.cut, self.tile
-        text = x.text
-        if inside is not None:
-            text = f"tl.where({inside.text}, {text}, {literal(0, torch.float32)})"
-        if text == x.text and x.axes < self.axes:
+        zero, one_row = literal(0, torch.float32), "row" not in self.axes
+        text = x.text if inside is None else f"tl.where({inside.text}, {x.text}, {zero})"
+        if "row" not in x.axes or not inside and not x.axes > {"row"}:
             text = f"tl.broadcast_to({text}, [ROWS, {cut.block}])"
-        narrow = self.bind("narrow", cast(text, torch.float32, self.dtype))
-        parts = self._apart(narrow)
+        if one_row:  # the others of the tile stay empty
+            text = f"tl.where(tl.arange(0, ROWS)[:, None] == 0, {text}, {zero}) if ROWS > 1 else {text}"
+        row = self.bind("row", f"({text})" if one_row else text)
+        single = self.dtype is torch.float32
+        parts = [self._apart(term) for term in (self._terms(row) if single else [row])]
+        if not single:
+            # Rounded last: Triton's memory layouts of a product's operand cannot all be reshaped where they lie.
+            parts = [[self.bind("part", cast(part, torch.float32, self.dtype)) for part in parts[0]]]
         sums = [self._product(i, parts) for i in range(-(-cut.rows // cut.piece))]
-        sums = [self._butterflies(s) for s in sums]
-        result = self._together(sums)
+        result = self._together([self._butterflies(s) for s in sums])
+        if one_row:
+            result = self.bind("only", f"tl.sum({result}, 0, keep_dims=True) if ROWS > 1 else {result}")
         scale = (cut.columns << cut.log2) * (cut.order if self._exact else 1)
         return tile.bind(self.node.name, f"{result} * {literal(scale**-0.5, torch.float32)}", self.axes)
 
@@ -197,20 +228,32 @@ class Writer:
             found = [p[0] for p in pairs] + [p[1] for p in pairs]
         return found[: -(-cut.rows // cut.inner)]
 
-    def _product(self, i: int, parts: list[str]) -> str:
-        """Rows i·piece … of H_A times x, in float32."""
-        precision = ', input_precision="ieee"' if self.dtype is torch.float32 else ""
-        total = ""
-        for j, part in enumerate(parts):
+    def _product(self, i: int, terms: list[list[str]]) -> str:
+        """Rows i·piece … of H_A times x, in float32: `terms` of x in their pieces, each times the terms of H_A."""
+        precision = ', input_precision="tf32"' if self.dtype is torch.float32 else ""
+        pairs: list[tuple[int, str, str]] = []
+        for j in range(len(terms[0])):
             with self.tile.before_rows():
                 matrices = self._entries(i, j)
-            for matrix in matrices:
-                more = f", {total}" if total else ""
-                total = self.bind("sum", f"tl.dot({matrix}, {part}{more}{precision})")
+            pairs += [(a + b, m, x[j]) for a, m in enumerate(matrices) for b, x in enumerate(terms) if a + b <= 2]
+        total = ""
+        for _, matrix, part in sorted(pairs, key=lambda pair: -pair[0]):  # the small ones first
+            more = f", {total}" if total else ""
+            total = self.bind("sum", f"tl.dot({matrix}, {part}{more}{precision})")
         return total
 
+    def _terms(self, x: str) -> list[str]:
+        """A float32 value as the sum of three whose mantissas have 11 bits, which tensor cores multiply exactly."""
+        high = self._leading(x)
+        rest = self.bind("rest", f"{x} - {high}")
+        middle = self._leading(rest)
+        return [high, middle, self.bind("rest", f"{rest} - {middle}")]
+
+    def _leading(self, x: str) -> str:
+        return self.bind("high", f"({x}.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)")
+
     def _entries(self, i: int, j: int) -> list[str]:
-        """H_A[j·inner …, i·piece …], transposed, in the input's type; two of them where one is not exact."""
+        """H_A[j·inner …, i·piece …], transposed, in the input's type; terms of a sum where one is not exact."""
         cut, dtype = self.cut, triton_type(self.dtype)
         whole = self._core(i, j, cut.log2) if self.core is not None else self._signs(cut.log2 - cut.log2 // 2)
         low = cut.log2 if self.core is not None else cut.log2 // 2
@@ -219,12 +262,11 @@ class Writer:
             first = f"tl.reshape({whole}, [{outer}, 1, {cut.inner >> low}, 1])"
             second = f"tl.reshape({self._signs(low)}, [1, {inner}, 1, {inner}])"
             whole = self.constant("matrix", f"tl.reshape({first} * {second}, [{cut.piece}, {cut.inner}])")
+        signs = self.core is None or self._exact
         if self.dtype is torch.float32:
-            return [whole]
+            return [whole] if signs else self._terms(whole)
         high = self.constant("matrix", f"{whole}.to({dtype})")
-        if self.core is None or self._exact:
-            return [high]
-        return [self.constant("rest", f"({whole} - {high}.to(tl.float32)).to({dtype})"), high]
+        return [high] if signs else [high, self.constant("rest", f"({whole} - {high}.to(tl.float32)).to({dtype})")]
 
     def constant(self, wish: str, text: str) -> str:
         return self.tile.bind(f"h_{wish}", text, frozenset({"h_to", "h_from"})).text

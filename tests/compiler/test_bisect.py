@@ -104,6 +104,29 @@ def test_a_pass_without_end_is_named() -> None:
     assert "5000 rewrites by loop/rule, and no end" in found.detail
 
 
+def test_a_rule_without_end_is_told_from_the_time_it_takes() -> None:
+    """What a run came to in its time may take longer the next time: the search does not depend on it."""
+    repeated = [Entry(n, 0, 1, "loop", "rule", "site#51", "loop.py:9") for n in range(51, 5051)]
+
+    def run(limit: int | None, skip: frozenset[int]) -> Outcome:
+        hangs = limit is None or limit > 2000
+        return Outcome(hangs, {"here": [*journal(None, (("raise", 50),)), *repeated][:limit]}, "60 s", endless=hangs)
+
+    found = Bisection(run).search()
+    assert (found.kind, found.number, found.runs, found.confidence) == ("endless", 51, 3, 1.0)
+
+
+def test_a_rewrite_that_hangs_is_no_rule_without_end() -> None:
+    steps = (("raise", 500),)
+
+    def run(limit: int | None, skip: frozenset[int]) -> Outcome:
+        hangs = 500 not in skip and (limit is None or limit >= 500)
+        return Outcome(hangs, {"here": journal(limit, steps)}, "60 s", endless=hangs)
+
+    found = Bisection(run).search()
+    assert (found.kind, found.number, found.confidence) == ("rewrite", 500, 1.0)
+
+
 def test_ends_that_say_nothing() -> None:
     assert Bisection(lambda limit, skip: Outcome(False, {"p": journal(limit)})).search().kind == "nothing"
     assert Bisection(lambda limit, skip: Outcome(True, {"p": journal(limit)})).search().kind == "elsewhere"

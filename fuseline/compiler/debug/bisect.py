@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..observe.limit import Entry
 
 Progress = Callable[[str], None]
+REPEATED = 100  # rewrites by one rule at one site, after which it will never stop
 RETRIES = 4  # of a run that contradicts the search, before the fault is called flaky
 
 
@@ -110,7 +111,7 @@ class Bisection:
                 [full.detail],
                 "is the model compiled in it? a cache of compiled graphs may stand in the way",
             )
-        if full.endless and not self._try(total).failed:
+        if full.endless and not self._try(_before_repetition(full.longest)).failed:
             return self._endless(full.entries)
         if self.flaky:
             return self._noisy(full, failures=1, tries=tries)
@@ -165,12 +166,11 @@ class Bisection:
     def _endless(self, entries: dict[str, list[Entry]]) -> Culprit:
         """The rule whose rewrites a run that did not end was full of at its end."""
         found = max(entries.values(), key=len)
-        last = found[-1]
-        first = last
-        for entry in reversed(found):
-            if (entry.program, entry.step, entry.rule) != (last.program, last.step, last.rule):
-                break
-            first = entry
+        last, start = found[-1], _before_repetition(found)
+        if start == len(found):  # at one site after the other
+            of_rule = lambda e: (e.program, e.step, e.rule) == (last.program, last.step, last.rule)
+            start -= next((i for i, entry in enumerate(reversed(found)) if not of_rule(entry)), start)
+        first = found[start]
         name = next(p for p, e in entries.items() if e is found)
         repeated = last.number - first.number + 1
         detail = f"{repeated} rewrites by {last.pass_name}/{last.rule}, and no end: it matches what it makes"
@@ -195,6 +195,18 @@ class Bisection:
             posterior = [p / scale for p in posterior]
         number = posterior.index(max(posterior)) + 1
         return self._culprit(number, full, confidence=max(posterior), failing_rate=rate)
+
+
+def _before_repetition(entries: list[Entry]) -> int:
+    """The limit that tells a rule without end from a rewrite that hangs.
+
+    Where the last rewrites are all at one site, the limit before them: it ends, and soon. Else all that the run came
+    to: those have been made in the time there was, so that they end if each of them does.
+    """
+    last = entries[-1]
+    same = lambda e: (e.program, e.step, e.rule, e.site) == (last.program, last.step, last.rule, last.site)
+    repeated = next((i for i, entry in enumerate(reversed(entries)) if not same(entry)), len(entries))
+    return len(entries) - (repeated if repeated >= REPEATED else 0)
 
 
 def _splits(entries: list[Entry], low: int, high: int) -> Iterator[int]:

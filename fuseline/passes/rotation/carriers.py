@@ -135,7 +135,8 @@ def _expand(node: Node, block: int) -> Carriers | None:
 
 
 def _slice(node: Node, block: int) -> Carriers | None:
-    x, dim, start, _, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    given: list[Any] = [*node.args, *[0, None, None, 1][len(node.args) - 1 :]]
+    x, dim, start, _, step = given
     if not _is_last(x, dim):  # type: ignore[arg-type]
         return (x,)  # type: ignore[return-value]
     ends = (start or 0, _value(node).shape[-1])

@@ -35,8 +35,8 @@ def centre(program: Program, rewriter: Rewriter, folds: Folds, online: int) -> N
         x: Any = norm.args[0]
         if x not in known:
             stream = flood(x, int(norm.meta["val"].shape[-1]), folds, centring=True)
-            found = (stream, _refuse(stream, online, folds), {})
-            known.update(dict.fromkeys(stream.members, found))  # type: ignore[arg-type]
+            found: tuple[Stream, str | None, dict[Node, Node]] = (stream, _refuse(stream, online, folds), {})
+            known.update(dict.fromkeys(stream.members, found))
         stream, reason, twins = known[x]
         if reason is None:
             _replace(rewriter, norm, _Twins(stream, folds, twins), folds)

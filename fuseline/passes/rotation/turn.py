@@ -191,8 +191,10 @@ class Turn:
         self._rewrite("commutes", node, build)
 
     def _norm(self, node: Node) -> None:
-        x, weight, eps, *rest = node.args
-        unit, accumulate, cast_first = (*rest, *(False, None, True)[len(rest) :])
+        given: Any = node.args
+        x, weight, eps, *rest = given
+        rest += [False, None, True][len(rest) :]
+        unit, accumulate, cast_first = rest
 
         def build(new: Builder) -> Node:
             plain = new(ops.rms_norm, self._operand(new, x), None, eps, False, accumulate, cast_first)  # type: ignore[arg-type]

@@ -4,8 +4,8 @@
 
 The mean is taken away where the stream is written: C = I − 11ᵀ/n, folded into the rows of every product that writes it
 and into embeddings. That is exact where layer norms alone read the stream, since they ignore the mean; where anything
-else does, or the stream is written by a norm (as behind each block of a post-norm encoder), it is refused. β goes into the biases of
-the products behind the norm. Source: Ashkboos et al., 2024, arXiv:2401.15024, section 3.2.
+else does, or the stream is written by a norm (as behind each block of a post-norm encoder), it is refused. β goes into
+the biases of the products behind the norm. Source: Ashkboos et al., 2024, arXiv:2401.15024, section 3.2.
 """
 
 from __future__ import annotations

@@ -78,6 +78,14 @@ def test_blocks_rotate_by_themselves() -> None:
     assert {n.args[2] for n in after.graph.nodes if n.target is ops.hadamard.overload} == {4}
 
 
+def test_channels_that_are_no_number_of_blocks_are_refused() -> None:
+    before = program(Decoder(Shape(width=12, inner=20)))
+    after, report = rotated(before, "r1,r4,block=8")
+    assert not report["rotate"].matched and {*report["rotate"].refused.values()} == {
+        "R1: 12 channels are no number of blocks of 8", "R4: 20 channels are no number of blocks of 8",
+    }  # fmt: skip
+
+
 def test_tied_embeddings_stay_tied() -> None:
     before = program(Decoder(Shape(tied=True)))
     after, report = rotated(before, "r1")

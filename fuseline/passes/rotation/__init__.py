@@ -32,16 +32,16 @@ import torch
 from torch.fx import Node
 
 from ...compiler.errors import UserError
-from ...compiler.expressions import Expression
 from ...compiler.framework import Pass, Tier
 from ...compiler.ops import attention
 from ...compiler.program import Program
 from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
 from .centring import centre
+from .folds import Folds
 from .inputs import rotate_inputs
 from .keys import rotate_keys
-from .rotations import Kind, Rotation
+from .rotations import Kind, Rotation, no_blocks
 from .stream import Stream, flood, is_norm
 from .turn import Turn
 
@@ -74,87 +74,56 @@ class Rotate(Pass):
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         if self.r1:
-            centre(program, rewriter, self._folds(program, self.untie), ONLINE)
-            self._streams(program, rewriter)
+            centre(program, rewriter, Folds(program, self.untie), ONLINE)
+            self._streams(program, rewriter, Folds(program, self.untie))
+        folds = Folds(program, untie=False)
         if self.r2:
-            self._values(program, rewriter)
+            self._values(program, rewriter, folds)
         if self.r3:
             rotate_keys(program, rewriter, lambda size: self._rotation("R3", size))
         if self.r4:
-            rotate_inputs(
-                program, rewriter, self._folds(program, True), lambda size: self._rotation("R4", self._block(size))
-            )
+            rotate_inputs(program, rewriter, folds, lambda size: self._rotation("R4", self._block(size)))
 
     def _rotation(self, label: str, size: int) -> Rotation:
         return Rotation(label, size, self.kind, self.seed)
 
     def _block(self, size: int) -> int:
-        return self.block if self.block and size % self.block == 0 else size
+        return self.block or size
 
-    def _folds(self, program: Program, untie: bool) -> Folds:
-        return Folds(program, untie)
-
-    def _streams(self, program: Program, rewriter: Rewriter) -> None:
+    def _streams(self, program: Program, rewriter: Rewriter, folds: Folds) -> None:
         seen: set[Node] = set()
         for norm in [n for n in program.graph.nodes if is_norm(n)]:
-            start = norm.args[0] if not norm._erased else None
-            if start is None or start in seen or norm in seen:
+            if norm._erased or norm in seen or norm.args[0] in seen:
                 continue
-            folds = self._folds(program, self.untie)
-            size = norm.meta["val"].shape[-1]
-            stream = flood(start, self._block(int(size)), folds)
+            size = int(norm.meta["val"].shape[-1])
+            stream = flood(norm.args[0], self._block(size), folds)
             seen |= stream.members
-            reason = _refuse_stream(stream, norm)
+            reason = no_blocks(size, stream.block) or _refuse_stream(stream)
             if reason:
                 rewriter.refuse(norm, f"R1: {reason}")
                 continue
             turn = Turn(program, rewriter, self._rotation("R1", stream.block), folds)
             turn.apply(stream)
-            seen |= turn.turned.keys() | {t.node for t in turn.turned.values()}
+            seen |= turn.turned.keys() | {turned.node for turned in turn.turned.values()}
 
-    def _values(self, program: Program, rewriter: Rewriter) -> None:
+    def _values(self, program: Program, rewriter: Rewriter, folds: Folds) -> None:
         for node in [n for n in program.graph.nodes if is_attention(n)]:
             values = node.args[2]
             size = int(values.meta["val"].shape[-1])
-            folds = self._folds(program, False)
             stream = flood(values, size, folds)
             reason = _refuse_values(stream)
             if reason:
                 rewriter.refuse(node, f"R2: {reason}")
-                continue
-            Turn(program, rewriter, self._rotation("R2", size), folds).apply(stream)
-
-
-class Folds:
-    """Which weights may be replaced by rotated ones: those that no gradient reaches, and that are not tied."""
-
-    def __init__(self, program: Program, untie: bool):
-        self.sources = program.sources if program.training else {}
-        tables = {n.args[0] for n in program.graph.nodes if n.target is torch.ops.aten.embedding.default}
-        self.tied: set[Expression] = set()
-        for node in program.weights():
-            users = set(node.users)
-            looked_up = {u for u in users if u.target is torch.ops.aten.embedding.default}
-            if node in tables and users - looked_up and not untie:
-                self.tied.add(node.meta["weight"])
-        by_expression: dict[Expression, set[bool]] = {}
-        for node in program.weights():
-            kinds = {u.target is torch.ops.aten.embedding.default for u in node.users}
-            by_expression.setdefault(node.meta["weight"], set()).update(kinds)
-        if not untie:
-            self.tied |= {e for e, kinds in by_expression.items() if kinds == {True, False}}
-
-    def __call__(self, weight: Expression) -> bool:
-        trainable = any(self.sources[n].trainable for n in weight.parameters() if n in self.sources)
-        return weight not in self.tied and not trainable
+            else:
+                Turn(program, rewriter, self._rotation("R2", size), folds).apply(stream)
 
 
 def is_attention(node: Node) -> bool:
     return node.target in (attention.overload, torch.ops.aten.scaled_dot_product_attention.default)
 
 
-def _refuse_stream(stream: Stream, norm: Node) -> str | None:
-    if not stream.readers or not stream.writers and not stream.enters:
+def _refuse_stream(stream: Stream) -> str | None:
+    if not stream.readers:
         return "no product reads what this norm returns"
     if stream.online > ONLINE:
         where = next(iter(stream.leaves.values()), None) or stream.enters[0]

@@ -10,7 +10,6 @@ the biases of the products behind the norm. Source: Ashkboos et al., 2024, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,11 +20,11 @@ from ...compiler.expressions import Add, Cast, Centre, Expression, Matmul, Resha
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder, Rewriter
 from .carriers import carriers
+from .folds import Folds
 from .products import Product, product
 from .stream import Stream, flood, readers_of
 
 aten = torch.ops.aten
-Folds = Callable[[Expression], bool]
 
 
 def centre(program: Program, rewriter: Rewriter, folds: Folds, online: int) -> None:

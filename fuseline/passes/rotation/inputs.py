@@ -11,32 +11,33 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from ...compiler.expressions import Expression
 from ...compiler.ops import glu
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder, Rewriter
 from ..raising.nodes import op_name
 from .carriers import carriers, in_blocks
+from .folds import Folds
 from .products import Product, product
-from .rotations import Rotation
+from .rotations import Rotation, no_blocks
 
 _ACTIVATIONS = ("gelu", "relu", "silu", "sigmoid", "tanh", "mul", "pow", "square", "leaky_relu", "hardswish", "relu_")
 
 
-def rotate_inputs(
-    program: Program, rewriter: Rewriter, folds: Callable[[Expression], bool], rotation: Callable[[int], Rotation]
-) -> None:
+def rotate_inputs(program: Program, rewriter: Rewriter, folds: Folds, rotation: Callable[[int], Rotation]) -> None:
     """Rotates the input of each such product; products of one input share the operation."""
     online: dict[Node, Node] = {}
     for node in list(program.graph.nodes):
         made = product(node)
         if made is None or not is_inner(made.x):
             continue
-        if not folds(made.expression):
-            rewriter.refuse(node, "R4: its weight wants a gradient, or is tied to an embedding")
-            continue
         value = made.weight.meta["val"]
-        turn = rotation(int(value.shape[made.inputs]))
+        size = int(value.shape[made.inputs])
+        turn = rotation(size)
+        tied = None if folds(made.expression) else "its weight wants a gradient, or is tied to an embedding"
+        reason = no_blocks(size, turn.block) or tied
+        if reason:
+            rewriter.refuse(node, f"R4: {reason}")
+            continue
 
         def build(new: Builder, made: Product = made, turn: Rotation = turn, value: torch.Tensor = value) -> Node:
             if made.x not in online:

@@ -88,3 +88,8 @@ class Rotation:
         core, is_signs = online_core(self.block, dtype, device)
         x = new(ops.hadamard, x, None if core is None else new.weight(core), self.block, is_signs)
         return new(aten.mul.Tensor, x, signs) if signs is not None and inverse else x
+
+
+def no_blocks(size: int, block: int) -> str | None:
+    """Why so many channels cannot be rotated in such blocks."""
+    return f"{size} channels are no number of blocks of {block}" if size % block else None

@@ -7,17 +7,16 @@ met by something that cares for single channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
 
-from ...compiler.expressions import Expression
 from ...compiler.ops import layer_norm, rms_norm
 from ...compiler.order import touches_written
 from ..raising.nodes import same_size
 from .carriers import carriers, in_blocks
+from .folds import Folds
 from .products import Part, Product, part, product
 
 aten = torch.ops.aten
@@ -45,7 +44,7 @@ class Stream:
         return len(self.enters) + len(self.leaves)
 
 
-def flood(start: Node, block: int, folds: Callable[[Expression], bool], centring: bool = False) -> Stream:
+def flood(start: Node, block: int, folds: Folds, centring: bool = False) -> Stream:
     """The stream that `start` belongs to; `folds` says whether a weight may be replaced by a rotated one.
 
     centring: read by layer norms alone, which take the mean away, and by nothing else.
@@ -72,7 +71,7 @@ def flood(start: Node, block: int, folds: Callable[[Expression], bool], centring
     return stream
 
 
-def sources(node: Node, block: int, folds: Callable[[Expression], bool]) -> tuple[Node, ...] | None:
+def sources(node: Node, block: int, folds: Folds) -> tuple[Node, ...] | None:
     """What a member's basis comes from: other members; nothing for a weight, a product or a table that R folds into;
     None where R has to be applied to it at run time."""
     weight = node.meta.get("weight")
@@ -92,7 +91,7 @@ def sources(node: Node, block: int, folds: Callable[[Expression], bool]) -> tupl
     return carriers(node, block)
 
 
-def _reads(user: Node, node: Node, stream: Stream, folds: Callable[[Expression], bool]) -> str:
+def _reads(user: Node, node: Node, stream: Stream, folds: Folds) -> str:
     if stream.centring and (user.target is layer_norm.overload or is_norm(user) or product(user) is not None):
         return "reads" if user.target is layer_norm.overload and not touches_written(user) else "leaves"
     if is_norm(user):
@@ -120,19 +119,19 @@ def is_norm(node: Node) -> bool:
     return node.target is rms_norm.overload
 
 
-def commutes(norm: Node, folds: Callable[[Expression], bool]) -> bool:
+def commutes(norm: Node, folds: Folds) -> bool:
     """Whether a norm commutes with rotations, once its scale has been folded into whatever reads it."""
     return norm.args[1] is None or scaled_readers(norm, folds) is not None
 
 
-def scaled_readers(norm: Node, folds: Callable[[Expression], bool]) -> list[Product] | None:
+def scaled_readers(norm: Node, folds: Folds) -> list[Product] | None:
     """The products that read a norm's result, when nothing else does and its scale folds into them."""
     scale = norm.args[1]
     known = isinstance(scale, Node) and "weight" in scale.meta and scale.meta["val"].dim() == 1
     return readers_of(norm, folds) if known else None
 
 
-def readers_of(norm: Node, folds: Callable[[Expression], bool]) -> list[Product] | None:
+def readers_of(norm: Node, folds: Folds) -> list[Product] | None:
     """The products that read a value channel by channel as it is, when nothing else does and their weights fold."""
     width, found, pending = norm.meta["val"].shape[-1], [], [norm]
     while pending:

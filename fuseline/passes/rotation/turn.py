@@ -27,6 +27,7 @@ from ...compiler.expressions import Concat, Expression, Offset, Slice
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder, Rewriter
 from .carriers import carriers
+from .folds import Folds
 from .products import Part, Product, part, product
 from .rotations import Rotation
 from .stream import Stream, commutes, is_norm, writes_blocks
@@ -45,7 +46,7 @@ class Turned:
 class Turn:
     """Turns the members and readers of a stream, in the graph's order."""
 
-    def __init__(self, program: Program, rewriter: Rewriter, rotation: Rotation, folds: Callable[[Expression], bool]):
+    def __init__(self, program: Program, rewriter: Rewriter, rotation: Rotation, folds: Folds):
         self.program, self.rewriter, self.rotation, self.folds = program, rewriter, rotation, folds
         self.turned: dict[Node, Turned] = {}
 

@@ -1,0 +1,33 @@
+"""Which weights may be replaced by rotated ones."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from ...compiler.expressions import Expression
+from ...compiler.program import Program
+
+_LOOKUP = torch.ops.aten.embedding.default
+
+
+class Folds:
+    """Says of a weight whether it may: not one that a gradient should reach, and not one that is tied.
+
+    Tied is a table that is looked up in and multiplied by: rotated, it would be two. `untie` allows that.
+    """
+
+    def __init__(self, program: Program, untie: bool):
+        self._sources = program.sources if program.training else {}
+        uses: dict[Expression, set[bool]] = {}
+        for node in program.weights():
+            uses.setdefault(node.meta["weight"], set()).update(_is_lookup(user, node) for user in node.users)
+        self._tied = set() if untie else {weight for weight, looked_up in uses.items() if looked_up == {True, False}}
+
+    def __call__(self, weight: Expression) -> bool:
+        trainable = any(self._sources[n].trainable for n in weight.parameters() if n in self._sources)
+        return weight not in self._tied and not trainable
+
+
+def _is_lookup(user: Node, table: Node) -> bool:
+    return user.target is _LOOKUP and user.args[0] is table

@@ -176,6 +176,25 @@ def test_layer_norms_of_what_is_normed_are_refused() -> None:
     assert any("reads it as well, mean and all" in r for r in report["rotate"].refused.values())
 
 
+def test_a_norm_over_two_streams_takes_away_one_mean() -> None:
+    """As where an image's patches are merged: each half is centred by itself nowhere else."""
+
+    class Merged(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.first = torch.nn.Embedding(VOCABULARY, 8), torch.nn.LayerNorm(8)
+            self.mlp, self.second, self.out = torch.nn.Linear(8, 8), torch.nn.LayerNorm(16), torch.nn.Linear(16, 3)
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            x = x + self.mlp(self.first(x))
+            return self.out(self.second(torch.cat((x, x * 2.0), -1)))
+
+    before = program(Merged().double())
+    after, _ = rotated(before, "r1")
+    assert change(before, after) < EXACT
+
+
 def test_weights_that_want_gradients_stay() -> None:
     model = fuseline.optimize(Decoder(Shape()), "raise,rotate{r2,r4,allow_empty}")
     model(IDS).sum().backward()

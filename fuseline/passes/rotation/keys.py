@@ -15,7 +15,6 @@ from ...compiler.ops import attention
 from ...compiler.order import touches_written
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder, Rewriter
-from ..raising.nodes import op_name
 from .carriers import carriers
 from .rotations import Rotation
 
@@ -38,12 +37,16 @@ def rotate_keys(program: Program, rewriter: Rewriter, rotation: Callable[[int], 
 
 
 def _cached(keys: Node) -> str | None:
-    """Why keys are not this call's alone: they were written to, or joined with others."""
-    node, size = keys, int(keys.meta["val"].shape[-1])
-    while True:
-        if touches_written(node) or node.op == "placeholder" or op_name(node) in ("cat", "index_copy"):
-            return f"the keys come from a cache ({node.name})"
-        before = carriers(node, size)
-        if not before:
-            return None
-        node = before[0]
+    """Why keys are not this call's alone: some are an input's, or lie where the graph writes."""
+    size, pending, seen = int(keys.meta["val"].shape[-1]), [keys], set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if touches_written(node):
+            return f"the keys lie in memory that is written to ({node.name}), a cache perhaps"
+        if node.op == "placeholder":
+            return f"keys come from outside ({node.name}), from a cache perhaps"
+        pending += carriers(node, size) or ()
+    return None

@@ -57,6 +57,8 @@ def flood(start: Node, block: int, folds: Folds, centring: bool = False) -> Stre
             continue
         stream.members.add(node)
         before = sources(node, block, folds)
+        if centring and before and not all(_is_wide(n, block) for n in before):
+            before = None
         if before is None:
             stream.enters.append(node)
         elif not before:
@@ -64,11 +66,18 @@ def flood(start: Node, block: int, folds: Folds, centring: bool = False) -> Stre
         pending += before or ()
         for user in node.users:
             ahead = _reads(user, node, stream, folds)
+            if centring and ahead != "leaves" and not _is_wide(user, block):
+                ahead = "leaves"  # a mean over other channels
             if ahead == "carries":
                 pending.append(user)
             elif ahead != "reads":
                 stream.leaves.setdefault(node, user)
     return stream
+
+
+def _is_wide(node: Node, width: int) -> bool:
+    """Whether a value's last dimension is the whole width, not several of them."""
+    return same_size(node.meta["val"].shape[-1], width)
 
 
 def sources(node: Node, block: int, folds: Folds) -> tuple[Node, ...] | None:

@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 
 from fuseline.compiler.errors import UserError
 from fuseline.compiler.expressions import (
+    Add,
+    Blocks,
     Cast,
+    Centre,
     Concat,
     Constant,
     Dequantize,
@@ -23,6 +26,8 @@ from fuseline.compiler.expressions import (
     Hadamard,
     HadamardCore,
     Matmul,
+    Offset,
+    Orthogonal,
     Output,
     Pack,
     Param,
@@ -69,6 +74,10 @@ def expressions() -> st.SearchStrategy[Expression]:
             st.builds(Slice, x, small, small, small),
             st.builds(Concat, st.lists(x, min_size=1, max_size=3).map(tuple), small),
             st.builds(Transpose, x, small, small),
+            st.builds(Add, x, x),
+            st.builds(Offset, x, st.floats(-2, 2, width=32)),
+            st.builds(Centre, x, small),
+            st.builds(Blocks, x, st.builds(Orthogonal, st.integers(1, 9), small, st.just("cpu")), small),
             st.builds(Reshape, x, st.lists(small, max_size=3).map(tuple)),
             st.builds(Hadamard, x, st.integers(-2, 1), st.sampled_from((0, 4, 12))),
             st.builds(Quantize, x, schemes),

@@ -34,7 +34,7 @@ FIXED = {
 def examine(
     model: options.Model,
     pipeline: Annotated[
-        str | None, typer.Option("--pipeline", "-p", metavar="PIPELINE", help="Passes; every exact one if left out.")
+        str | None, typer.Option("--pipeline", "-p", metavar="PIPELINE", help="Passes; the default ones if left out.")
     ] = None,
     report: Annotated[str | None, typer.Option(metavar="FILE.md", help="Write a report, ready for an issue.")] = None,
     dtype: options.Dtype = None,

@@ -18,11 +18,11 @@ import torch
 from ..codegen.lower import lower
 from ..compiler.debug.dry_run import Captured, dry_run, sizes_if_asked
 from ..compiler.debug.signature import Fixed, fixed_sizes, fixed_values, inputs
-from ..compiler.debug.takes import Takes, exact_passes, takes
+from ..compiler.debug.takes import Takes, takes
 from ..compiler.errors import CaptureError, FuselineError
 from ..compiler.expressions import Param
 from ..compiler.framework import Pass
-from ..compiler.pipeline import Pipeline
+from ..compiler.pipeline import DEFAULT, Pipeline
 from ..compiler.program import Program
 from ..compiler.provenance import is_ours, module_path, source_line, source_lines
 from ..compiler.sites import sites
@@ -40,12 +40,12 @@ def examine(
     """Examines one call, `model(*args, **kwargs)`, under the grad mode that is set. The model is left as it was.
 
     Args:
-        pipeline: every exact pass when left out.
+        pipeline: the default one when left out, exact passes only.
 
     Raises:
         UserError: the arguments are not the model's, the model fails on them by itself, or an unknown pass.
     """
-    steps = exact_passes() if pipeline is None else Pipeline(pipeline).passes
+    steps = Pipeline(DEFAULT if pipeline is None else pipeline).passes
     started = time.perf_counter()
     run = dry_run(model, args, kwargs)
     found = _examination(model, steps)
@@ -83,7 +83,7 @@ def examine_program(
     pipeline: str | Path | Iterable[Pass] | Pipeline | None = None,
 ) -> Examination:
     """The same of what is no Python any more (a `.pt2` file): nothing can break, only be refused."""
-    steps = exact_passes() if pipeline is None else Pipeline(pipeline).passes
+    steps = Pipeline(DEFAULT if pipeline is None else pipeline).passes
     started = time.perf_counter()
     found = _examination(model, steps)
     try:

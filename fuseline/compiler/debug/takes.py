@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from .. import registry
 from ..action import Action, Observer
 from ..errors import EmptyPassError, FuselineError
-from ..framework import Level, Pass, Tier
-from ..pipeline import DEFAULT, Pipeline, needs_calibration
+from ..framework import Pass
+from ..pipeline import Pipeline, needs_calibration
 from ..program import Program
 from ..provenance import is_ours, source_line, source_lines
 from ..report import PassReport, Report
@@ -138,18 +137,3 @@ def near_misses(program: Program, step: Pass, taken: Collection[str]) -> list[Ne
             if miss.root.name not in found or miss.share > found[miss.root.name][0]:
                 found[miss.root.name] = miss.share, near
     return [near for _, near in sorted(found.values(), key=lambda entry: -entry[0])]
-
-
-def exact_passes() -> tuple[Pass, ...]:
-    """Every registered exact pass that works before autograd, at its example's options, in an order that runs.
-
-    The default pipeline's last pass groups what the others leave, so the others come before it.
-    """
-    first, last = Pipeline(DEFAULT).passes[:-1], Pipeline(DEFAULT).passes[-1]
-    known = {step.name for step in (*first, last)}
-    others = [
-        Pipeline(kind.example or name).passes[-1]
-        for name, kind in registry.available().items()
-        if kind.tier is Tier.EXACT and kind.level is Level.NORMAL and name not in known
-    ]
-    return (*first, *others, last)

@@ -90,7 +90,7 @@ def quantized(model: nn.Module) -> dict[str, bool]:
             for e in packed
         }
         for bound in binder.bound.values():
-            for index, parameter in zip(binder.watched, bound.sources, strict=True):
+            for index, parameter in zip(binder.watched, bound.sources, strict=False):  # memory comes behind
                 if index in transposed:
                     found[of_tensor[id(parameter())]] = transposed[index]
     return found

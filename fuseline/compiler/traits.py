@@ -124,3 +124,17 @@ def arguments(node: torch.fx.Node) -> dict[str, Any]:
         else:
             bound[argument.name] = node.kwargs.get(argument.name, argument.default_value)
     return bound
+
+
+def is_transpose(node: torch.fx.Node) -> bool:
+    """Whether a node is a tensor with its last two dimensions exchanged, however that is written."""
+    fake = node.meta.get("val")
+    if not isinstance(fake, torch.Tensor) or fake.dim() < 2:
+        return False
+    name, rank, rest = getattr(node.target, "_opname", ""), fake.dim(), node.args[1:]
+    last = [rank - 1, rank - 2]
+    if name in ("t", "numpy_T", "mT", "matrix_H", "adjoint"):
+        return not fake.is_complex() and (rank == 2 or name != "numpy_T")
+    if name in ("transpose", "swapaxes", "swapdims"):
+        return {int(d) % rank for d in rest} == {*last}  # type: ignore[arg-type, call-overload]
+    return name == "permute" and [int(d) % rank for d in rest[0]] == [*range(rank - 2), *last]  # type: ignore[union-attr, arg-type]

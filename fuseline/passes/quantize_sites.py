@@ -14,6 +14,7 @@ from ..compiler.expressions import Expression, Output, Reshape, Transpose
 from ..compiler.order import Reachability
 from ..compiler.program import Program
 from ..compiler.provenance import module_path
+from ..compiler.traits import is_transpose
 
 aten = torch.ops.aten
 _CONVOLUTIONS = {
@@ -77,7 +78,7 @@ def _linear(program: Program, node: Node) -> Site | None:
         transposed = True
     else:
         return None
-    if isinstance(table, Node) and _is_transpose(table):
+    if isinstance(table, Node) and table.meta["val"].dim() == 2 and is_transpose(table):
         table, transposed = table.args[0], not transposed
     expression, value = _weight(table)
     if expression is None or value.dim() != 2:
@@ -86,19 +87,6 @@ def _linear(program: Program, node: Node) -> Site | None:
     weight = Transpose(expression, 0, 1) if transposed else expression
     shape = (columns, rows) if transposed else (rows, columns)
     return Site(node, x, weight, bias, shape, path_of(table))  # type: ignore[arg-type]
-
-
-def _is_transpose(node: Node) -> bool:
-    """A matrix with its two dimensions exchanged, however that is written."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.dim() != 2 or node.op != "call_function":
-        return False
-    name, rest = getattr(node.target, "_opname", ""), node.args[1:]
-    if name in ("t", "numpy_T", "mT", "matrix_H", "adjoint"):
-        return not value.is_complex()
-    if name in ("transpose", "swapaxes", "swapdims"):
-        return {int(d) % 2 for d in rest} == {0, 1}  # type: ignore[arg-type, call-overload]
-    return name == "permute" and [int(d) % 2 for d in rest[0]] == [1, 0]  # type: ignore[union-attr, arg-type]
 
 
 def _convolution(program: Program, node: Node) -> Site | None:

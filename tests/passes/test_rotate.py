@@ -56,6 +56,9 @@ def test_what_folds_leaves_nothing_at_run_time(norm: str, fused: bool) -> None:
         after, report = rotated(before, options)
         assert online(after) == left and not report["rotate"].refused, options
         assert change(before, after) < EXACT, options
+        assert all(node.users for node in after.graph.nodes if node.op == "call_function"), (
+            "nothing is computed in vain"
+        )
     rows = counts(report, "R1")
     assert rows["into rows"] == 5  # the table, and what the blocks return
     assert counts(report, "R2")["into columns"] == counts(report, "R2")["into rows"] == 2
@@ -193,6 +196,28 @@ def test_a_norm_over_two_streams_takes_away_one_mean() -> None:
     before = program(Merged().double())
     after, _ = rotated(before, "r1")
     assert change(before, after) < EXACT
+
+
+def test_what_is_no_whole_product_is_centred_at_run_time() -> None:
+    """Half of a product's channels, or a norm's result: their mean is no mean of the rows behind them."""
+
+    class Parts(torch.nn.Module):
+        def __init__(self, cut: bool):
+            super().__init__()
+            self.cut, self.embed, self.wide = cut, torch.nn.Embedding(VOCABULARY, 8), torch.nn.Linear(8, 16)
+            self.first, self.last, self.out = torch.nn.LayerNorm(8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3)
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            h = self.wide(self.first(x))
+            y = h[..., :8] if self.cut else torch.nn.functional.rms_norm(h[..., :8].exp(), (8,), None, 1e-5)
+            return self.out(self.last(x + y)), torch.tanh(h[..., 8:])
+
+    for cut in (True, False):
+        before = program(Parts(cut).double())
+        after, report = rotated(before, "r1")
+        assert report["rotate"].rules["layer norm of a centred stream"] == 2
+        assert change(before, after) < EXACT, cut
 
 
 def test_weights_that_want_gradients_stay() -> None:

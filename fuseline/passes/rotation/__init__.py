@@ -28,15 +28,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Node
 
 from ...compiler.errors import UserError
 from ...compiler.framework import Pass, Tier
-from ...compiler.ops import attention
 from ...compiler.program import Program
 from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
+from .carriers import is_attention
 from .centring import centre
 from .folds import Folds
 from .inputs import rotate_inputs
@@ -97,13 +96,13 @@ class Rotate(Pass):
                 continue
             size = int(norm.meta["val"].shape[-1])
             stream = flood(norm.args[0], self._block(size), folds)
-            seen |= stream.members
+            seen |= stream.before.keys()
             reason = no_blocks(size, stream.block) or _refuse_stream(stream)
             if reason:
                 rewriter.refuse(norm, f"R1: {reason}")
                 continue
-            turn = Turn(program, rewriter, self._rotation("R1", stream.block), folds)
-            turn.apply(stream)
+            turn = Turn(program, rewriter, self._rotation("R1", stream.block), stream)
+            turn.apply()
             seen |= turn.turned.keys() | {turned.node for turned in turn.turned.values()}
 
     def _values(self, program: Program, rewriter: Rewriter, folds: Folds) -> None:
@@ -115,11 +114,7 @@ class Rotate(Pass):
             if reason:
                 rewriter.refuse(node, f"R2: {reason}")
             else:
-                Turn(program, rewriter, self._rotation("R2", size), folds).apply(stream)
-
-
-def is_attention(node: Node) -> bool:
-    return node.target in (attention.overload, torch.ops.aten.scaled_dot_product_attention.default)
+                Turn(program, rewriter, self._rotation("R2", size), stream).apply()
 
 
 def _refuse_stream(stream: Stream) -> str | None:
@@ -139,4 +134,4 @@ def _refuse_values(stream: Stream) -> str | None:
     if stream.leaves:
         use = next(iter(stream.leaves.values()))
         return f"{use.name} ({use.target}) reads single channels of what attention returns, or keeps the values"
-    return None if stream.readers and stream.writers else "no product reads what attention returns"
+    return None if stream.readers and stream.is_written else "no product reads what attention returns"

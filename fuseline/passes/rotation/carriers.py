@@ -44,6 +44,11 @@ def in_blocks(node: Any, block: int) -> bool:
     return isinstance(width, int) and width % block == 0
 
 
+def is_attention(node: Node) -> bool:
+    """An attention, of this dialect or PyTorch's own: args are queries, keys, values."""
+    return node.target in (attention.overload, torch.ops.aten.scaled_dot_product_attention.default)
+
+
 def _value(node: Any) -> torch.Tensor:
     return node.meta["val"]
 

@@ -21,7 +21,7 @@ from ...compiler.program import Program
 from ...compiler.rewriter import Builder, Rewriter
 from .carriers import carriers
 from .folds import Folds
-from .products import Product, product
+from .products import Product, carried_over, with_rows
 from .stream import Stream, flood, readers_of
 
 aten = torch.ops.aten
@@ -29,16 +29,15 @@ aten = torch.ops.aten
 
 def centre(program: Program, rewriter: Rewriter, folds: Folds, online: int) -> None:
     """Replaces the layer norms of each stream that can be centred; `online` means at most may be taken at run time."""
-    known: dict[Node, tuple[Stream, str | None, dict[Node, Node]]] = {}
+    known: dict[Node, tuple[_Twins, str | None]] = {}
     for norm in [n for n in program.graph.nodes if n.target is ops.layer_norm.overload]:
         x: Any = norm.args[0]
         if x not in known:
             stream = flood(x, int(norm.meta["val"].shape[-1]), folds, centring=True)
-            found: tuple[Stream, str | None, dict[Node, Node]] = (stream, _refuse(stream, online, folds), {})
-            known.update(dict.fromkeys(stream.members, found))
-        stream, reason, twins = known[x]
+            known.update(dict.fromkeys(stream.before, (_Twins(stream), _refuse(stream, online, folds))))
+        twins, reason = known[x]
         if reason is None:
-            _replace(rewriter, norm, _Twins(stream, folds, twins), folds)
+            _replace(rewriter, norm, twins, folds)
         else:
             rewriter.refuse(norm, f"R1: {reason}")
 
@@ -53,7 +52,7 @@ def _refuse(stream: Stream, online: int, folds: Folds) -> str | None:
             f"its input cannot be centred where it is made: {first.name} ({first.target}) and "
             f"{len(stream.enters) - 1} others are no products"
         )
-    norms = {u for n in stream.members for u in n.users if u.target is ops.layer_norm.overload}
+    norms = {u for n in stream.before for u in n.users if u.target is ops.layer_norm.overload}
     if not any(readers_of(norm, folds) for norm in norms):
         return "what it returns is read by others than products, or by a tied head alone"
     return None
@@ -62,8 +61,9 @@ def _refuse(stream: Stream, online: int, folds: Folds) -> str | None:
 class _Twins:
     """The centred values beside the values of a stream, made when they are asked for."""
 
-    def __init__(self, stream: Stream, folds: Folds, made: dict[Node, Node]):
-        self.stream, self.folds, self.made = stream, folds, made
+    def __init__(self, stream: Stream):
+        self.stream = stream
+        self.made: dict[Node, Node] = {}
 
     def __call__(self, new: Builder, node: Node) -> Node:
         if node not in self.made:
@@ -71,25 +71,14 @@ class _Twins:
         return self.made[node]
 
     def _make(self, new: Builder, node: Node) -> Node:
-        weight = node.meta.get("weight")
-        if weight is not None and self.folds(weight):
-            return new.weight(_centred(weight, node.meta["val"], -1))
-        written = product(node)
-        if written is not None and all(map(self.folds, written.weights())):
-            table = _centred(written.expression, written.weight.meta["val"], written.outputs)
-            bias = written.bias
-            shift = None if bias is None else _centred(bias.meta["weight"], bias.meta["val"], 0)
-            return written.rebuilt(new, written.x, table, shift)
-        if node.target is aten.embedding.default and self.folds(node.args[0].meta["weight"]):  # type: ignore[union-attr]
-            table, *rest = node.args  # type: ignore[assignment]
-            folded = new.weight(_centred(table.meta["weight"], table.meta["val"], 1))  # type: ignore[attr-defined]
-            return new(node.target, folded, *rest, **node.kwargs)
-        carried = None if node in self.stream.enters else carriers(node, self.stream.block)
-        if not carried:
+        before, carried = self.stream.before[node], carriers(node, self.stream.block)
+        if before:
+            return carried_over(new, node, {c: self(new, c) for c in before})
+        if before is None or carried == ():  # something else, or zeros
             return new(aten.sub.Tensor, node, new(aten.mean.dim, node, [-1], True))
-        twins = {c: self(new, c) for c in carried}
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: twins.get(n, n))
-        return new(node.target, *args, **kwargs)
+        if "weight" in node.meta:
+            return new.weight(_centred(node.meta["weight"], node.meta["val"], -1))
+        return with_rows(new, node, _centred)
 
 
 def _centred(x: Expression, value: torch.Tensor, dim: int) -> Expression:
@@ -111,10 +100,7 @@ def _replace(rewriter: Rewriter, norm: Node, twins: _Twins, folds: Folds) -> Non
         return {reader.node: _biased(new, reader, copies, shift) for reader in into}  # type: ignore[arg-type]
 
     rule = "layer norm of a centred stream"
-    if into is None:
-        rewriter.rewrite(norm, [norm], build, rule)
-    else:
-        rewriter.rewrite(norm, [norm, *(r.node for r in into)], build, rule)
+    rewriter.rewrite(norm, [norm, *(reader.node for reader in into or ())], build, rule)
 
 
 def _takes_bias(reader: Product) -> bool:
@@ -133,18 +119,12 @@ def _biased(new: Builder, reader: Product, copies: dict[Node, Node], shift: Node
     )
     if reader.bias is not None:
         moved = Add(moved, reader.bias.meta["weight"])
-    again = reader.rebuilt(new, _copied(new, reader.x, copies), reader.expression)
-    bias = new.weight(Cast(moved, value.dtype))
-    if reader.node.target is aten.linear.default:
-        return new(aten.linear.default, again.args[0], again.args[1], bias)
-    return new(aten.addmm.default, bias, *again.args[1:], **again.kwargs)
+    return reader.rebuilt(new, _copied(new, reader.x, copies), reader.expression, Cast(moved, value.dtype))
 
 
 def _copied(new: Builder, node: Node, copies: dict[Node, Node]) -> Node:
     """The views between the norm and a product, over the new norm."""
     if node not in copies:
-        args, kwargs = torch.fx.node.map_arg(
-            (node.args, node.kwargs), lambda n: _copied(new, n, copies) if n is node.args[0] else n
-        )
-        copies[node] = new(node.target, *args, **kwargs)
+        source: Any = node.args[0]
+        copies[node] = carried_over(new, node, {source: _copied(new, source, copies)})
     return copies[node]

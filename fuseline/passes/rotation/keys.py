@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch.fx import Node
 
-from ...compiler.ops import attention
 from ...compiler.order import touches_written
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder, Rewriter
-from .carriers import carriers
+from .carriers import carriers, is_attention
 from .rotations import Rotation
 
 
 def rotate_keys(program: Program, rewriter: Rewriter, rotation: Callable[[int], Rotation]) -> None:
     """Rotates the queries and keys of every attention that makes its keys itself."""
-    targets = (attention.overload, torch.ops.aten.scaled_dot_product_attention.default)
-    for node in [n for n in program.graph.nodes if n.target in targets]:
+    for node in [n for n in program.graph.nodes if is_attention(n)]:
         q, k, *rest = node.args
         reason = _cached(k)  # type: ignore[arg-type]
         if reason:

@@ -7,7 +7,7 @@ products over experts), whatever views lie between the parameter and the product
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,15 @@ from torch.fx import Node
 
 from ...compiler.expressions import Expression, Output
 from ...compiler.rewriter import Builder
+from ...compiler.traits import is_transpose
 from ..raising.nodes import op_name, same_size
 
 aten = torch.ops.aten
 _GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+
+
+Fold = Callable[[Expression, torch.Tensor, int], Expression]
+"""A weight, its fake value and a dimension → the weight with that dimension's channels rotated, or centred."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,36 @@ class Product:
         arguments[self.position] = table
         arguments[next(i for i, a in enumerate(arguments) if a is self.x and i != self.position)] = x
         if bias is not None:
-            arguments[self.bias_position] = new.weight(bias)
+            arguments[self.bias_position : self.bias_position + 1] = [new.weight(bias)]
         return new(self.node.target, *arguments, **self.node.kwargs)
+
+    def with_rows(self, new: Builder, fold: Fold) -> Node:
+        """The same product of the same input, `fold` applied along the channels that it writes."""
+        weight = fold(self.expression, self.weight.meta["val"], self.outputs)
+        bias = None if self.bias is None else fold(self.bias.meta["weight"], self.bias.meta["val"], 0)
+        return self.rebuilt(new, self.x, weight, bias)
+
+
+def with_rows(new: Builder, node: Node, fold: Fold) -> Node:
+    """What a product or a table writes, with `fold` applied along its channels."""
+    made = product(node)
+    if made is not None:
+        return made.with_rows(new, fold)
+    table, *rest = node.args
+    folded = new.weight(fold(table.meta["weight"], table.meta["val"], 1))  # type: ignore[union-attr]
+    return new(node.target, folded, *rest, **node.kwargs)
+
+
+def carried_over(new: Builder, node: Node, operands: Mapping[Node, Node]) -> Node:
+    """The same call over other operands."""
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: operands.get(n, n))
+    return new(node.target, *args, **kwargs)
 
 
 def product(node: Node) -> Product | None:
     """What a call multiplies, if one of its operands is a weight and the other an activation."""
     name = op_name(node)
-    if name == "linear":
+    if name == "linear" and not node.kwargs:
         x, table, *rest = node.args
         return _product(node, x, table, 1, rest[0] if rest else None, 2, transposed=True)
     if name in ("mm", "matmul", "bmm", *_GROUPED):
@@ -106,18 +133,9 @@ def _is_vector(bias: Node) -> bool:
 
 def _view(node: Node) -> str | None:
     """How a view of a weight relates to it: "transpose" exchanges its last two dimensions, "rows" picks matrices."""
-    name, value = op_name(node), node.meta["val"]
-    rank = value.dim()
-    if name == "t":
+    if is_transpose(node):
         return "transpose"
-    if name in ("transpose", "swapaxes"):
-        return "transpose" if {int(d) % rank for d in node.args[1:3]} == {rank - 1, rank - 2} else None  # type: ignore[arg-type, call-overload]
-    if name in ("numpy_T", "mT") and rank == 2:
-        return "transpose"
-    if name == "permute":
-        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]
-        swapped = [*range(rank - 2), rank - 1, rank - 2]
-        return "transpose" if order == swapped else None
+    name, rank = op_name(node), node.meta["val"].dim()
     if name == "index" and rank == 3:
         return "rows" if len(node.args[1]) == 1 else None  # type: ignore[arg-type]
     if name in ("index_select", "select") and rank == 3 - (name == "select") and node.args[1] == 0:

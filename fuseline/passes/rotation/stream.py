@@ -26,17 +26,25 @@ aten = torch.ops.aten
 class Stream:
     """What a flood found.
 
-    members: values in the basis, and norms among them; readers: products that read one, by node; enters: members that
-    something else computes, which need R at run time; leaves: member → its first use that needs Rᵀ at run time.
+    before: each value in the basis → what its own comes from, as `sources` has it; readers: products that read one, by
+    node; leaves: member → its first use that needs Rᵀ at run time.
     """
 
     block: int
     centring: bool = False
-    members: set[Node] = field(default_factory=set)
+    before: dict[Node, tuple[Node, ...] | None] = field(default_factory=dict)
     readers: dict[Node, Product] = field(default_factory=dict)
-    writers: int = 0
-    enters: list[Node] = field(default_factory=list)
     leaves: dict[Node, Node] = field(default_factory=dict)
+
+    @property
+    def enters(self) -> list[Node]:
+        """Members that something else computes, which need R at run time."""
+        return [node for node, before in self.before.items() if before is None]
+
+    @property
+    def is_written(self) -> bool:
+        """Whether R folds into some member."""
+        return () in self.before.values()
 
     @property
     def online(self) -> int:
@@ -53,16 +61,12 @@ def flood(start: Node, block: int, folds: Folds, centring: bool = False) -> Stre
     pending = [start]
     while pending:
         node = pending.pop()
-        if node in stream.members:
+        if node in stream.before:
             continue
-        stream.members.add(node)
         before = sources(node, block, folds)
-        if centring and before and not all(_is_wide(n, block) for n in before):
-            before = None
-        if before is None:
-            stream.enters.append(node)
-        elif not before:
-            stream.writers += 1
+        if centring and (part(node) is not None or is_norm(node) or not all(_is_wide(n, block) for n in before or ())):
+            before = None  # a norm, or channels among others: their mean is no mean of what they are made of
+        stream.before[node] = before
         pending += before or ()
         for user in node.users:
             ahead = _reads(user, node, stream, folds)

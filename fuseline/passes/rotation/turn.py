@@ -27,10 +27,9 @@ from ...compiler.expressions import Concat, Expression, Offset, Slice
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder, Rewriter
 from .carriers import carriers
-from .folds import Folds
-from .products import Part, Product, part, product
+from .products import Part, carried_over, part, product, with_rows
 from .rotations import Rotation
-from .stream import Stream, commutes, is_norm, writes_blocks
+from .stream import Stream, is_norm
 
 aten = torch.ops.aten
 
@@ -46,18 +45,19 @@ class Turned:
 class Turn:
     """Turns the members and readers of a stream, in the graph's order."""
 
-    def __init__(self, program: Program, rewriter: Rewriter, rotation: Rotation, folds: Folds):
-        self.program, self.rewriter, self.rotation, self.folds = program, rewriter, rotation, folds
+    def __init__(self, program: Program, rewriter: Rewriter, rotation: Rotation, stream: Stream):
+        self.program, self.rewriter, self.rotation, self.stream = program, rewriter, rotation, stream
         self.turned: dict[Node, Turned] = {}
 
-    def apply(self, stream: Stream) -> None:
-        wanted = stream.members | stream.readers.keys()
+    def apply(self) -> None:
+        stream = self.stream
+        wanted = stream.before.keys() | stream.readers.keys()
         for node in [n for n in self.program.graph.nodes if n in wanted]:
             if node._erased or "weight" in node.meta:
                 continue
             if node in stream.readers:
                 self._reader(node)
-            if node in stream.members and not node._erased:
+            if node in stream.before and not node._erased:
                 self._member(node)
 
     def _rewrite(self, rule: str, root: Node, build: Callable[[Builder], Any]) -> None:
@@ -65,25 +65,22 @@ class Turn:
         self.rewriter.rewrite(root, [root, *root.all_input_nodes], build, name)
 
     def _member(self, node: Node) -> None:
-        if is_norm(node):
-            if commutes(node, self.folds):
-                self._norm(node)
-            return
+        before = self.stream.before[node]
         piece = part(node)
-        if piece is not None and writes_blocks(piece, self.rotation.block):
-            return self._part(node, piece)
-        made = product(node)
-        if made is not None:
-            return self._writer(node, made)
-        if node.target is aten.embedding.default:
-            return self._embedding(node)
-        carried = carriers(node, self.rotation.block)
-        if carried is None:
-            return self._enter(node)
-        if carried:
-            self._carrier(node, carried)
-        else:
+        if before is None:
+            self._enter(node)
+        elif is_norm(node):
+            self._norm(node)
+        elif before:
+            self._carrier(node)
+        elif piece is not None:
+            self._part(node, piece)
+        elif carriers(node, self.rotation.block) == ():
             self.turned[node] = Turned(node)  # zeros
+        else:
+            self._rewrite(
+                "into rows", node, lambda new: self._standing(new, node, with_rows(new, node, self.rotation.fold))
+            )
 
     def _standing(self, new: Builder, root: Node, turned: Node, scale: Expression | None = None) -> Node:
         """What replaces a member: the turned value, turned back."""
@@ -101,7 +98,7 @@ class Turn:
     def _operand(self, new: Builder, node: Node) -> Node:
         """An operand in the new basis."""
         weight = node.meta.get("weight")
-        if weight is not None:
+        if weight is not None and self.stream.before.get(node) is not None:
             return new.weight(self.rotation.fold(weight, node.meta["val"], -1))
         found = self.turned.get(node)
         return found.node if found is not None and found.scale is None else self.rotation.online(new, node)
@@ -115,41 +112,20 @@ class Turn:
 
         self._rewrite("enters", node, build)
 
-    def _writer(self, node: Node, made: Product) -> None:
-        if not all(map(self.folds, made.weights())):
-            return self._enter(node)
-
-        def build(new: Builder) -> Node:
-            return self._standing(new, node, made.rebuilt(new, made.x, *self._rows(made)))
-
-        self._rewrite("into rows", node, build)
-
-    def _rows(self, made: Product, start: int = 0, end: int | None = None) -> tuple[Expression, Expression | None]:
-        """Weight and bias with R folded into these output channels."""
-        value = made.weight.meta["val"]
-        weight = self._between(made.expression, value, made.outputs, start, end)
-        if made.bias is None:
-            return weight, None
-        return weight, self._between(made.bias.meta["weight"], made.bias.meta["val"], 0, start, end)
-
-    def _between(self, x: Expression, value: torch.Tensor, dim: int, start: int, end: int | None) -> Expression:
-        size = int(value.shape[dim])
-        if end is None or (start, end) == (0, size):
-            return self.rotation.fold(x, value, dim)
-        inner = self.rotation.fold(Slice(x, dim, start, end), value.narrow(dim, start, end - start), dim)
-        around = [Slice(x, dim, 0, start)] if start else []
-        behind = [Slice(x, dim, end, size)] if end < size else []
-        return Concat((*around, inner, *behind), dim)
-
     def _part(self, node: Node, piece: Part) -> None:
         """The part's rows alone; the other parts are cut from the new product as they were from the old."""
-        if not all(map(self.folds, piece.product.weights())):
-            return self._enter(node)
+
+        def fold(x: Expression, value: torch.Tensor, dim: int) -> Expression:
+            start, end, size = piece.start, piece.end, int(value.shape[dim])
+            inner = self.rotation.fold(Slice(x, dim, start, end), value.narrow(dim, start, end - start), dim)
+            ends = [(0, start), (end, size)]
+            around, behind = ((Slice(x, dim, a, b),) if a < b else () for a, b in ends)
+            return Concat((*around, inner, *behind), dim) if around or behind else inner
 
         def build(new: Builder) -> dict[Node, Node]:
             first = min((node, *piece.others))
             new.at(first)
-            whole = piece.product.rebuilt(new, piece.product.x, *self._rows(piece.product, piece.start, piece.end))
+            whole = piece.product.with_rows(new, fold)
             for view in piece.path:
                 whole = new(view.target, whole, *view.args[1:], **view.kwargs)
             again: dict[Node, Node] = {}
@@ -167,27 +143,15 @@ class Turn:
 
         self._rewrite("into rows", node, build)
 
-    def _embedding(self, node: Node) -> None:
-        table, *rest = node.args
-        weight = table.meta.get("weight")  # type: ignore[union-attr]
-        if weight is None or not self.folds(weight):
-            return self._enter(node)
-
-        def build(new: Builder) -> Node:
-            folded = new.weight(self.rotation.fold(weight, table.meta["val"], 1))  # type: ignore[union-attr]
-            return self._standing(new, node, new(node.target, folded, *rest, **node.kwargs))
-
-        self._rewrite("into rows", node, build)
-
-    def _carrier(self, node: Node, carried: tuple[Node, ...]) -> None:
+    def _carrier(self, node: Node) -> None:
+        carried = carriers(node, self.rotation.block) or ()
         scale = None
         if len(carried) == 1 and carried[0] in self.turned:
             scale = self.turned[carried[0]].scale
 
         def build(new: Builder) -> Node:
             operands = {c: self.turned[c].node if scale is not None else self._operand(new, c) for c in carried}
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: operands.get(n, n))
-            return self._standing(new, node, new(node.target, *args, **kwargs), scale)
+            return self._standing(new, node, carried_over(new, node, operands), scale)
 
         self._rewrite("commutes", node, build)
 

@@ -111,13 +111,19 @@ def compared(result: torch.Tensor, exact: torch.Tensor) -> float:
     return ((result.double() - exact).abs().max() / exact.abs().max()).item()
 
 
-def measure(row: dict[str, Any], n: int, rows: int, run: Run, folder: Path) -> None:
-    """One size: the copy, every tile of the kernel, the peer."""
+def prepared(n: int, rows: int, run: Run) -> tuple[torch.device, torch.dtype, list[torch.Tensor], bool, int, int]:
+    """Device, dtype, the core if there is one and whether it holds signs, an input's bytes, how many to rotate over."""
     device, dtype = run.device, getattr(torch, run.options.dtype)
     dense, signs = online_core(n, dtype, device)
     core = [] if dense is None else [dense.evaluate({}.__getitem__)]
     size = rows * n * dtype.itemsize
     copies = rotated(2 * size, device) if device.type == "cuda" else 1  # under the interpreter it is a try
+    return device, dtype, core, signs, size, copies
+
+
+def measure(row: dict[str, Any], n: int, rows: int, run: Run, folder: Path) -> None:
+    """One size: the copy, every tile of the kernel, the peer."""
+    device, dtype, core, signs, size, copies = prepared(n, rows, run)
     xs = [torch.randn(rows, n, device=device).to(dtype) for _ in range(copies)]
     outs = [torch.empty_like(x) for x in xs]
     row |= {"n": n, "rows": rows, "bytes": 2 * size, "copies": copies}
@@ -160,11 +166,7 @@ def measure(row: dict[str, Any], n: int, rows: int, run: Run, folder: Path) -> N
 
 def codes(row: dict[str, Any], n: int, rows: int, run: Run, folder: Path) -> None:
     """SwiGLU → codes with the transform between, beside the same without it."""
-    device, dtype = run.device, getattr(torch, run.options.dtype)
-    dense, signs = online_core(n, dtype, device)
-    core = [] if dense is None else [dense.evaluate({}.__getitem__)]
-    size = rows * n * dtype.itemsize
-    copies = rotated(2 * size, device) if device.type == "cuda" else 1  # under the interpreter it is a try
+    device, dtype, core, signs, size, copies = prepared(n, rows, run)
     gates, ups = ([torch.randn(rows, n, device=device).to(dtype) for _ in range(copies)] for _ in range(2))
 
     def plain(gate: torch.Tensor, up: torch.Tensor) -> Any:

@@ -105,7 +105,7 @@ class Pipeline:
             UserError: a pass needs data and there is no plan, or it was made for something else.
         """
         if plan is not None:
-            plan.check(self.passes, program)
+            plan.check(self, program)
         elif self.needs_data:
             raise needs_calibration(self)
         watching: list[Observer] = [*observers, *ambient()]

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from .framework import Pass
 from .identity import identity
 from .program import Program
 from .structure import describe_value
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
 
 VERSION = 1
 
@@ -63,20 +66,19 @@ class Plan:
         """The decisions of the pass called `step`, by site."""
         return {site: passes[step] for site, passes in self.sites.items() if step in passes}
 
-    def check(self, steps: Sequence[Pass], program: Program) -> None:
+    def check(self, pipeline: Pipeline, program: Program) -> None:
         """Refuses another pipeline or another model than the plan was made for; warns where a pass's code has changed.
 
         Raises:
             UserError: naming the pipelines, or the first parameter that differs.
         """
-        pipeline = ",".join(map(str, steps))
-        if pipeline != self.pipeline:
+        if str(pipeline) != self.pipeline:
             raise UserError(
                 "the plan was made for another pipeline",
                 [f"plan: {self.pipeline}", f"here: {pipeline}"],
                 "use the plan's pipeline, or analyse again with fuseline.analyze",
             )
-        for step in steps:
+        for step in pipeline.passes:
             then, now = self.passes.get(step.name), identity(step)
             if then is not None and now is not None and then != now:
                 warnings.warn(

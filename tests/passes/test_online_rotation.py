@@ -1,4 +1,4 @@
-"""An online rotation as a pass would write it: the op, its core and signs as weights, the inverse folded."""
+"""A rotation at run time in a pass of one's own: its core and signs are weights, its inverse is folded."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 import fuseline
 from fuseline import Pass, Rule
-from fuseline.compiler.expressions import Cast, Hadamard, Scale, Signs, online_core
 from fuseline.compiler.ops import hadamard
 from fuseline.compiler.pattern import call
 from fuseline.compiler.precision import error
+from fuseline.passes.rotation.rotations import Kind, Rotation
 
 aten = torch.ops.aten
 
@@ -28,14 +28,9 @@ class Turned(Rule):
         return "done" if m.x.target in (hadamard.overload, aten.mul.Tensor) else None
 
     def after(self, m, new):
-        weight, value = m.w.meta["weight"], m.x.meta["val"]
-        n = value.shape[-1]
-        signs = Signs(n, 7, value.dtype, str(value.device))
-        dense, are_signs = online_core(n, value.dtype, value.device)
-        x = new(aten.mul.Tensor, m.x, new.weight(signs))
-        x = new(hadamard, x, None if dense is None else new.weight(dense), n, are_signs)
-        folded = Hadamard(Scale(Cast(weight, torch.float64), signs, 1), 1)
-        return new(aten.linear.default, x, new.weight(Cast(folded, value.dtype)))
+        turn = Rotation("turn", m.x.meta["val"].shape[-1], Kind.RANDOM_HADAMARD, seed=7)
+        weight = turn.fold(m.w.meta["weight"], m.w.meta["val"], 1)
+        return new(aten.linear.default, turn.online(new, m.x), new.weight(weight))
 
 
 @fuseline.register

@@ -168,8 +168,7 @@ class Bisection:
         found = max(entries.values(), key=len)
         last, start = found[-1], _before_repetition(found)
         if start == len(found):  # at one site after the other
-            of_rule = lambda e: (e.program, e.step, e.rule) == (last.program, last.step, last.rule)
-            start -= next((i for i, entry in enumerate(reversed(found)) if not of_rule(entry)), start)
+            start -= _alike_at_end(found, lambda e: (e.program, e.step, e.rule))
         first = found[start]
         name = next(p for p, e in entries.items() if e is found)
         repeated = last.number - first.number + 1
@@ -203,10 +202,14 @@ def _before_repetition(entries: list[Entry]) -> int:
     Where the last rewrites are all at one site, the limit before them: it ends, and soon. Else all that the run came
     to: those have been made in the time there was, so that they end if each of them does.
     """
-    last = entries[-1]
-    same = lambda e: (e.program, e.step, e.rule, e.site) == (last.program, last.step, last.rule, last.site)
-    repeated = next((i for i, entry in enumerate(reversed(entries)) if not same(entry)), len(entries))
+    repeated = _alike_at_end(entries, lambda e: (e.program, e.step, e.rule, e.site))
     return len(entries) - (repeated if repeated >= REPEATED else 0)
+
+
+def _alike_at_end(entries: list[Entry], key: Callable[[Entry], object]) -> int:
+    """How many of the last rewrites have one key."""
+    last = key(entries[-1])
+    return next((i for i, entry in enumerate(reversed(entries)) if key(entry) != last), len(entries))
 
 
 def _splits(entries: list[Entry], low: int, high: int) -> Iterator[int]:

@@ -49,7 +49,7 @@ settings.load_profile("fuseline")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 names = st.text("abcdefgh._0123456789", min_size=1, max_size=12)
-schemes = st.builds(Scheme, st.sampled_from((4, 8)), st.sampled_from((0, 2, 16, 64)), st.booleans())
+schemes = st.builds(Scheme, st.sampled_from((4, 8)), st.sampled_from((0, 2, 16, 64)), st.booleans(), st.booleans())
 devices = st.sampled_from(("cpu", "cuda:0"))
 constants = st.lists(st.floats(allow_nan=False, width=32), max_size=4).map(
     lambda v: Constant(tuple(v), (len(v),), torch.float32, "cpu")

@@ -1,6 +1,6 @@
 """The dialect's row ops, and PyTorch's norms, in kernels: `RULES[overload](tile, node, index, mask)`.
 
-The ops with two results (`quantize`) are asked for through `RESULTS`, one rule a result.
+The ops with several results (`quantize_rows.py`) are asked for through `RESULTS`, one rule a result.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from ..compiler.ops import dequantize, hadamard, layer_norm, quantize, rms_norm, rotary
+from ..compiler.ops import dequantize, hadamard, layer_norm, rms_norm, rotary
 from ..compiler.traits import arguments, is_last_dim_reduction
+from . import quantize_rows
 from .call import Unsupported, dtype_of
 from .dtypes import cast, compute_dtype, literal, rounded
-from .formulas import divide, round_half_even
 from .indexing import flatten, split
 from .rows import Row, Rule, element
-from .sizes import Size, same, shape, size
+from .sizes import Size, same, shape
 from .templates import hadamard as transform
 from .tile import Tile
 from .values import ZERO, Index, Mask, Term
@@ -131,60 +131,6 @@ def _rotary(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
     return tile.bind(node.name, f"{here.text} * {cos.text} + {turned} * {sin.text}", axes)
 
 
-def _scale(tile: Tile, node: torch.fx.Node, lead: Index, group: Term, mask: Mask) -> Term:
-    """max|x| / (2^(bits−1) − 1) over one group of channels; 1 for a group of zeros."""
-    given = arguments(node)
-    x, length = given["x"], _group(node)
-    compute = torch.promote_types(dtype_of(x), torch.float32)
-    groups = _groups(node)
-
-    def magnitude(column: Term, inner: Mask) -> Term:
-        channel = flatten(tile, (group, column), (groups, length))
-        term = element(tile, x, (*lead, channel), inner, compute)
-        return tile.bind(f"{node.name}_magnitude", f"tl.abs({term.text})", term.axes)
-
-    largest = tile.reduce(f"{node.name}_largest", "max", length, (*lead, group), mask, compute, magnitude)
-    top = literal(2 ** (given["bits"] - 1) - 1, compute)
-    text = f"tl.where({largest.text} > 0, {divide(largest.text, top, compute)}, {literal(1, compute)})"
-    return tile.bind(f"{node.name}_scale", text, largest.axes)
-
-
-def _group(node: torch.fx.Node) -> Size:
-    """The group's length; a group as long as the row has the row's own size, which may be symbolic."""
-    length, group = shape(arguments(node)["x"])[-1], arguments(node)["group"]
-    return length if isinstance(group, torch.fx.Node) or same(length, group) else group
-
-
-def _groups(node: torch.fx.Node) -> Size:
-    """How many groups a row has: what the shape of the scales says."""
-    return size(node.meta["val"][1].shape[-1])
-
-
-def _quantized_codes(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
-    given = arguments(node)
-    x = given["x"]
-    compute = torch.promote_types(dtype_of(x), torch.float32)
-    group, _ = split(tile, index[-1], _group(node)) if not same(_groups(node), 1) else (ZERO, index[-1])
-    scale = _scale(tile, node, index[:-1], group, mask)
-    term = element(tile, x, index, mask, compute)
-    axes = term.axes | scale.axes
-    ratio = tile.bind(f"{node.name}_ratio", divide(term.text, scale.text, compute), axes)
-    down = tile.bind(f"{node.name}_floor", f"tl.floor({ratio.text})", axes)
-    nearest = tile.bind(f"{node.name}_rounded", round_half_even(ratio.text, compute, down.text), axes)
-    top = literal(2 ** (given["bits"] - 1) - 1, compute)
-    low = literal(-(2 ** (given["bits"] - 1) - 1), compute)
-    text = f"tl.where({nearest.text} < {low}, {low}, tl.where({nearest.text} > {top}, {top}, {nearest.text}))"
-    return tile.bind(f"{node.name}_codes", f"{text}.to(tl.int8)", axes)
-
-
-def _quantized_scale(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
-    return _scale(tile, node, index[:-1], index[-1], mask)
-
-
-def _quantize(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
-    raise Unsupported("a pair of tensors has no value of its own")
-
-
 def _dequantize(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
     """(codes − zero)·scale. Four-bit codes lie as `fuseline.dequantize` says: low nibbles first in each group."""
     given = arguments(node)
@@ -224,13 +170,13 @@ def _typed(term: Term) -> str:
 
 
 def domains(node: torch.fx.Node) -> tuple[tuple[Size, ...], ...]:
-    """Shapes over which the op's rows are whole: the groups of `quantize`, otherwise the rows of its input."""
+    """Shapes over which the op's rows are whole: the groups of a quantization, otherwise the rows of its input."""
     x = node.args[0]
     assert isinstance(x, torch.fx.Node)
     if node.target is hadamard.overload:
         return transform.domains(node)
-    if node.target is quantize.overload and not same(_groups(node), 1):
-        return ((*shape(x)[:-1], _groups(node), _group(node)),)
+    if node.target in quantize_rows.RESULTS:
+        return quantize_rows.domains(node)
     return (shape(x),)
 
 
@@ -240,6 +186,6 @@ RULES[torch.ops.aten.rms_norm.default] = _aten_rms_norm
 RULES[torch.ops.aten.layer_norm.default] = _layer_norm
 RULES[rotary.overload] = _rotary
 RULES[dequantize.overload] = _dequantize
-RULES[quantize.overload] = _quantize
 RULES[hadamard.overload] = transform.rule
-RESULTS[quantize.overload] = (_quantized_codes, _quantized_scale)
+RULES.update(dict.fromkeys(quantize_rows.RESULTS, quantize_rows.no_value))
+RESULTS.update(quantize_rows.RESULTS)

@@ -18,7 +18,7 @@ from pathlib import PurePath
 
 import torch
 
-from ..compiler.ops import hadamard, layer_norm, quantize, rms_norm
+from ..compiler.ops import hadamard, layer_norm, quantize, quantize_affine, rms_norm
 from ..compiler.provenance import makers, source_lines
 from ..compiler.traits import NORMS, REDUCTIONS
 from . import creations, dialect_rows, expressions, rearrangements, rows
@@ -35,7 +35,8 @@ from .values import Index, Mask, Term
 
 ROW_RULES = {**rows.RULES, **dialect_rows.RULES}
 RULES = {**rearrangements.RULES, **creations.RULES, **ROW_RULES}
-REDUCING = REDUCTIONS | NORMS | {rms_norm.overload, layer_norm.overload, quantize.overload, hadamard.overload}
+ROWS = (rms_norm, layer_norm, quantize, quantize_affine, hadamard)
+REDUCING = REDUCTIONS | NORMS | {op.overload for op in ROWS}
 
 
 def emit_region(region: torch.fx.GraphModule, name: str) -> Launcher | Refusal:

@@ -1,4 +1,4 @@
-"""Quantization schemes and their text form: `int8`, `int4:g64`, `int4:g64:sym`, `int8:channel:asym`, `int8:token`."""
+"""Quantization schemes and their text form: `int8`, `int4:g64`, `int4:g64:sym:mse`, `int4:token:asym`."""
 
 from __future__ import annotations
 
@@ -6,32 +6,41 @@ from dataclasses import dataclass
 
 import torch
 
+from .clipping import Range, least_error
 from .errors import UserError, nearest
 from .ops import pack_nibbles
 
-_FORMATS = {"int8": 8, "int4": 4}
+_STORED = {"int8": 8, "int4": 4}
+_COMPUTED = {f"int{bits}": bits for bits in range(8, 1, -1)}
 
 
 @dataclass(frozen=True)
 class Scheme:
     """Integer quantization of a tensor whose last dimension is split in groups.
 
-    bits: 8 or 4; group: channels that share a scale (0: the whole last dimension, "channel" for weights and "token"
-    for activations); symmetric: without a zero point.
+    bits: 8 or 4 for weights, 8 to 2 for values that are quantized at run time; group: channels that share a scale (0:
+    the whole last dimension, "channel" for weights and "token" for activations); symmetric: without a zero point; mse:
+    a weight's range is narrowed to what costs the least squared error.
     """
 
     bits: int
     group: int = 0
     symmetric: bool = True
+    mse: bool = False
 
     @staticmethod
     def parse(text: str, *, weights: bool) -> Scheme:
-        """Reads `FORMAT[:gN|:channel|:token][:sym|:asym]`. Weights of 4 bits are asymmetric unless `sym` is given."""
+        """Reads `FORMAT[:gN|:channel|:token][:sym|:asym][:mse]`; 4-bit weights are asymmetric unless `sym` is given.
+
+        Raises:
+            UserError: an unknown part, or one that weights have and activations do not.
+        """
         word, *rest = text.split(":")
-        if word not in _FORMATS:
-            raise UserError(f"unknown number format '{word}' in '{text}'{nearest(word, _FORMATS)}")
-        bits, group = _FORMATS[word], 0
-        symmetric = not (weights and bits == 4)
+        formats = _STORED if weights else _COMPUTED
+        if word not in formats:
+            raise UserError(f"unknown number format '{word}' in '{text}'{nearest(word, formats)}")
+        bits, group = formats[word], 0
+        symmetric, mse = not (weights and bits == 4), False
         whole = "channel" if weights else "token"
         for part in rest:
             if part in ("sym", "asym"):
@@ -40,27 +49,38 @@ class Scheme:
                 group = 0
             elif part[:1] == "g" and part[1:].isdigit() and int(part[1:]) > 0:
                 group = int(part[1:])
+            elif part == "mse" and weights:
+                mse = True
             else:
-                raise UserError(f"unknown part '{part}' in '{text}'{nearest(part, ('sym', 'asym', whole, 'g64'))}")
-        return Scheme(bits, group, symmetric)
+                known = ("sym", "asym", whole, "g64", *(("mse",) if weights else ()))
+                raise UserError(f"unknown part '{part}' in '{text}'{nearest(part, known)}")
+        return Scheme(bits, group, symmetric, mse)
 
     def __str__(self) -> str:
         symmetry = "sym" if self.symmetric else "asym"
-        return ":".join([f"int{self.bits}", *([f"g{self.group}"] if self.group else []), symmetry])
+        group, mse = [f"g{self.group}"] if self.group else [], ["mse"] if self.mse else []
+        return ":".join([f"int{self.bits}", *group, symmetry, *mse])
 
     def group_of(self, channels: int) -> int:
         """The group size for a last dimension of `channels`."""
         return self.group or channels
 
     def refuse(self, channels: int) -> str | None:
-        """Why a dimension of `channels` cannot be quantized so, or None."""
-        if self.group and channels % self.group:
-            near = self.fitting(channels)
-            names = f" ({', '.join(map(str, sorted(near)))} would)" if near else ""
-            return f"group size {self.group} does not divide {channels}{names}"
+        """Why a weight's dimension of `channels` cannot be quantized so, or None."""
+        reason = self.refuse_group(channels)
+        if reason:
+            return reason
         if self.bits == 4 and self.group_of(channels) % 2:
             return f"two 4-bit codes share a byte, and a group of {self.group_of(channels)} is odd"
         return None
+
+    def refuse_group(self, channels: int) -> str | None:
+        """Why a dimension of `channels` is no number of groups, or None."""
+        if not self.group or channels % self.group == 0:
+            return None
+        near = self.fitting(channels)
+        names = f" ({', '.join(map(str, sorted(near)))} would)" if near else ""
+        return f"group size {self.group} does not divide {channels}{names}"
 
     def fitting(self, channels: int, count: int = 5) -> list[int]:
         """Group sizes that divide `channels`, multiples of 16, the nearest to this scheme's first."""
@@ -78,19 +98,12 @@ class Scheme:
         groups = weight.to(compute).unflatten(-1, (-1, self.group_of(weight.shape[-1])))
         # float16 has too little range for scales: that of a small weight would be subnormal and lose its precision.
         stored = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+        grid = Range(self.bits, self.symmetric, stored)
+        scale, zero = least_error(groups, grid) if self.mse else grid.of(groups)
+        codes = grid.codes(groups, scale, zero)
         if self.symmetric:
-            top = 2 ** (self.bits - 1) - 1
-            scale = _safe_scale(groups.abs().amax(-1, keepdim=True) / top, stored)
-            codes = torch.round(groups / scale.to(compute)).clamp(-top - 1, top)
-            if self.bits == 4:
-                return {"codes": (codes + 8).to(torch.uint8).flatten(-2), "scale": scale.squeeze(-1)}
-            return {"codes": codes.to(torch.int8).flatten(-2), "scale": scale.squeeze(-1)}
-        top = 2**self.bits - 1
-        low = groups.amin(-1, keepdim=True).clamp(max=0)
-        high = groups.amax(-1, keepdim=True).clamp(min=0)
-        scale = _safe_scale((high - low) / top, stored)
-        zero = torch.round(-low / scale.to(compute)).clamp(0, top)
-        codes = torch.round(groups / scale.to(compute) + zero).clamp(0, top)
+            codes = (codes + 8).to(torch.uint8) if self.bits == 4 else codes.to(torch.int8)
+            return {"codes": codes.flatten(-2), "scale": scale.squeeze(-1)}
         return {
             "codes": codes.to(torch.uint8).flatten(-2),
             "scale": scale.squeeze(-1),
@@ -105,9 +118,3 @@ class Scheme:
         """Stored bytes a weight, scales and zero points included."""
         per_group = scale_bytes + (0 if self.symmetric else 1)
         return self.bits / 8 + per_group / self.group_of(channels)
-
-
-def _safe_scale(scale: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
-    """In the stored type, and 1 where a group is all zeros or its scale would underflow."""
-    scale = scale.to(stored)
-    return torch.where(scale > 0, scale, torch.ones_like(scale))

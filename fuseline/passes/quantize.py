@@ -5,8 +5,12 @@ Before                                  after  quantize{weights=int4:g64,activat
                                             y = linear(dequantize(q, s), dequantize(pack(Wq), Ws, Wz), b)
 
 `weights`       int8 or int4, `:gN` for groups of N input channels (else one scale an output channel), `:sym`/`:asym`;
-                4-bit weights are asymmetric unless said otherwise. Rounded to nearest.
-`activations`   int8:token, symmetric, scales computed at run time.
+                4-bit weights are asymmetric unless said otherwise. Rounded to nearest; `:mse` narrows each range to
+                what costs the least error.
+`activations`   int8:token, or fewer bits down to int2: inputs of the products, symmetric unless `:asym` is given, one
+                scale a token or, with `:gN`, a group of N channels, computed at run time.
+`keys`, `values`  the same for what attention reads, one scale a head and token. Each token's codes depend on that token
+                alone, as in a cache of them; keys and values that come from a cache are refused.
 `only`, `skip`  module paths to take or to leave, with `*`, separated by `|`: `only=*.mlp.*|*.o_proj`.
 
 Every linear whose weight is a parameter is a site, and so is a product with a parameter of the transposed layout
@@ -16,14 +20,14 @@ The head, a linear over the vocabulary of an embedding of the same program, is q
 so are embeddings. Codes, scales and zero points are weight expressions: computed once, shared by all graphs of the
 model, again when the parameter changes.
 
-Lossy. Source: ZeroQuant (Yao et al., 2022), group-wise weights and token-wise activations.
+Lossy. Sources: ZeroQuant (Yao et al., 2022), group-wise weights and token-wise activations; LLM-QAT (Liu et al., 2023),
+token-wise keys and values.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
-import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,7 +42,9 @@ from ..compiler.program import Program
 from ..compiler.registry import register
 from ..compiler.rewriter import Builder, Rewriter
 from ..compiler.schemes import Scheme
+from .quantize_attention import rounded_attention
 from .quantize_sites import Site, heads, out_of_reach, path_of, sites
+from .quantize_values import round_trip
 
 aten = torch.ops.aten
 
@@ -52,40 +58,50 @@ class Quantize(Pass):
     tier = Tier.LOSSY
     example = "quantize{weights=int8}"
 
-    weights: str | None = None  # int8, int4, with :gN, :sym, :asym
-    activations: str | None = None  # int8:token
+    weights: str | None = None  # int8, int4, with :gN, :sym, :asym, :mse
+    activations: str | None = None  # int8 … int2, with :gN, :sym, :asym
+    keys: str | None = None  # the same, of attention
+    values: str | None = None  # the same, of attention
     only: tuple[str, ...] = ()  # module paths to take
     skip: tuple[str, ...] = ()  # module paths to leave
 
     def __post_init__(self) -> None:
-        if self.weights is None and self.activations is None:
+        if not any(self.asked().values()):
             raise UserError(
                 "pass 'quantize' needs to be told what to quantize",
                 remedy="quantize{weights=int8}, quantize{weights=int4:g64} or quantize{weights=int8,activations=int8}",
             )
         self.schemes()
 
-    def schemes(self) -> tuple[Scheme | None, Scheme | None]:
-        """The schemes of weights and activations."""
-        weights = Scheme.parse(self.weights, weights=True) if self.weights else None
-        activations = Scheme.parse(self.activations, weights=False) if self.activations else None
-        if activations and (activations.bits != 8 or not activations.symmetric or activations.group):
-            raise UserError(
-                f"activations cannot be '{self.activations}'",
-                ["they are quantized at run time, symmetrically, with one scale a token"],
-                "quantize{weights=…,activations=int8:token}",
-            )
-        return weights, activations
+    def asked(self) -> dict[str, str | None]:
+        """The schemes' texts."""
+        return {name: getattr(self, name) for name in ("weights", "activations", "keys", "values")}
+
+    def schemes(self) -> dict[str, Scheme | None]:
+        """The schemes of weights, activations, keys and values."""
+        return {name: Scheme.parse(t, weights=name == "weights") if t else None for name, t in self.asked().items()}
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
-        weights, activations = self.schemes()
+        schemes = self.schemes()
+        weights, activations = schemes["weights"], schemes["activations"]
+        if weights or activations:
+            self._products(program, rewriter, weights, activations)
+        for node in list(program.graph.nodes):
+            if node.target is aten.embedding.default and self._names(path_of(node.args[0])) and weights:
+                self._embedding(program, rewriter, node, weights)
+        if schemes["keys"] or schemes["values"]:
+            rounded_attention(program, rewriter, schemes["keys"], schemes["values"], self._left_out)
+
+    def _products(
+        self, program: Program, rewriter: Rewriter, weights: Scheme | None, activations: Scheme | None
+    ) -> None:
         quantized_inputs: dict[Node, Node] = {}
         over_vocabulary = heads(program)
         for node, path, why in out_of_reach(program) if weights else ():
             if not self._left_out(path):
                 rewriter.refuse(node, why)
         for site in sites(program):  # found one by one: a rewrite changes what the next one reads
-            reason = self._refuse(program, site, weights, site.node in over_vocabulary)
+            reason = self._refuse(program, site, weights, activations, site.node in over_vocabulary)
             if reason is None:
                 rewriter.rewrite(
                     site.node,
@@ -95,9 +111,6 @@ class Quantize(Pass):
                 )
             elif reason:
                 rewriter.refuse(site.node, reason)
-        for node in list(program.graph.nodes):
-            if node.target is aten.embedding.default and self._names(path_of(node.args[0])) and weights:
-                self._embedding(program, rewriter, node, weights)
 
     def _embedding(self, program: Program, rewriter: Rewriter, node: Node, scheme: Scheme) -> None:
         """Gathers codes and scales by row, then dequantizes the gathered rows only."""
@@ -128,7 +141,9 @@ class Quantize(Pass):
         skipped = any(fnmatch.fnmatchcase(path, pattern) for pattern in self.skip)
         return skipped or bool(self.only and not self._names(path))
 
-    def _refuse(self, program: Program, site: Site, weights: Scheme | None, head: bool) -> str | None:
+    def _refuse(
+        self, program: Program, site: Site, weights: Scheme | None, activations: Scheme | None, head: bool
+    ) -> str | None:
         """A reason; "" for a site that the options leave out without a word; None to go ahead."""
         if self._left_out(site.path):
             return ""
@@ -136,20 +151,24 @@ class Quantize(Pass):
             return f"the model's head over its vocabulary: name it to quantize it, only={site.path}"
         if not site.node.meta["val"].dtype.is_floating_point:
             return f"its result is {site.node.meta['val'].dtype}, not a floating-point type"
-        if self.activations and site.kernel:
+        if activations and site.kernel:
             return "a convolution's input has no tokens to share a scale: leave the convolutions out, skip=…"
-        return (weights.refuse(site.shape[1]) if weights else None) or _needs_gradient(program, site.weight)
+        reason = weights.refuse(site.shape[1]) if weights else None
+        reason = reason or (activations.refuse_group(site.shape[1]) if activations else None)
+        return reason or _needs_gradient(program, site.weight)
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
         found = list(sites(program))
-        asked = ", ".join(f"{k}={v}" for k, v in (("weights", self.weights), ("activations", self.activations)) if v)
+        asked = ", ".join(f"{k}={v}" for k, v in self.asked().items() if v)
+        if not (self.weights or self.activations):
+            return (f"asked for: {asked}; no attention was found that makes its own", "does `raise` run before?")
         if not found:
             return (f"asked for: {asked}; the program has no product with a parameter",)
         closest = found[0]
         return (f"asked for: {asked} on {len(found)} linears, such as {closest.path} ({closest.shape[1]} inputs)",)
 
     def remedy(self, program: Program) -> str | None:
-        weights, _ = self.schemes()
+        weights = self.schemes()["weights"]
         widths = [site.shape[1] for site in sites(program)]
         if weights is None or not weights.group or not widths or any(w % weights.group == 0 for w in widths):
             return None
@@ -186,9 +205,7 @@ def _quantized(
     dtype = x.meta["val"].dtype
     if activations is not None:
         if x not in inputs:
-            pair = new(ops.quantize, x, activations.bits, channels)
-            codes, scale = new(operator.getitem, pair, 0), new(operator.getitem, pair, 1)
-            inputs[x] = new(ops.dequantize, codes, scale, None, activations.bits, channels, dtype)
+            inputs[x] = round_trip(new, x, activations)
         x = inputs[x]
     if weights is not None:
         parts = _parts(new, site.weight, weights)

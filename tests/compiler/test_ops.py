@@ -39,6 +39,7 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (r(2, 12), core(12).double(), 12, True), (r(2, 8), None, 1),
     ],
     "quantize": [(torch.randn(2, 3, 8), 8, 8), (torch.randn(2, 8), 8, 4)],
+    "quantize_affine": [(torch.randn(2, 3, 8), 4, 8), (torch.randn(2, 8), 8, 4)],
     "dequantize": [
         (codes(255, torch.uint8, 3, 8), torch.rand(3, 4), codes(15, torch.uint8, 3, 4), 4, 4, torch.float32),
         (codes(127, torch.int8, 3, 8), torch.rand(3, 1), None, 8, 8, torch.bfloat16),
@@ -55,7 +56,7 @@ def test_every_op_has_a_case() -> None:
 @pytest.mark.parametrize(("name", "args"), EACH)
 def test_schema_fake_and_autograd_registration(name: str, args: tuple[Any, ...]) -> None:
     utilities = ["test_schema", "test_faketensor"]
-    utilities += [] if name in ("quantize", "dequantize") else ["test_autograd_registration"]
+    utilities += [] if "quantize" in name else ["test_autograd_registration"]
     torch.library.opcheck(ops.REGISTRY[name].overload, args, test_utils=utilities)
 
 
@@ -142,6 +143,22 @@ def test_quantize_has_the_stated_error_and_scale() -> None:
     assert codes.dtype == torch.int8 and scale.shape == (4, 2) and scale[3].eq(1).all()
     back = ops.dequantize(codes, scale, None, 8, 16, torch.float32)
     assert ((back - x).abs() <= scale.repeat_interleave(16, -1) / 2 * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("bits", (8, 4, 2))
+def test_quantize_affine_has_the_stated_error_scale_and_zero(bits: int) -> None:
+    x = torch.rand(5, 32) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [-2.0]]) - torch.tensor(
+        [[0], [0.3], [9], [0], [0]]
+    )
+    codes, scale, zero = ops.quantize_affine(x, bits, 16)
+    assert codes.dtype == zero.dtype == torch.uint8 and scale.shape == zero.shape == (5, 2) and scale[3].eq(1).all()
+    assert codes.max() <= 2**bits - 1 and zero[0].eq(0).all() and zero[4].eq(2**bits - 1).all()
+    back = ops.dequantize(codes, scale, zero, 8, 16, torch.float32)
+    # the zero point is rounded too, so that either end of the range may be cut by half a step
+    assert ((back - x).abs() <= scale.repeat_interleave(16, -1) * (1 + 1e-5)).all()
+    assert torch.equal(
+        ops.dequantize(*ops.quantize_affine(torch.zeros(1, 8), 4, 8), 8, 8, torch.float32), torch.zeros(1, 8)
+    )
 
 
 def test_ops_are_opaque_to_capture() -> None:

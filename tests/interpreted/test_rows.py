@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fuseline.compiler.ops import dequantize, glu, layer_norm, pack_nibbles, quantize, rms_norm, rotary
+from fuseline.compiler.ops import dequantize, glu, layer_norm, pack_nibbles, quantize, quantize_affine, rms_norm, rotary
 from tests.codegen.regions import check, compare, emitted, loaded
 
 REDUCTIONS = {
@@ -145,6 +145,17 @@ def test_quantize(bits: int, group: int, tmp_path: Path) -> None:
         codes, scale = call(x)
         expected = quantize(x, bits, group)
         assert torch.equal(codes, expected[0]) and torch.equal(scale, expected[1])
+
+
+@pytest.mark.parametrize("bits", (8, 4))
+@pytest.mark.parametrize("group", (96, 24))
+def test_quantize_with_a_zero_point(bits: int, group: int, tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = (torch.randn(3, 4, 96) + 1).to(dtype)
+        x[1, 2], x[0, 0], x[2, 1] = 0, x[0, 0].abs(), -x[2, 1].abs()  # all zeros, and ranges that 0 is an end of
+        call = loaded(emitted(lambda x: quantize_affine(x, bits, group), x), tmp_path)
+        for found, expected in zip(call(x), quantize_affine(x, bits, group), strict=True):
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
 def test_quantize_groups_of_a_norm(tmp_path: Path) -> None:

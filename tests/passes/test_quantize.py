@@ -70,7 +70,7 @@ def test_before_and_after() -> None:
 
 
 @settings(max_examples=30)
-@given(schemes.filter(lambda s: s.group != 64), st.integers(0, 99))
+@given(schemes.filter(lambda s: s.group != 64 and not s.mse), st.integers(0, 99))
 def test_results_are_those_of_round_to_nearest(scheme, seed: int) -> None:
     torch.manual_seed(seed)
     model, x = Linear(), torch.randn(3, 32)

@@ -7,10 +7,11 @@ from .glu import glu
 from .hadamard import hadamard
 from .layer_norm import layer_norm
 from .quantize import quantize
+from .quantize_affine import quantize_affine
 from .rms_norm import rms_norm
 from .rotary import rotary
 
 __all__ = [
     "REGISTRY", "Kind", "Op", "attention", "dequantize", "find", "glu", "hadamard", "layer_norm", "op", "pack_nibbles",
-    "quantize", "rms_norm", "rotary",
+    "quantize", "quantize_affine", "rms_norm", "rotary",
 ]  # fmt: skip

@@ -21,9 +21,9 @@ def rotate_keys(program: Program, rewriter: Rewriter, rotation: Callable[[int], 
     """Rotates the queries and keys of every attention that makes its keys itself."""
     for node in [n for n in program.graph.nodes if is_attention(n)]:
         q, k, *rest = node.args
-        reason = _cached(k)  # type: ignore[arg-type]
+        reason = cached(k)  # type: ignore[arg-type]
         if reason:
-            rewriter.refuse(node, f"R3: {reason}")
+            rewriter.refuse(node, f"R3: the keys: {reason}")
             continue
         turn = rotation(int(q.meta["val"].shape[-1]))  # type: ignore[union-attr]
 
@@ -33,8 +33,8 @@ def rotate_keys(program: Program, rewriter: Rewriter, rotation: Callable[[int], 
         rewriter.rewrite(node, [node], build, "R3 online")
 
 
-def _cached(keys: Node) -> str | None:
-    """Why keys are not this call's alone: some are an input's, or lie where the graph writes."""
+def cached(keys: Node) -> str | None:
+    """Why keys, or values, are not this call's alone: some are an input's, or lie where the graph writes."""
     size, pending, seen = int(keys.meta["val"].shape[-1]), [keys], set()
     while pending:
         node = pending.pop()
@@ -42,8 +42,8 @@ def _cached(keys: Node) -> str | None:
             continue
         seen.add(node)
         if touches_written(node):
-            return f"the keys lie in memory that is written to ({node.name}), a cache perhaps"
+            return f"they lie in memory that is written to ({node.name}), a cache perhaps"
         if node.op == "placeholder":
-            return f"keys come from outside ({node.name}), from a cache perhaps"
+            return f"they come from outside ({node.name}), from a cache perhaps"
         pending += carriers(node, size) or ()
     return None

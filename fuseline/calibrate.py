@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,15 @@ from .compiler.plan import Plan
 from .compiler.reads import refuse_dropped
 
 
-def analyze(model: torch.nn.Module, pipeline: Any, calibration: Iterable[Any]) -> Plan:
+def analyze(
+    model: torch.nn.Module, pipeline: Any, calibration: Iterable[Any], checkpoint: str | Path | None = None
+) -> Plan:
     """The plan of `pipeline` for `model`; save it with `plan.save(PATH)`, use it as `plan=` of `fuseline.optimize`.
 
     Args:
         calibration: batches of one shape: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        checkpoint: a file that long searches (learned rotations) write their progress to; a call that was stopped goes
+            on from it. It is removed at the end.
 
     Raises:
         UserError: no batch, or batches that are not laid out alike.
@@ -27,11 +32,13 @@ def analyze(model: torch.nn.Module, pipeline: Any, calibration: Iterable[Any]) -
     if not batches:
         raise UserError("calibration holds no batch", remedy="calibration=[(input_ids,), …]")
     args, kwargs = batches[0]
-    program = capture(model, args, kwargs)
+    with torch.no_grad():  # decisions are about the weights as they are
+        program = capture(model, args, kwargs)
     refuse_dropped(program)
     module = program.to_module()
     assert isinstance(module, CapturedModule)
-    return Pipeline(pipeline).analyze(program, [module.arguments(*a, **k) for a, k in batches])
+    data = [module.arguments(*a, **k) for a, k in batches]
+    return Pipeline(pipeline).analyze(program, data, None if checkpoint is None else Path(checkpoint))
 
 
 def call_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

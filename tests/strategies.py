@@ -31,6 +31,7 @@ from fuseline.compiler.expressions import (
     Output,
     Pack,
     Param,
+    Planned,
     Quantize,
     Reshape,
     Scale,
@@ -56,6 +57,7 @@ constants = st.lists(st.floats(allow_nan=False, width=32), max_size=4).map(
 )
 leaves = st.one_of(
     st.builds(Param, names),
+    st.builds(lambda n, device: Planned.of(torch.eye(n, dtype=torch.float64), device), st.integers(0, 3), devices),
     constants,
     st.builds(HadamardCore, st.sampled_from((3, 12, 20)), devices, st.sampled_from((torch.int8, *DTYPES))),
     st.builds(Signs, st.integers(1, 8), st.integers(0, 2**40), st.sampled_from(DTYPES), devices),

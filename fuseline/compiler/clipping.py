@@ -49,19 +49,19 @@ class Range:
         return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def least_error(groups: torch.Tensor, grid: Range) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point, [..., 1], of the best of the ranges for each of groups [..., g]."""
+def least_error(groups: torch.Tensor, grid: Range, steps: int = STEPS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point, [..., 1], of the best of `steps` ranges for each of groups [..., g]."""
     flat = groups.reshape(-1, groups.shape[-1])
     rows = max(1, CHUNK // flat.shape[-1]) if flat.device.type == "cpu" else max(1, len(flat))
-    found = [_search(part, grid) for part in flat.split(rows)]
+    found = [_search(part, grid, steps) for part in flat.split(rows)]
     scale, zero = (torch.cat(parts).view(*groups.shape[:-1], 1) for parts in zip(*found, strict=True))
     return scale, zero
 
 
-def _search(groups: torch.Tensor, grid: Range) -> tuple[torch.Tensor, torch.Tensor]:
+def _search(groups: torch.Tensor, grid: Range, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     best, *kept = torch.full_like(groups[:, :1], torch.inf), *grid.of(groups)
-    for step in range(STEPS):
-        tried = grid.of(groups, 1 - (1 - NARROWEST) * step / STEPS)
+    for step in range(steps):
+        tried = grid.of(groups, 1 - (1 - NARROWEST) * step / steps)
         scale, zero = tried[0].to(groups.dtype), tried[1]
         error = grid.codes(groups, scale, zero).sub_(zero).mul_(scale).sub_(groups).square_().sum(-1, keepdim=True)
         better = error < best

@@ -19,6 +19,7 @@ import torch
 from .errors import FuselineError
 from .hadamard import core, factor, random_orthogonal, random_signs
 from .ops import dequantize, hadamard
+from .planned import keep, kept
 from .schemes import Scheme
 
 Lookup = Callable[[str], torch.Tensor]
@@ -242,6 +243,24 @@ class Orthogonal(Expression):
 
 
 @dataclass(frozen=True)
+class Planned(Expression):
+    """A tensor that a plan holds, by the digest of its contents (`planned.py`)."""
+
+    digest: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    @staticmethod
+    def of(tensor: torch.Tensor, device: str) -> Planned:
+        return Planned(keep(tensor), tuple(tensor.shape), tensor.dtype, device)
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        made = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return made.copy_(kept(self.digest)) if type(made) is torch.Tensor else made  # else a fake one
+
+
+@dataclass(frozen=True)
 class Blocks(Expression):
     """x with each block of channels along `dim` multiplied by the matrix `by` [b, b] from the right, in x's dtype.
 
@@ -367,7 +386,7 @@ GRAMMAR: dict[str, type[Expression]] = {
     kind.__name__.lower(): kind
     for kind in (
         Param, Constant, Cast, Matmul, Scale, Add, Offset, Centre, Slice, Concat, Transpose, Reshape, HadamardCore,
-        Signs, Hadamard, Orthogonal, Blocks, Quantize, Output, Pack, Dequantize,
+        Signs, Hadamard, Orthogonal, Planned, Blocks, Quantize, Output, Pack, Dequantize,
     )
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from .errors import UserError, nearest
@@ -24,6 +25,20 @@ class Tier(enum.Enum):
 
     EXACT = "exact"  # equal up to rounding
     LOSSY = "lossy"  # an approximation; runs only when it is named
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a pass that needs data is given to decide on.
+
+    program: as the passes before left it; data: flat arguments of one call each, for `program.run`; after: the passes
+    that follow; checkpoint: a file that long searches write their progress to and go on from, where one was asked for.
+    """
+
+    program: Program
+    data: Sequence[Sequence[Any]]
+    after: tuple[Pass, ...] = ()
+    checkpoint: Path | None = None
 
 
 class Level(enum.Enum):
@@ -67,6 +82,10 @@ class Pass:
         program: as the passes before left it; data: flat arguments of one call each, for `program.run`.
         """
         raise NotImplementedError(f"{type(self).__name__} needs data and has no analyze()")
+
+    def decide(self, study: Study) -> dict[str, SitePlan]:
+        """The same for a pass whose decisions depend on the passes after it, or take long."""
+        return self.analyze(study.program, study.data)
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         """Rewrites the program through the rewriter; `rewriter.decision(node)` is what `analyze` decided."""

@@ -20,7 +20,7 @@ from . import registry
 from .action import Observer, PassEnds
 from .errors import EmptyPassError, FuselineError, PassError, UserError
 from .expectations import check_expectations, parse_expectations
-from .framework import Level, Pass, Tier, build
+from .framework import Level, Pass, Study, Tier, build
 from .observe.ambient import ambient
 from .plan import Plan
 from .program import Program
@@ -70,17 +70,18 @@ class Pipeline:
         """Whether some pass analyses data before it rewrites."""
         return any(p.needs_data for p in self.passes)
 
-    def analyze(self, program: Program, data: Sequence[Sequence[Any]]) -> Plan:
+    def analyze(self, program: Program, data: Sequence[Sequence[Any]], checkpoint: Path | None = None) -> Plan:
         """The decisions of the passes that need data, each made on the program as its predecessors left it.
 
         Args:
             data: flat arguments of one call each, as `program.examples`.
+            checkpoint: a file that long searches write their progress to, and go on from when it is there.
         """
         plan = Plan.empty(str(self), program)
         program, report = program.copy(), Report(str(self))
-        for step in self.passes:
+        for number, step in enumerate(self.passes, 1):
             if step.needs_data:
-                plan.add(step, step.analyze(program, data))
+                plan.add(step, step.decide(Study(program, data, self.passes[number:], checkpoint)))
             self._run_pass(step, program, [], report, plan)
         return plan
 

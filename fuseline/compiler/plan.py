@@ -21,6 +21,7 @@ import torch
 from .errors import UserError
 from .framework import Pass
 from .identity import identity
+from .planned import keep
 from .program import Program
 from .structure import describe_value
 
@@ -147,4 +148,6 @@ class Plan:
             }
             for site, passes in record["sites"].items()
         }
+        for tensor in tensors.values():
+            keep(tensor)  # for weight expressions in files of graphs, which name them
         return Plan(record["pipeline"], record["model"], sites, record.get("passes", {}))

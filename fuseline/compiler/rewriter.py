@@ -124,7 +124,7 @@ class Rewriter:
 
     def decision(self, node: Node) -> SitePlan | None:
         """What the pass's analysis decided for this node's site; None, and a recorded refusal, where it knows none."""
-        found = self.decisions.get(self._site(node))
+        found = self.decisions.get(self.site(node))
         if found is None:
             self.refuse(node, "the plan has no decision for this site")
         return found
@@ -153,7 +153,7 @@ class Rewriter:
 
     def refuse(self, node: Node, reason: str) -> None:
         """Records why a site was left alone."""
-        site = self._site(node)
+        site = self.site(node)
         self.refused[site] = reason
         for observer in self.observers:
             observer.refused(site, reason)
@@ -174,7 +174,7 @@ class Rewriter:
             VerificationError: the new value differs from the old in shape or dtype.
         """
         number, self.next_number = self.next_number, self.next_number + 1
-        action = Action(number, self.pass_name, rule, self._site(root), tuple(origins), root, source or build)
+        action = Action(number, self.pass_name, rule, self.site(root), tuple(origins), root, source or build)
         if not self._allowed(action):
             return False
         maker = f"{self.pass_name}/{rule}"
@@ -184,7 +184,7 @@ class Rewriter:
         for old, replacement in replacements.items():
             self._check(old, replacement, action)
             old.replace_all_uses_with(replacement)
-            self.site_of.setdefault(replacement, self._site(old))
+            self.site_of.setdefault(replacement, self.site(old))
         self._erase_dead([*replacements, *origins])
         action.created, action.replaced = new.created, replacements
         self.matched[rule] = self.matched.get(rule, 0) + 1
@@ -203,7 +203,8 @@ class Rewriter:
         self.skipped += 1
         return False
 
-    def _site(self, node: Node) -> str:
+    def site(self, node: Node) -> str:
+        """The name of a node's place, as plans and reports have it."""
         return self.site_of.get(node, node.name)
 
     def _check(self, old: Node, new: Node, action: Action) -> None:

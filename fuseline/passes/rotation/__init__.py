@@ -11,7 +11,10 @@ Before                                  after  rotate{r2,r4}
 `r2`      values and what attention makes of them, by one of the head's size a layer, folded.
 `r3`      queries and keys, at run time, where they meet: their products stay the same.
 `r4`      the input of the last linear of an MLP, at run time, folded into that linear's columns.
-`kind`    hadamard; random-hadamard and orthogonal take `seed`.
+`kind`    hadamard; random-hadamard and orthogonal take `seed`; learned starts r1 and each r2 from a random Hadamard
+          matrix and turns them, over `steps` of calibration batches, to where the passes behind this one cost least.
+`loss`    what is learned and chosen by: divergence from the model as it was, next-token loss, or the results' error.
+`choose`  keeps of r1, r2, r3 and r4 those that lower that loss on the calibration data, the best first.
 `block`   rotates runs of so many channels by themselves, for r1 and r4; 0: the whole width.
 `untie`   copies a table that is both embedding and head, so that r1 folds into both; else the stream is rotated at run
           time behind the embedding, and back before the last norm.
@@ -26,12 +29,16 @@ Exact: logits agree within 1e-5 in float32. Sources: QuaRot (Ashkboos et al., 20
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from torch.fx import Node
 
 from ...compiler.errors import UserError
-from ...compiler.framework import Pass, Tier
+from ...compiler.framework import Pass, Study, Tier
+from ...compiler.plan import SitePlan
 from ...compiler.program import Program
 from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
@@ -40,10 +47,14 @@ from .centring import centre
 from .folds import Folds
 from .inputs import rotate_inputs
 from .keys import rotate_keys
+from .learning import LEARNT, MODEL, Loss, decide
 from .rotations import Kind, Rotation, no_blocks
 from .stream import Stream, flood, is_norm
 from .turn import Turn
 
+LABELS = ("r1", "r2", "r3", "r4")
+Rotations = Callable[[str, Node, int], Rotation | None]
+_LEARNED = "rotate{r1,r2,r4,kind=learned,steps=100}"
 ONLINE = 2
 """Operations at run time that r1 may leave in a stream: behind a tied embedding, and before the last norm."""
 
@@ -66,46 +77,90 @@ class Rotate(Pass):
     block: int = 0  # channels that r1 and r4 rotate together; 0: all
     seed: int = 0
     untie: bool = False  # fold r1 into copies of a tied table
+    steps: int = 100  # of learning
+    rate: float = 0.01  # of learning: how far a step turns, in radians
+    loss: Loss = Loss.AUTO  # what to learn and choose by
+    choose: bool = False  # keep those that pay
 
     def __post_init__(self) -> None:
-        if not (self.r1 or self.r2 or self.r3 or self.r4):
+        if not self.asked:
             raise UserError("pass 'rotate' needs to be told what to rotate", remedy="rotate{r2,r4} or rotate{r1,r2,r4}")
+        if self.kind is Kind.LEARNED and not (self.r1 or self.r2):
+            raise UserError("only r1 and r2 are learned: the others run fast as Hadamard matrices", remedy=_LEARNED)
+        if self.steps < 1 or self.rate <= 0:
+            raise UserError("learning takes steps=1 or more and a rate above 0", remedy=_LEARNED)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Which of r1, r2, r3 and r4."""
+        return tuple(label for label in LABELS if getattr(self, label))
+
+    @property
+    def needs_data(self) -> bool:  # type: ignore[override]
+        """Whether something is learned or chosen."""
+        return self.choose or self.kind is Kind.LEARNED
+
+    def decide(self, study: Study) -> dict[str, SitePlan]:
+        return decide(self, study)
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
+        if not self.needs_data:
+            self.apply(program, rewriter, lambda label, node, size: Rotation(label, size, self.kind, self.seed))
+            return
+        whole = rewriter.decisions.get(MODEL)
+        kept = whole.structure["keep"] if whole is not None else list(self.asked)
+        for label in self.asked:
+            node = next((n for n in program.graph.nodes if is_norm(n) or is_attention(n)), None)
+            if label not in kept and node is not None:
+                rewriter.refuse(node, f"{label}: {whole.structure['why'][label]}")  # type: ignore[union-attr]
+        if kept:
+            self.only(kept).apply(program, rewriter, partial(self._planned, rewriter))
+
+    def only(self, labels: Sequence[str]) -> Rotate:
+        """The same pass for some of what it names."""
+        flags: dict[str, Any] = {label: label in labels for label in self.asked}
+        return replace(self, choose=False, **flags)
+
+    def apply(self, program: Program, rewriter: Rewriter, rotation: Rotations) -> None:
+        """Rotates all that this pass names by what `rotation` gives: label, node, channels → R, or None."""
         if self.r1:
             centre(program, rewriter, Folds(program, self.untie), ONLINE)
-            self._streams(program, rewriter, Folds(program, self.untie))
+            self._streams(program, rewriter, Folds(program, self.untie), rotation)
         folds = Folds(program, untie=False)
         if self.r2:
-            self._values(program, rewriter, folds)
+            self._values(program, rewriter, folds, rotation)
         if self.r3:
-            rotate_keys(program, rewriter, lambda size: self._rotation("R3", size))
+            rotate_keys(program, rewriter, partial(rotation, "R3"))
         if self.r4:
-            rotate_inputs(program, rewriter, folds, lambda size: self._rotation("R4", self._block(size)))
+            rotate_inputs(program, rewriter, folds, self.block, partial(rotation, "R4"))
 
-    def _rotation(self, label: str, size: int) -> Rotation:
-        return Rotation(label, size, self.kind, self.seed)
+    def _planned(self, rewriter: Rewriter, label: str, node: Node, size: int) -> Rotation | None:
+        if self.kind is not Kind.LEARNED or label not in LEARNT:
+            kind = Kind.HADAMARD if self.kind is Kind.LEARNED else self.kind
+            return Rotation(label, size, kind, self.seed)
+        decision = rewriter.decision(node)
+        return Rotation(label, size, self.kind, self.seed, decision.tensors[label]) if decision is not None else None
 
-    def _block(self, size: int) -> int:
-        return self.block or size
-
-    def _streams(self, program: Program, rewriter: Rewriter, folds: Folds) -> None:
+    def _streams(self, program: Program, rewriter: Rewriter, folds: Folds, rotation: Rotations) -> None:
         seen: set[Node] = set()
         for norm in [n for n in program.graph.nodes if is_norm(n)]:
             if norm._erased or norm in seen or norm.args[0] in seen:
                 continue
             size = int(norm.meta["val"].shape[-1])
-            stream = flood(norm.args[0], self._block(size), folds)
+            stream = flood(norm.args[0], self.block or size, folds)
             seen |= stream.before.keys()
             reason = no_blocks(size, stream.block) or _refuse_stream(stream)
             if reason:
                 rewriter.refuse(norm, f"R1: {reason}")
                 continue
-            turn = Turn(program, rewriter, self._rotation("R1", stream.block), stream)
+            turned = rotation("R1", norm, stream.block)
+            if turned is None:
+                continue
+            turn = Turn(program, rewriter, turned, stream)
             turn.apply()
-            seen |= turn.turned.keys() | {turned.node for turned in turn.turned.values()}
+            seen |= turn.turned.keys() | {made.node for made in turn.turned.values()}
 
-    def _values(self, program: Program, rewriter: Rewriter, folds: Folds) -> None:
+    def _values(self, program: Program, rewriter: Rewriter, folds: Folds, rotation: Rotations) -> None:
         for node in [n for n in program.graph.nodes if is_attention(n)]:
             values = node.args[2]
             size = int(values.meta["val"].shape[-1])
@@ -113,8 +168,8 @@ class Rotate(Pass):
             reason = _refuse_values(stream)
             if reason:
                 rewriter.refuse(node, f"R2: {reason}")
-            else:
-                Turn(program, rewriter, self._rotation("R2", size), stream).apply()
+            elif (turned := rotation("R2", node, size)) is not None:
+                Turn(program, rewriter, turned, stream).apply()
 
 
 def _refuse_stream(stream: Stream) -> str | None:

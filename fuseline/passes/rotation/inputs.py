@@ -23,26 +23,33 @@ from .rotations import Rotation, no_blocks
 _ACTIVATIONS = ("gelu", "relu", "silu", "sigmoid", "tanh", "mul", "pow", "square", "leaky_relu", "hardswish", "relu_")
 
 
-def rotate_inputs(program: Program, rewriter: Rewriter, folds: Folds, rotation: Callable[[int], Rotation]) -> None:
-    """Rotates the input of each such product; products of one input share the operation."""
-    online: dict[Node, Node] = {}
+def rotate_inputs(
+    program: Program, rewriter: Rewriter, folds: Folds, block: int, rotation: Callable[[Node, int], Rotation | None]
+) -> None:
+    """Rotates the input of each such product; products of one input share the operation.
+
+    block: channels that are rotated together, 0 for all; rotation: product, channels → R, or None to leave it.
+    """
+    online: dict[tuple[Node, Rotation], Node] = {}
     for node in list(program.graph.nodes):
         made = product(node)
         if made is None or not is_inner(made.x):
             continue
         value = made.weight.meta["val"]
         size = int(value.shape[made.inputs])
-        turn = rotation(size)
         tied = None if folds(made.expression) else "its weight wants a gradient, or is tied to an embedding"
-        reason = no_blocks(size, turn.block) or tied
+        reason = no_blocks(size, block or size) or tied
         if reason:
             rewriter.refuse(node, f"R4: {reason}")
             continue
+        turn = rotation(node, block or size)
+        if turn is None:
+            continue
 
         def build(new: Builder, made: Product = made, turn: Rotation = turn, value: torch.Tensor = value) -> Node:
-            if made.x not in online:
-                online[made.x] = turn.online(new, made.x)
-            return made.rebuilt(new, online[made.x], turn.fold(made.expression, value, made.inputs))
+            if (made.x, turn) not in online:
+                online[made.x, turn] = turn.online(new, made.x)
+            return made.rebuilt(new, online[made.x, turn], turn.fold(made.expression, value, made.inputs))
 
         rewriter.rewrite(node, [node], build, "R4 online")
 

@@ -17,15 +17,20 @@ from .carriers import carriers, is_attention
 from .rotations import Rotation
 
 
-def rotate_keys(program: Program, rewriter: Rewriter, rotation: Callable[[int], Rotation]) -> None:
-    """Rotates the queries and keys of every attention that makes its keys itself."""
+def rotate_keys(program: Program, rewriter: Rewriter, rotation: Callable[[Node, int], Rotation | None]) -> None:
+    """Rotates the queries and keys of every attention that makes its keys itself.
+
+    rotation: attention, head size → R, or None to leave it.
+    """
     for node in [n for n in program.graph.nodes if is_attention(n)]:
         q, k, *rest = node.args
         reason = cached(k)  # type: ignore[arg-type]
         if reason:
             rewriter.refuse(node, f"R3: the keys: {reason}")
             continue
-        turn = rotation(int(q.meta["val"].shape[-1]))  # type: ignore[union-attr]
+        turn = rotation(node, int(q.meta["val"].shape[-1]))  # type: ignore[union-attr]
+        if turn is None:
+            continue
 
         def build(new: Builder, node: Node = node, q=q, k=k, rest=rest, turn: Rotation = turn) -> Node:
             return new(node.target, turn.online(new, q), turn.online(new, k), *rest, **node.kwargs)

@@ -3,6 +3,7 @@
 hadamard         H/√n of the block's size, its own inverse
 random-hadamard  diag(signs)·H/√n, the signs drawn from a seed
 orthogonal       a dense random matrix: the Q of a Gaussian matrix's QR decomposition (Stewart, 1980)
+learned          a dense matrix that a plan holds (`learning/`)
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from ...compiler.expressions import (
     Expression,
     Hadamard,
     Orthogonal,
+    Param,
+    Planned,
     Scale,
     Signs,
     Transpose,
@@ -37,16 +40,18 @@ class Kind(enum.Enum):
     HADAMARD = "hadamard"
     RANDOM_HADAMARD = "random-hadamard"
     ORTHOGONAL = "orthogonal"
+    LEARNED = "learned"
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """R on each block of `block` channels; `label` names it: R1, R2, R4."""
+    """R on each block of `block` channels; `label` names it: R1, R2, R4. `matrix`: R itself, where it was learned."""
 
     label: str
     block: int
     kind: Kind
     seed: int
+    matrix: torch.Tensor | None = None
 
     def fold(self, weight: Expression, value: torch.Tensor, dim: int, scale: Expression | None = None) -> Expression:
         """The weight with dimension `dim` multiplied by `scale`, then by R, block by block, in float64.
@@ -60,12 +65,25 @@ class Rotation:
             wide = Scale(wide, scale, dim)
         return Cast(self._times(wide, dim, value.shape[dim], str(value.device)), value.dtype)
 
+    def value(self) -> torch.Tensor:
+        """R as a matrix [block, block] in float64, on the CPU."""
+        eye = torch.eye(self.block, dtype=torch.float64)
+        value: torch.Tensor = self._times(Param("x"), 1, self.block, "cpu").evaluate({"x": eye}.__getitem__)
+        return value
+
     def _times(self, x: Expression, dim: int, size: int, device: str) -> Expression:
-        if self.kind is Kind.ORTHOGONAL:
-            return Blocks(x, Orthogonal(self.block, self.seed, device), dim)
+        dense = self._dense(device)
+        if dense is not None:
+            return Blocks(x, dense, dim)
         if self.kind is Kind.RANDOM_HADAMARD:
             x = Scale(x, self._signs(size, torch.float64, device), dim)
         return Hadamard(x, dim, self.block)
+
+    def _dense(self, device: str) -> Expression | None:
+        """R as a matrix, where it has no fast form."""
+        if self.matrix is not None:
+            return Planned.of(self.matrix, device)
+        return Orthogonal(self.block, self.seed, device) if self.kind is Kind.ORTHOGONAL else None
 
     def _signs(self, size: int, dtype: torch.dtype, device: str) -> Expression:
         one = Signs(self.block, self.seed, dtype, device)
@@ -75,8 +93,9 @@ class Rotation:
         """x·R, or x·Rᵀ, computed at run time."""
         value = x.meta["val"]
         size, dtype, device = int(value.shape[-1]), value.dtype, str(value.device)
-        if self.kind is Kind.ORTHOGONAL:
-            matrix: Expression = Cast(Orthogonal(self.block, self.seed, device), dtype)
+        dense = self._dense(device)
+        if dense is not None:
+            matrix: Expression = Cast(dense, dtype)
             table = new.weight(Transpose(matrix, 0, 1) if inverse else matrix)
             if size == self.block:
                 return new(aten.matmul.default, x, table)

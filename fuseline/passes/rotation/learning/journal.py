@@ -1,0 +1,93 @@
+"""The state of a search in a file, so that a call that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from ....compiler.errors import UserError
+from .cayley import Cayley
+
+EVERY = 5
+"""Steps between two writes."""
+
+
+class Journal:
+    """Matrices that are being learned, and the optimizer's averages of each, in a safetensors file.
+
+    Args:
+        path: None keeps no file.
+        search: what is being learned; a file of another search is refused.
+        leaves: the matrices, by site and label; read into in place.
+    """
+
+    def __init__(
+        self, path: Path | None, search: str, leaves: Mapping[tuple[str, str], torch.Tensor], optimizer: Cayley
+    ):
+        self.path, self.search, self.optimizer = path, search, optimizer
+        self.leaves = {f"{site}:{label}": leaf for (site, label), leaf in leaves.items()}
+        self.known: dict[str, float] = {}
+
+    @torch.no_grad()
+    def resume(self) -> int:
+        """How many steps were taken before, whose results are read back; 0 without a file.
+
+        Raises:
+            UserError: the file is another search's, or damaged.
+        """
+        if self.path is None or not self.path.exists():
+            return 0
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, "pt") as file:
+                header = file.metadata() or {}
+                if header.get("search") != self.search:
+                    raise UserError(
+                        f"{self.path} holds the progress of another search",
+                        [f"there: {header.get('search')}", f"here:  {self.search}"],
+                        "name another file, or remove this one",
+                    )
+                for name, leaf in self.leaves.items():
+                    leaf.copy_(file.get_tensor(name))
+                    self.optimizer.state[leaf] = {
+                        "count": int(header["count"]),
+                        "mean": file.get_tensor(f"{name}:mean").to(leaf.device),
+                        "square": file.get_tensor(f"{name}:square").to(leaf.device),
+                    }
+        except SafetensorError as error:
+            raise UserError(f"{self.path} is damaged: {error}", remedy="remove it to begin anew") from None
+        self.known = json.loads(header["measured"])
+        return int(header["count"])
+
+    def measured(self, name: str, measure: Callable[[], float]) -> float:
+        """A number that is measured once a search, not once a call."""
+        if name not in self.known:
+            self.known[name] = measure()
+        return self.known[name]
+
+    def write(self, count: int) -> None:
+        """Writes the state after `count` steps, at some of them, all at once or not at all."""
+        if self.path is None or count % EVERY:
+            return
+        from safetensors.torch import save_file
+
+        tensors: dict[str, torch.Tensor] = {}
+        for name, leaf in self.leaves.items():
+            state = self.optimizer.state[leaf]
+            tensors |= {name: leaf.detach().cpu(), f"{name}:mean": state["mean"].cpu()}
+            tensors[f"{name}:square"] = state["square"].cpu()
+        header = {"search": self.search, "count": str(count), "measured": json.dumps(self.known)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        save_file(tensors, scratch, header)
+        scratch.replace(self.path)
+
+    def close(self) -> None:
+        """Removes the file: what was searched for is found."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

@@ -1,0 +1,148 @@
+"""Programs with some of the rotations and all that follows, run so that gradients reach the rotations' matrices.
+
+Rounding has no derivative: a value that is quantized and dequantized passes its gradient straight through (Bengio et
+al., 2013). Weights are folded in float32 here, in float64 where they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Interpreter, Node
+
+from ....compiler import ops
+from ....compiler.expressions import Blocks, Cast, Expression, Memo, Output, Planned, Quantize
+from ....compiler.framework import Pass, Tier
+from ....compiler.program import Program
+from ....compiler.rewriter import Rewriter
+
+if TYPE_CHECKING:
+    from .. import Rotate, Rotations
+
+SEARCHED = 10
+"""Narrowed ranges that are tried for a weight at each step; 80 where it is quantized for good."""
+
+
+class Variants:
+    """Makes programs: the one before, with chosen rotations, as the passes behind leave it.
+
+    after: the passes up to the last lossy one, but for those that want data themselves.
+    """
+
+    def __init__(self, step: Rotate, program: Program, after: Sequence[Pass]):
+        self.step, self.program = step, program
+        able = [later for later in after if not later.needs_data]
+        last = max((i for i, later in enumerate(able) if later.tier is Tier.LOSSY), default=-1)
+        self.after = able[: last + 1]
+        self.rewriter: Rewriter | None = None
+
+    def site(self, node: Node) -> str:
+        """The site of a node of the program that is being made."""
+        assert self.rewriter is not None
+        return self.rewriter.site(node)
+
+    def make(self, labels: Sequence[str], rotations: Rotations) -> Program:
+        """The program with these of r1 … r4, their matrices given by `rotations`."""
+        program = self.program.copy()
+        if labels:
+            self.rewriter = Rewriter(program, self.step.name)
+            self.step.only(labels).apply(program, self.rewriter, rotations)
+        for later in self.after:
+            later.run(program, Rewriter(program, later.name))
+            program.state |= later.ensures
+        return program
+
+
+class Trial(Interpreter):
+    """Runs a program on flat arguments of one call; rounding passes gradients through.
+
+    leaves: tensors that stand for planned matrices, in float32, whose gradients are wanted.
+    """
+
+    def __init__(self, program: Program, leaves: Mapping[Planned, torch.Tensor] | None = None):
+        super().__init__(program.module)
+        self.program, self.leaves = program, dict(leaves or {})
+        self.flat: Sequence[Any] = ()
+        self.constants: dict[Any, torch.Tensor] = {}
+        self.depends: dict[Expression, bool] = {}
+
+    def __call__(self, flat: Sequence[Any]) -> tuple[Any, ...]:
+        """The flat results."""
+        self.flat = flat
+        results = self.run(*[flat[i] for i in self.program.arguments])
+        return tuple(results) if isinstance(results, (list, tuple)) else (results,)
+
+    def run_node(self, node: Node) -> Any:
+        weight = node.meta.get("weight") if node.op == "get_attr" else None
+        if weight is not None:
+            lazily = all(user.target is ops.dequantize.overload for user in node.users) and _rounded(weight) is not None
+            return None if lazily else self.weight(weight)
+        if node.op != "call_function":
+            return super().run_node(node)
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        if node.target is ops.dequantize.overload:
+            return self._dequantized(node, args)
+        op = ops.find(node.target)
+        if op is None:
+            return super().run_node(node)
+        if op.name not in ("quantize", "quantize_affine"):
+            return op.naive(*args, **kwargs)
+        made = op.naive(args[0].detach(), *args[1:], **kwargs)
+        made[0].rounded_from = args[0]  # for `_dequantized`
+        return made
+
+    def _dequantized(self, node: Node, args: Sequence[Any]) -> torch.Tensor:
+        given: Any = node.args[0]
+        expression = given.meta.get("weight")
+        rounded = _rounded(expression) if expression is not None else None
+        if rounded is None:
+            back = ops.dequantize.naive(*args)
+            x = getattr(args[0], "rounded_from", None)
+            return back if x is None else x + (back - x).detach()
+        key = (rounded, node.args[-1])
+        if key in self.constants:
+            return self.constants[key]
+        weight = self.weight(rounded.x)
+        back = rounded.scheme.rounded(weight.detach(), SEARCHED if self._varies(rounded) else None).to(node.args[-1])
+        if not self._varies(rounded):
+            return self.constants.setdefault(key, back)
+        return weight + (back - weight).detach()
+
+    def _varies(self, expression: Expression) -> bool:
+        if expression not in self.depends:
+            self.depends[expression] = expression in self.leaves or any(map(self._varies, expression.operands()))
+        return self.depends[expression]
+
+    def weight(self, expression: Expression) -> torch.Tensor:
+        """An expression's value; gradients flow from it to the leaves in it."""
+        if not self._varies(expression):
+            if expression not in self.constants:
+                memo: Memo = {}
+                with torch.no_grad():
+                    self.constants[expression] = expression.evaluate(self._parameter, memo)
+            return self.constants[expression]
+        if expression in self.leaves:
+            return self.leaves[expression]  # type: ignore[index]
+        if isinstance(expression, Cast) and expression.dtype is torch.float64:
+            return self.weight(expression.x).float()
+        values = [self.weight(operand) for operand in expression.operands()]
+        if isinstance(expression, Blocks):
+            x, by = (v.float() for v in values)
+            last = x.movedim(expression.dim, -1)
+            return (last.unflatten(-1, (-1, by.shape[0])) @ by).flatten(-2).movedim(-1, expression.dim)
+        made: torch.Tensor = expression.compute(values, self._parameter)
+        return made
+
+    def _parameter(self, name: str) -> torch.Tensor:
+        found: torch.Tensor = self.flat[self.program.sources[name].index].detach()
+        return found
+
+
+def _rounded(expression: Expression) -> Quantize | None:
+    """The rounding that codes come from, where an expression is codes."""
+    for inner in expression.walk():
+        if isinstance(inner, Output) and isinstance(inner.x, Quantize):
+            return inner.x
+    return None

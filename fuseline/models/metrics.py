@@ -47,7 +47,7 @@ def compare(reference: Logits, candidate: Logits, windows: Sequence[torch.Tensor
         before, after = reference(ids)[0], candidate(ids)[0]
         if before.shape != after.shape:
             raise ValueError(f"logits differ in shape: {list(before.shape)} and {list(after.shape)}")
-        following = ids[0, 1:]
+        following = ids[0, 1:].to(before.device)
         for start in range(0, len(before), ROWS):
             p = F.log_softmax(before[start : start + ROWS].double(), dim=-1)
             q = F.log_softmax(after[start : start + ROWS].double(), dim=-1)
@@ -55,7 +55,7 @@ def compare(reference: Logits, candidate: Logits, windows: Sequence[torch.Tensor
             agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
             target = following[start : start + ROWS].unsqueeze(1)
             rows = len(target)
-            likelihood += torch.stack([-p[:rows].gather(1, target).sum(), -q[:rows].gather(1, target).sum()])
+            likelihood += torch.stack([-p[:rows].gather(1, target).sum(), -q[:rows].gather(1, target).sum()]).cpu()
             predicted += rows
         positions += len(before)
     mean = [_exp(total / predicted) for total in likelihood.tolist()]

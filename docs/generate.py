@@ -26,7 +26,8 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSES = ROOT / "docs" / "passes.md"
-FAMILIES = ROOT / "docs" / "families.md"
+MEASURED = {ROOT / "docs" / f"{name}.md": ROOT / "docs" / f"{name}.py" for name in ("families", "rotations")}
+"""Pages of records, and the scripts that write them."""
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"```console\n\$ (?P<command>.+)\n(?P<output>(?:(?!```).*\n)*)```")
 
@@ -161,16 +162,12 @@ def passes() -> str:
     return "\n".join(parts)
 
 
-def families() -> str:
-    """docs/families.md, from the records of tests/families."""
-    return runpy.run_path(str(ROOT / "docs" / "families.py"))["page"]()
-
-
 def documents(answers: Mapping[str, str] | None = None) -> dict[Path, str]:
     """Each document and what it should hold."""
-    written = [path for path in DOCUMENTS if path not in (PASSES, FAMILIES)]
+    written = [path for path in DOCUMENTS if path not in (PASSES, *MEASURED)]
     found = {path: refresh(path.read_text(encoding="utf-8"), answers) for path in written}
-    return {**found, PASSES: passes(), FAMILIES: families()}
+    tables = {path: runpy.run_path(str(script))["page"]() for path, script in MEASURED.items()}
+    return {**found, PASSES: passes(), **tables}
 
 
 def main() -> None:

@@ -108,11 +108,14 @@ def normalize(
 
 
 def clean(graph: torch.fx.Graph, training: bool) -> None:
-    """Drops what means nothing: casts to a value's own dtype and device, aliases, assertions, dead code."""
+    """Drops what means nothing (casts to a value's own dtype and device, aliases, assertions, dead code), and writes
+    down what depends on the surroundings: the dtype of a constant tensor."""
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         packet = getattr(node.target, "_opname", "")
+        if packet == "full" and node.kwargs.get("dtype") is None:  # else it is whatever the default is at run time
+            node.update_kwarg("dtype", node.meta["val"].dtype)
         if packet in _ASSERTIONS and not node.users:
             graph.erase_node(node)
         elif (
@@ -211,16 +214,18 @@ def _is_whole_slice(node: Node) -> bool:
 
 
 def functionalize(graph: torch.fx.Graph) -> None:
-    """In-place ops on fresh intermediates become their functional twins; where an alias exists, the nodes are marked.
+    """In-place ops on fresh intermediates become functional twins; where an alias would tell, the nodes are marked.
 
-    A node whose storage is written while other names for it exist carries `meta["written"]`; rules leave it alone.
+    An alias tells if it is older than the write and read behind it: it would show what the functional twin leaves as it
+    was. The nodes of such a storage carry `meta["written"]`; rules leave them alone.
     Writes to inputs (a KV cache) are the program's declared state and stay as they are.
     """
     roots, writes = _storage(graph, [n for n in graph.nodes if n.op != "output"])
     for root, writers in writes.items():
-        aliases = [n for n, r in roots.items() if r is root and n is not root and n not in writers]
+        names = [n for n, r in roots.items() if r is root]
         twins = [_functional(w) for w in writers]
-        if root.op == "call_function" and not aliases and all(twins) and all(w.args[0] in roots for w in writers):
+        known = root.op == "call_function" and all(twins) and all(w.args[0] in roots for w in writers)
+        if known and not any(_is_seen(w, names) for w in writers):
             for writer, twin in zip(writers, twins, strict=True):
                 operand = writer.args[0]
                 for user in [u for u in operand.users if u > writer]:
@@ -231,6 +236,15 @@ def functionalize(graph: torch.fx.Graph) -> None:
             for node, owner in roots.items():
                 if owner is root:
                     node.meta["written"] = True
+
+
+def _is_seen(writer: Node, names: list[Node]) -> bool:
+    """Whether the storage that a node writes to is read behind it by an older name than the node's own."""
+    operand = writer.args[0]
+    written = set(compat.storages(operand.meta.get("val")))  # type: ignore[union-attr]
+    older = [n for n in names if n < writer and n is not operand]
+    shared = [n for n in older if not written or not written.isdisjoint(compat.storages(n.meta.get("val")))]
+    return any(user > writer for n in shared for user in n.users)
 
 
 def _keep_dtype(graph: torch.fx.Graph, node: Node) -> None:

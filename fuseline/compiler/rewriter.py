@@ -151,9 +151,9 @@ class Rewriter:
         """One rewrite by a rule."""
         return self.rewrite(match.root, match.nodes, lambda new: rule.after(match, new), rule.name, rule)
 
-    def refuse(self, node: Node, reason: str) -> None:
-        """Records why a site was left alone."""
-        site = self.site(node)
+    def refuse(self, node: Node, reason: str, what: str = "") -> None:
+        """Records why a site was left alone; `what` of it, where a pass looks at several things there."""
+        site = f"{self.site(node)} {what}".rstrip()
         self.refused[site] = reason
         for observer in self.observers:
             observer.refused(site, reason)

@@ -46,5 +46,5 @@ def rounded_attention(
 def _refuse(value: Node, scheme: Scheme) -> str | None:
     reason = cached(value)
     if reason:
-        return f"a cache of codes is not written yet, and of its keys or values: {reason}"
+        return f"a cache of codes is not written yet, and its keys or values {reason}"
     return scheme.refuse_group(int(value.meta["val"].shape[-1]))

@@ -13,6 +13,7 @@ import fuseline
 from fuseline.compiler.capture import from_dynamo
 from fuseline.compiler.errors import CaptureError
 from fuseline.compiler.expressions import Constant
+from fuseline.compiler.normalize import clean
 from fuseline.compiler.verifier import verify
 from tests.helpers.models import ops, traced
 
@@ -92,6 +93,39 @@ def out_argument(x):
     return y * 2
 
 
+def views_behind_the_write(x):
+    y = x * 2
+    y.clamp_(-1, 1)
+    return y.view(-1), y[0]
+
+
+def views_read_before_the_write(x):
+    y = x * 2
+    before = y.view(-1) + 1
+    y.relu_()
+    return before, y.t()
+
+
+def a_view_read_behind_the_write(x):
+    y = x * 2
+    view = y.view(-1)
+    y.relu_()
+    return view + 1, y
+
+
+def a_view_is_written(x):
+    y = x * 2
+    view = y.view(-1)
+    view.relu_()
+    return y + 1
+
+
+def quotient_of_topk(x):
+    values, indices = torch.topk(x, 2)
+    values /= values.sum(-1, keepdim=True)
+    return values.view(-1), indices
+
+
 def compare_in_place(x):
     y = x * 1
     y.gt_(0)
@@ -110,7 +144,8 @@ def part_of_topk(x):
         (chunk_of_input, {"x"}), (chunk_of_intermediate, set()), (view_of_intermediate, set()),
         (eval_dropout_is_its_input, set()), (eval_dropout_of_input, {"x"}), (copies_are_no_aliases, set()),
         (chain_of_writes, set()), (read_between_writes, set()), (out_argument, set()), (compare_in_place, set()),
-        (part_of_topk, set()),
+        (part_of_topk, set()), (views_behind_the_write, set()), (views_read_before_the_write, set()),
+        (a_view_read_behind_the_write, set()), (a_view_is_written, set()), (quotient_of_topk, set()),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )  # fmt: skip
@@ -134,8 +169,21 @@ def test_private_writes_become_functional_and_others_are_marked() -> None:
     private = traced(chain_of_writes, torch.randn(3, 4))
     assert ops(private) == ["add", "relu", "mul", "add", "sub"]
     assert not any(n.meta.get("written") for n in private.graph.nodes)
+    for function in (views_behind_the_write, views_read_before_the_write, quotient_of_topk):
+        assert not any(n.meta.get("written") for n in traced(function, torch.randn(3, 4)).graph.nodes)
+    for function in (a_view_read_behind_the_write, a_view_is_written):
+        assert any(n.meta.get("written") for n in traced(function, torch.randn(3, 4)).graph.nodes)
     aliased = traced(chunk_of_intermediate, torch.randn(3, 4))
     assert {n.name for n in aliased.graph.nodes if n.meta.get("written")} >= {"mul", "getitem", "mul_"}
+
+
+def test_a_full_tensor_keeps_its_type_whatever_the_default_is_at_run_time() -> None:
+    graph = torch.fx.Graph()
+    full = graph.call_function(torch.ops.aten.full.default, ([3], 0.5))
+    full.meta["val"] = torch.full((3,), 0.5)
+    graph.output(full)
+    clean(graph, training=False)
+    assert full.kwargs["dtype"] is torch.float32
 
 
 def test_casts_to_ones_own_type_and_whole_slices_vanish() -> None:

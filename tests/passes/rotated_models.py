@@ -32,6 +32,15 @@ class Shape:
     sandwich: bool = False  # a norm behind each block, as in Gemma 2
     gate: bool = False  # the attention's result is gated channel by channel
     scale: float = 1.0  # of what a block adds
+    by_head: bool = False  # a joint product holds q, k and v of each group of heads together
+    q_norm: bool = False  # RMSNorms of queries and keys, by head
+    experts: int = 0  # of which each token takes two, a matrix for each token
+    shared: bool = False  # one more, for all tokens
+
+    @property
+    def pre_norm(self) -> bool:
+        """Whether norms that commute with rotations stand before the blocks, and nothing reads single channels."""
+        return self.norm in ("rms", "unit") and not self.sandwich and not self.gate
 
 
 shapes = st.builds(
@@ -44,7 +53,9 @@ shapes = st.builds(
     layers=st.integers(1, 2),
     norm=st.sampled_from(("rms", "unit", "layer")),
     mlp=st.sampled_from(("gated", "plain", "fused")),
-    **{name: st.booleans() for name in ("fused", "bias", "tied", "parallel", "sandwich", "gate")},
+    experts=st.sampled_from((0, 0, 3)),
+    **{name: st.booleans() for name in ("fused", "bias", "tied", "parallel", "by_head", "q_norm", "shared")},
+    **{name: st.sampled_from((False, False, True)) for name in ("sandwich", "gate")},
     scale=st.sampled_from((1.0, 0.25)),
 )
 
@@ -73,12 +84,19 @@ class Attention(nn.Module):
         self.qkv = nn.ModuleList(nn.Linear(s.width, n, bias=s.bias) for n in parts)
         self.gate = nn.Linear(s.width, s.heads * s.head, bias=False) if s.gate else None
         self.out = nn.Linear(s.heads * s.head, s.width, bias=s.bias)
+        self.scales = nn.ParameterList(torch.rand(s.head) + 0.5 for _ in range(2 * s.q_norm))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, tokens, _ = x.shape
         made = [linear(x) for linear in self.qkv]
-        made = list(made[0].split(self.sizes, -1)) if self.s.fused else made
-        q, k, v = (t.view(batch, tokens, -1, self.s.head).transpose(1, 2) for t in made)
+        if self.s.fused and self.s.by_head:
+            groups = made[0].view(batch, tokens, self.s.heads // self.s.groups, self.s.groups + 2, self.s.head)
+            made = [groups[..., : self.s.groups, :].reshape(batch, tokens, -1), groups[..., -2, :], groups[..., -1, :]]
+        elif self.s.fused:
+            made = list(made[0].split(self.sizes, -1))
+        q, k, v = (t.reshape(batch, tokens, -1, self.s.head).transpose(1, 2) for t in made)
+        if self.s.q_norm:
+            q, k = (F.rms_norm(t, (self.s.head,), weight, 1e-5) for t, weight in zip((q, k), self.scales, strict=True))
         k, v = (t.repeat_interleave(self.s.groups, 1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = y.transpose(1, 2).reshape(batch, tokens, -1)
@@ -100,6 +118,33 @@ class Mlp(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+class Experts(nn.Module):
+    """Two of the experts for each token, whose matrices are gathered by token; columns where `shared` is not."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        s = self.s = shape
+        self.router = nn.Linear(s.width, s.experts, bias=s.bias)
+        self.up = nn.Parameter(torch.randn(s.experts, 2 * s.inner, s.width) * s.width**-0.5)
+        self.down = nn.Parameter(torch.randn(s.experts, s.width, s.inner) * s.inner**-0.5)
+        self.shared = Mlp(s) if s.shared else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, self.s.width)
+        weights, chosen = torch.softmax(self.router(flat), -1).topk(2, -1)
+        weights /= weights.sum(-1, keepdim=True)
+        rows, index = flat.repeat_interleave(2, 0), chosen.reshape(-1)
+        gate, up = self._times(self.up[index], rows).chunk(2, -1)
+        made = self._times(self.down[index], F.silu(gate) * up) * weights.reshape(-1, 1)
+        mixed = made.view(-1, 2, self.s.width).sum(1).view(x.shape)
+        return mixed if self.shared is None else mixed + self.shared(x)
+
+    def _times(self, matrices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        if self.s.shared:
+            return torch.bmm(rows[:, None], matrices.transpose(1, 2)).squeeze(1)
+        return torch.bmm(matrices, rows[..., None]).squeeze(-1)
+
+
 class Decoder(nn.Module):
     """Token ids [batch, tokens] → logits."""
 
@@ -111,7 +156,7 @@ class Decoder(nn.Module):
         count = 4 if shape.sandwich else 2
         self.norms = nn.ModuleList(nn.ModuleList(Norm(shape) for _ in range(count)) for _ in range(shape.layers))
         self.attentions = nn.ModuleList(Attention(shape) for _ in range(shape.layers))
-        self.mlps = nn.ModuleList(Mlp(shape) for _ in range(shape.layers))
+        self.mlps = nn.ModuleList((Experts if shape.experts else Mlp)(shape) for _ in range(shape.layers))
         self.norm, self.head = Norm(shape), nn.Linear(shape.width, VOCABULARY, bias=False)
         if shape.tied:
             self.head.weight = self.embed.weight

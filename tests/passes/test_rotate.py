@@ -258,18 +258,40 @@ subsets = st.lists(st.sampled_from(("r1", "r2", "r3", "r4")), min_size=1, max_si
 kinds = st.sampled_from(("hadamard", "random-hadamard", "orthogonal"))
 
 
-@settings(max_examples=12)
+def check(shape: Shape, rotations: list[str], kind: str, untie: bool = False) -> None:
+    """Exact; and where norms that commute stand before the blocks, R1 and R2 really fold, throughout."""
+    before = program(Decoder(shape))
+    after, report = rotated(before, f"{','.join(rotations)},kind={kind}{',untie' if untie else ''}")
+    assert change(before, after) < EXACT
+    if not shape.pre_norm:
+        return
+    heads = 2 * shape.q_norm * shape.layers
+    refused = [reason for reason in report["rotate"].refused.values() if reason[:2] in ("R1", "R2")]
+    assert refused == ["R1: no product reads what this norm returns"] * (heads if "r1" in rotations else 0)
+    if "r1" in rotations:
+        tied = shape.tied and not untie
+        writers = 1 + (2 + bool(shape.experts and shape.shared)) * shape.layers
+        assert counts(report, "R1")["into rows"] == writers - tied
+        assert counts(report, "R1").get("enters", 0) == tied
+    if "r2" in rotations:
+        assert counts(report, "R2")["into rows"] == counts(report, "R2")["into columns"] == shape.layers
+
+
+@settings(max_examples=14)
 @given(shapes, subsets, kinds)
 def test_random_transformers(shape: Shape, rotations: list[str], kind: str) -> None:
-    before = program(Decoder(shape))
-    after, _ = rotated(before, f"{','.join(rotations)},kind={kind}")
-    assert change(before, after) < EXACT
+    check(shape, rotations, kind)
 
 
 @pytest.mark.slow
-@settings(max_examples=120)
+@settings(max_examples=150)
 @given(shapes, subsets, kinds, st.booleans())
 def test_many_random_transformers(shape: Shape, rotations: list[str], kind: str, untie: bool) -> None:
-    before = program(Decoder(shape))
-    after, _ = rotated(before, f"{','.join(rotations)},kind={kind}{',untie' if untie else ''}")
-    assert change(before, after) < EXACT
+    check(shape, rotations, kind, untie)
+
+
+@pytest.mark.parametrize("options", ["r1,r2,r3,r4", "r1,r2,untie,kind=orthogonal"])
+def test_a_mixture_with_everything(options: str) -> None:
+    shape = Shape(experts=3, shared=True, fused=True, by_head=True, q_norm=True, bias=True, tied=True, groups=2)
+    names, kind = options.split(",kind=")[0].split(","), options.partition("kind=")[2] or "hadamard"
+    check(shape, [n for n in names if n != "untie"], kind, "untie" in names)

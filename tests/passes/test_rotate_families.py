@@ -1,8 +1,6 @@
-"""rotate on every family of the table, in float64 with the models' own casts promoted: what folds, what is refused."""
+"""rotate by random matrices on every family of the table, in float64 with the models' own casts promoted."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -16,39 +14,25 @@ from fuseline.compiler.report import PassReport
 
 pytest.importorskip("transformers")
 
+from tests.families.promoted import captured, precision
 from tests.families.registry import ROWS
 
 #: Before norms of which the residual stream is read, whether its norms are RMSNorms or become such.
 FOLDED = [
-    "Llama", "Mistral", "Qwen 2", "Qwen 3", "Phi 3", "Granite", "Mixtral, grouped_mm", "Qwen 3 MoE, grouped_mm",
-    "GPT-2", "OPT",
+    "Llama", "Mistral", "Qwen 2", "Qwen 3", "Phi 3", "Granite", "Mixtral, grouped_mm", "Mixtral, batched_mm",
+    "Qwen 3 MoE, grouped_mm", "Qwen 3 MoE, batched_mm", "GPT-2", "OPT",
 ]  # fmt: skip
 #: Norms whose results are added to the stream.
 BOUNDARY = ["Gemma 2", "OLMo 2", "BERT"]
 QUICK = ["Qwen 2", "GPT-2"]
-#: Its mask is filled with the lowest number of its type, which the captured graph writes without that type.
-NOT_PROMOTED = {"XGLM"}
-
-
-def captured(name: str) -> Program:
-    model = ROWS[name].model()
-    given: dict[str, Any] = dict(ROWS[name].inputs(2, 1))
-    if name in NOT_PROMOTED:
-        with torch.no_grad():
-            return fuseline.capture(model, (), given)
-    model = model.double()
-    for key, value in given.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            given[key] = value.double()
-    with torch.no_grad():
-        return fuseline.capture(model, (), given)
 
 
 def rotated(before: Program) -> tuple[Program, PassReport, float]:
     pipeline = Pipeline("raise{allow_empty},rotate{r1,r2,r3,r4,kind=random-hadamard,seed=5,allow_empty}")
-    after, report = pipeline.run(before, verification="full")
-    pairs = zip(*(floats(run_promoted(p, before.examples)) for p in (after, before)), strict=True)
-    return after, report["rotate"], max(error(a, b) for a, b in pairs)
+    with precision(torch.float64):
+        after, report = pipeline.run(before, verification="full")
+        pairs = zip(*(floats(p.run(before.examples)) for p in (after, before)), strict=True)
+        return after, report["rotate"], max(error(a, b) for a, b in pairs)
 
 
 def folds(report: PassReport, label: str) -> int:
@@ -57,7 +41,7 @@ def folds(report: PassReport, label: str) -> int:
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FOLDED])
 def test_a_family_folds_throughout(name: str) -> None:
-    after, report, off = rotated(captured(name))
+    after, report, off = rotated(captured(ROWS[name], torch.float64))
     assert off < 1e-12
     assert folds(report, "R1") and folds(report, "R2") == 2 and report.rules["R3 online"] == 2
     assert report.rules["R4 online"] >= 2
@@ -70,7 +54,7 @@ def test_a_family_folds_throughout(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOUNDARY)
 def test_a_family_with_norms_behind_its_blocks(name: str) -> None:
-    _, report, off = rotated(captured(name))
+    _, report, off = rotated(captured(ROWS[name], torch.float64))
     assert off < 1e-12
     assert not folds(report, "R1") and folds(report, "R2") == 2 and report.rules["R4 online"] == 2
     reasons = " ".join(report.refused.values())
@@ -81,15 +65,10 @@ def test_a_family_with_norms_behind_its_blocks(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in ROWS if n not in FOLDED and n not in BOUNDARY])
 def test_any_model_is_exact_or_refused(name: str) -> None:
     try:
-        before = captured(name)
+        before = captured(ROWS[name], torch.float64)
     except fuseline.UserError as reason:
         pytest.skip(f"not one graph: {reason.headline}")
-    if name in NOT_PROMOTED:
-        after, _ = Pipeline("raise{allow_empty},rotate{r1,r2,r3,r4,allow_empty}").run(before)
-        pairs = zip(*(floats(p.run(before.examples)) for p in (after, before)), strict=True)
-        assert max(error(a, b) for a, b in pairs) < 1e-5
-    else:
-        assert rotated(before)[2] < 1e-11
+    assert rotated(before)[2] < 1e-12
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ channels alike, or only moves blocks as a whole. One function an op says for whi
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -18,21 +19,25 @@ from ...compiler.order import touches_written
 from ..raising.nodes import op_name, same_size
 
 Carriers = tuple[Node, ...]
+_KEEPS_WEIGHTS = ("to", "type_as", "dropout", "view", "reshape", "expand", "slice", "contiguous", "masked_fill", "mul")
+"""What may stand between a softmax and its product with the values."""
 
 
 def carriers(node: Node, block: int) -> Carriers | None:
     """The operands of a call that carry a basis of `block` channels to its result; None where the op carries none.
 
-    An empty tuple stands for a value that is the same in every basis: zeros.
+    An empty tuple stands for a value that is the same in every basis: zeros. What is carried lies in no memory that is
+    written to; what else the call reads may, so that the call has to stay where it is.
     """
     value = node.meta.get("val")
     if node.op != "call_function" or not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return None
-    handler = _HANDLERS.get(op_name(node))
-    if handler is None or touches_written(node) or not in_blocks(node, block):
+    handler = _item if node.target is operator.getitem else _HANDLERS.get(op_name(node))
+    if handler is None or node.meta.get("written") or not in_blocks(node, block):
         return None
     found = handler(node, block)
-    return found if found is None or all(in_blocks(n, block) for n in found) else None
+    carried = found is not None and all(in_blocks(n, block) and not n.meta.get("written") for n in found)
+    return found if carried else None
 
 
 def in_blocks(node: Any, block: int) -> bool:
@@ -47,6 +52,18 @@ def in_blocks(node: Any, block: int) -> bool:
 def is_attention(node: Node) -> bool:
     """An attention, of this dialect or PyTorch's own: args are queries, keys, values."""
     return node.target in (attention.overload, torch.ops.aten.scaled_dot_product_attention.default)
+
+
+def values_of(node: Node) -> Node | None:
+    """What an attention mixes the rows of: its values; also where it is written out, as a product of a softmax."""
+    if is_attention(node):
+        return node.args[2]  # type: ignore[return-value]
+    if op_name(node) not in ("matmul", "bmm") or _mixed(node, 1) is None:
+        return None
+    weights: Any = node.args[0]
+    while op_name(weights) in _KEEPS_WEIGHTS:
+        weights = weights.args[0]
+    return node.args[1] if op_name(weights) in ("softmax", "_softmax") else None  # type: ignore[return-value]
 
 
 def _value(node: Any) -> torch.Tensor:
@@ -124,6 +141,16 @@ def _transpose(node: Node, block: int) -> Carriers | None:
     return None if any(_is_last(x, d) for d in dims) else (x,)  # type: ignore[arg-type, return-value]
 
 
+def _item(node: Node, block: int) -> Carriers | None:
+    """An item of a split, along a dimension that is not that of the channels."""
+    split: Any = node.args[0]
+    if op_name(split) not in ("split", "split_with_sizes", "chunk", "unbind") or touches_written(split):
+        return None
+    x, *rest = split.args
+    dim = split.kwargs.get("dim", rest[-1] if len(rest) == (1 if op_name(split) == "unbind" else 2) else 0)
+    return None if _is_last(x, dim) else (x,)
+
+
 def _permute(node: Node, block: int) -> Carriers | None:
     x, dims = node.args
     return (x,) if _is_last(x, dims[-1]) else None  # type: ignore[arg-type, index, return-value]
@@ -137,6 +164,11 @@ def _unsqueeze(node: Node, block: int) -> Carriers | None:
 def _expand(node: Node, block: int) -> Carriers | None:
     x = node.args[0]
     return (x,) if same_size(_value(x).shape[-1], _value(node).shape[-1]) else None  # type: ignore[return-value]
+
+
+def _repeated(node: Node, block: int) -> Carriers | None:
+    x, times = node.args
+    return (x,) if times[-1] == 1 else None  # type: ignore[index, return-value]
 
 
 def _slice(node: Node, block: int) -> Carriers | None:
@@ -224,6 +256,7 @@ _HANDLERS: dict[str, Callable[[Node, int], Carriers | None]] = {
     "permute": _permute,
     "unsqueeze": _unsqueeze,
     **dict.fromkeys(("expand", "expand_as"), _expand),
+    "repeat": _repeated,
     "slice": _slice,
     **dict.fromkeys(("select", "index_select", "narrow"), _keeps_last(1)),
     "repeat_interleave": _keeps_last(2),

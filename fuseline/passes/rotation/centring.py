@@ -19,6 +19,7 @@ from ...compiler import ops
 from ...compiler.expressions import Add, Cast, Centre, Expression, Matmul, Reshape, Transpose
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder, Rewriter
+from ...compiler.traits import is_transpose
 from .carriers import carriers
 from .folds import Folds
 from .products import Product, carried_over, with_rows
@@ -51,6 +52,10 @@ def _refuse(stream: Stream, online: int, folds: Folds) -> str | None:
         return (
             f"its input cannot be centred where it is made: {first.name} ({first.target}) and "
             f"{len(stream.enters) - 1} others are no products"
+        )
+    if not stream.is_written:
+        return (
+            f"its input comes from {stream.enters[0].name} ({stream.enters[0].target}), which cannot be centred, alone"
         )
     norms = {u for n in stream.before for u in n.users if u.target is ops.layer_norm.overload}
     if not any(readers_of(norm, folds) for norm in norms):
@@ -104,7 +109,9 @@ def _replace(rewriter: Rewriter, norm: Node, twins: _Twins, folds: Folds) -> Non
 
 
 def _takes_bias(reader: Product) -> bool:
-    return reader.node.target in (aten.linear.default, aten.addmm.default)
+    """Whether a product has a bias, or is a linear but for the spelling."""
+    known = reader.node.target in (aten.linear.default, aten.addmm.default)
+    return known or (reader.weight.meta["val"].dim() == 2 and all(is_transpose(view) for view in reader.path))
 
 
 def _biased(new: Builder, reader: Product, copies: dict[Node, Node], shift: Node) -> Node:
@@ -119,7 +126,11 @@ def _biased(new: Builder, reader: Product, copies: dict[Node, Node], shift: Node
     )
     if reader.bias is not None:
         moved = Add(moved, reader.bias.meta["weight"])
-    return reader.rebuilt(new, _copied(new, reader.x, copies), reader.expression, Cast(moved, value.dtype))
+    x, bias = _copied(new, reader.x, copies), Cast(moved, value.dtype)
+    if reader.node.target in (aten.linear.default, aten.addmm.default):
+        return reader.rebuilt(new, x, reader.expression, bias)
+    weight = reader.expression if reader.inputs == 1 else Transpose(reader.expression, 0, 1)
+    return new(aten.linear.default, x, new.weight(weight), new.weight(bias))
 
 
 def _copied(new: Builder, node: Node, copies: dict[Node, Node]) -> Node:

@@ -13,7 +13,7 @@ from torch.fx import Node
 from ...compiler.order import touches_written
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder, Rewriter
-from .carriers import carriers, is_attention
+from .carriers import carriers, in_blocks, is_attention
 from .rotations import Rotation
 
 
@@ -26,7 +26,7 @@ def rotate_keys(program: Program, rewriter: Rewriter, rotation: Callable[[Node, 
         q, k, *rest = node.args
         reason = cached(k)  # type: ignore[arg-type]
         if reason:
-            rewriter.refuse(node, f"R3: the keys: {reason}")
+            rewriter.refuse(node, f"R3: keys {reason}", "keys")
             continue
         turn = rotation(node, int(q.meta["val"].shape[-1]))  # type: ignore[union-attr]
         if turn is None:
@@ -39,16 +39,18 @@ def rotate_keys(program: Program, rewriter: Rewriter, rotation: Callable[[Node, 
 
 
 def cached(keys: Node) -> str | None:
-    """Why keys, or values, are not this call's alone: some are an input's, or lie where the graph writes."""
+    """Why keys, or values, are not this call's alone: some are an input's."""
     size, pending, seen = int(keys.meta["val"].shape[-1]), [keys], set()
     while pending:
         node = pending.pop()
         if node in seen:
             continue
         seen.add(node)
-        if touches_written(node):
-            return f"they lie in memory that is written to ({node.name}), a cache perhaps"
         if node.op == "placeholder":
-            return f"they come from outside ({node.name}), from a cache perhaps"
-        pending += carriers(node, size) or ()
+            return f"come from outside ({node.name}), from a cache perhaps"
+        if touches_written(node):  # whatever is written there, and into other views of it
+            pending += [n for n in node.all_input_nodes if in_blocks(n, 1)]
+            pending += [user for user in node.users if user.meta.get("written")]
+        else:
+            pending += carriers(node, size) or ()
     return None

@@ -7,7 +7,7 @@ products over experts), whatever views lie between the parameter and the product
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from torch.fx import Node
 
 from ...compiler.expressions import Expression, Output
+from ...compiler.order import touches_written
 from ...compiler.rewriter import Builder
 from ...compiler.traits import is_transpose
-from ..raising.nodes import op_name, same_size
+from ..raising.nodes import op_name
 
 aten = torch.ops.aten
 _GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
@@ -85,7 +86,9 @@ def with_rows(new: Builder, node: Node, fold: Fold) -> Node:
 
 
 def carried_over(new: Builder, node: Node, operands: Mapping[Node, Node]) -> Node:
-    """The same call over other operands."""
+    """The same call over other operands; an item of a split, over another split."""
+    if node.target is operator.getitem and node.args[0] not in operands:
+        operands = {node.args[0]: carried_over(new, node.args[0], operands)}  # type: ignore[dict-item, arg-type]
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: operands.get(n, n))
     return new(node.target, *args, **kwargs)
 
@@ -107,24 +110,30 @@ def product(node: Node) -> Product | None:
 def _product(
     node: Node, x: Any, table: Any, position: int, bias: Any = None, bias_position: int = 2, transposed: bool = False
 ) -> Product | None:
-    if not isinstance(x, Node) or not isinstance(table, Node) or "weight" in x.meta:
+    found = weight_behind(table) if isinstance(x, Node) and "weight" not in x.meta else None
+    if found is None or (isinstance(bias, Node) and not _is_vector(bias)):
         return None
+    weight, path, flipped = found
+    rank = weight.meta["val"].dim()
+    inputs, outputs = (rank - 1, rank - 2) if flipped != transposed else (rank - 2, rank - 1)
+    return Product(node, x, weight, path, position, inputs, outputs, bias, bias_position)
+
+
+def weight_behind(table: Any) -> tuple[Node, tuple[Node, ...], bool] | None:
+    """The weight, a matrix or a stack, that a node is a view of; the views; whether they exchange rows and columns."""
     path: list[Node] = []
-    flips = transposed
-    while table.op != "get_attr":
+    flipped = False
+    while isinstance(table, Node) and table.op != "get_attr":
         kind = _view(table)
-        if kind is None or not isinstance(table.args[0], Node):
+        if kind is None or touches_written(table):
             return None
-        flips ^= kind == "transpose"
+        flipped ^= kind == "transpose"
         path.insert(0, table)
         table = table.args[0]
-    expression, rank = table.meta.get("weight"), table.meta["val"].dim()
+    expression = table.meta.get("weight") if isinstance(table, Node) else None
     if not isinstance(expression, Expression) or any(isinstance(e, Output) for e in expression.walk()):
         return None
-    if rank not in (2, 3) or (isinstance(bias, Node) and not _is_vector(bias)):
-        return None
-    inputs, outputs = (rank - 1, rank - 2) if flips else (rank - 2, rank - 1)
-    return Product(node, x, table, tuple(path), position, inputs, outputs, bias, bias_position)
+    return (table, tuple(path), flipped) if table.meta["val"].dim() in (2, 3) else None
 
 
 def _is_vector(bias: Node) -> bool:
@@ -143,81 +152,3 @@ def _view(node: Node) -> str | None:
     return (
         "rows" if name in ("to", "contiguous", "clone", "detach") and node.args[0].meta["val"].dim() == rank else None
     )  # type: ignore[union-attr]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some channels of a product: a slice of its last dimension, or an item of its split.
-
-    path: views between the product and what is cut, each of the one before; cut: the slice or the split;
-    start, end: which channels; others: the parts that are cut beside it.
-    """
-
-    product: Product
-    path: tuple[Node, ...]
-    cut: Node
-    start: int
-    end: int
-    others: tuple[Node, ...]
-
-
-def part(node: Node) -> Part | None:
-    """The part of a product that a node is, where the product is read in parts alone."""
-    item = node.target is operator.getitem
-    cut = node.args[0] if item else node
-    if not isinstance(cut, Node) or not (_is_split(cut) if item else op_name(cut) == "slice"):
-        return None
-    base: Any = cut.args[0]
-    path: list[Node] = []
-    while op_name(base) in ("view", "reshape", "_unsafe_view"):
-        path.insert(0, base)
-        base = base.args[0]
-        if len(base.users) != 1 or not same_size(base.meta["val"].shape[-1], path[0].meta["val"].shape[-1]):
-            return None
-    made = product(base) if isinstance(base, Node) else None
-    if made is None:
-        return None
-    pieces = _pieces(path[-1] if path else base)
-    if pieces is None or node not in pieces:
-        return None
-    ends = sorted(pieces.values())
-    if any(first[1] > second[0] for first, second in zip(ends, ends[1:], strict=False)):
-        return None
-    return Part(made, tuple(path), cut, *pieces[node], tuple(piece for piece in pieces if piece is not node))
-
-
-def _is_split(node: Node) -> bool:
-    return op_name(node) in ("split", "chunk", "split_with_sizes")
-
-
-def _pieces(value: Node) -> dict[Node, tuple[int, int]] | None:
-    """Each part of a value's last dimension with its channels; None where something else uses the value."""
-    found: dict[Node, tuple[int, int]] = {}
-    for user, ends in _parts(value):
-        if ends is None:
-            return None
-        found[user] = ends
-    return found
-
-
-def _parts(value: Node) -> Iterator[tuple[Node, tuple[int, int] | None]]:
-    last = value.meta["val"].dim() - 1
-    for user in value.users:
-        if op_name(user) == "slice" and len(user.args) < 5:
-            dim, start = (*user.args[1:], *(0, 0)[len(user.args) - 1 :])[:2]
-            width = user.meta["val"].shape[-1]
-            start = start or 0
-            fixed = isinstance(start, int) and isinstance(width, int) and start >= 0 and int(dim) % (last + 1) == last  # type: ignore[arg-type]
-            yield user, (start, start + width) if fixed else None  # type: ignore[operator]
-        elif _is_split(user):
-            dim = user.args[2] if len(user.args) > 2 else user.kwargs.get("dim", 0)
-            widths = [piece.shape[-1] for piece in user.meta["val"]]
-            fixed = int(dim) % (last + 1) == last and all(isinstance(w, int) for w in widths)  # type: ignore[arg-type]
-            for item in user.users:
-                if not fixed or item.target is not operator.getitem:
-                    yield item, None
-                else:
-                    start = sum(widths[: int(item.args[1])])  # type: ignore[arg-type]
-                    yield item, (start, start + widths[int(item.args[1])])  # type: ignore[arg-type]
-        else:
-            yield user, None

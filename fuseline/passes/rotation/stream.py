@@ -7,6 +7,7 @@ met by something that cares for single channels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +15,11 @@ from torch.fx import Node
 
 from ...compiler.ops import layer_norm, rms_norm
 from ...compiler.order import touches_written
-from ..raising.nodes import same_size
+from ..raising.nodes import op_name, same_size
 from .carriers import carriers, in_blocks
 from .folds import Folds
-from .products import Part, Product, part, product
+from .parts import SPLITS, part
+from .products import Product, product
 
 aten = torch.ops.aten
 
@@ -64,19 +66,32 @@ def flood(start: Node, block: int, folds: Folds, centring: bool = False) -> Stre
         if node in stream.before:
             continue
         before = sources(node, block, folds)
-        if centring and (part(node) is not None or is_norm(node) or not all(_is_wide(n, block) for n in before or ())):
+        moves = not touches_written(node)  # as centring does: twins are made further down
+        whole = part(node) is None and all(_is_wide(n, block) for n in before or ())
+        if centring and (is_norm(node) or not whole or not moves):
             before = None  # a norm, or channels among others: their mean is no mean of what they are made of
         stream.before[node] = before
         pending += before or ()
-        for user in node.users:
+        for user in _users(node):
             ahead = _reads(user, node, stream, folds)
-            if centring and ahead != "leaves" and not _is_wide(user, block):
-                ahead = "leaves"  # a mean over other channels
+            if centring and ahead == "carries" and not (_is_wide(user, block) and not touches_written(user)):
+                ahead = "leaves"  # a mean over other channels, or what may not be moved
+            elif centring and ahead == "reads" and not _is_wide(user, block):
+                ahead = "leaves"
             if ahead == "carries":
                 pending.append(user)
             elif ahead != "reads":
                 stream.leaves.setdefault(node, user)
     return stream
+
+
+def _users(node: Node) -> Iterator[Node]:
+    """Who uses a value; of a split, its items."""
+    for user in node.users:
+        if op_name(user) in SPLITS:
+            yield from user.users
+        else:
+            yield user
 
 
 def _is_wide(node: Node, width: int) -> bool:
@@ -93,7 +108,7 @@ def sources(node: Node, block: int, folds: Folds) -> tuple[Node, ...] | None:
     if is_norm(node):
         return (node.args[0],) if commutes(node, folds) else None  # type: ignore[return-value]
     found = part(node)
-    if found is not None and writes_blocks(found, block):
+    if found is not None and found.spans(block):
         return () if all(folds(w) for w in found.product.weights()) else None
     made = product(node)
     if made is not None:
@@ -121,10 +136,6 @@ def _reads(user: Node, node: Node, stream: Stream, folds: Folds) -> str:
 
 def _contracts(made: Product, block: int) -> bool:
     return in_blocks(made.x, block) and made.weight.meta["val"].shape[made.inputs] % block == 0
-
-
-def writes_blocks(found: Part, block: int) -> bool:
-    return found.start % block == 0 and (found.end - found.start) % block == 0
 
 
 def is_norm(node: Node) -> bool:
@@ -155,7 +166,11 @@ def readers_of(norm: Node, folds: Folds) -> list[Product] | None:
                 if made.x is not value or not folds(made.expression):
                     return None
                 found.append(made)
-            elif carriers(user, width) == (value,) and same_size(user.meta["val"].shape[-1], width):
+            elif (
+                not touches_written(user)
+                and carriers(user, width) == (value,)
+                and same_size(user.meta["val"].shape[-1], width)
+            ):
                 pending.append(user)
             else:
                 return None

@@ -14,7 +14,6 @@ read by something else.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,8 @@ from ...compiler.expressions import Concat, Expression, Offset, Slice
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder, Rewriter
 from .carriers import carriers
-from .products import Part, carried_over, part, product, with_rows
+from .parts import Part, part
+from .products import carried_over, product, with_rows
 from .rotations import Rotation
 from .stream import Stream, is_norm
 
@@ -113,33 +113,28 @@ class Turn:
         self._rewrite("enters", node, build)
 
     def _part(self, node: Node, piece: Part) -> None:
-        """The part's rows alone; the other parts are cut from the new product as they were from the old."""
+        """The rows of the parts in the stream alone; the others are cut from the new product as from the old."""
+        members = [one for one in (node, *piece.others) if one in self.stream.before]
+        spans = sorted(span for one in members for span in _spans(one, self.rotation.block))
 
         def fold(x: Expression, value: torch.Tensor, dim: int) -> Expression:
-            start, end, size = piece.start, piece.end, int(value.shape[dim])
-            inner = self.rotation.fold(Slice(x, dim, start, end), value.narrow(dim, start, end - start), dim)
-            ends = [(0, start), (end, size)]
-            around, behind = ((Slice(x, dim, a, b),) if a < b else () for a, b in ends)
-            return Concat((*around, inner, *behind), dim) if around or behind else inner
+            pieces: list[Expression] = []
+            before = 0
+            for start, end in (*spans, (size := int(value.shape[dim]), size)):
+                if before < start:
+                    pieces.append(Slice(x, dim, before, start))
+                if start < end:
+                    kept = value.narrow(dim, start, end - start)
+                    pieces.append(self.rotation.fold(Slice(x, dim, start, end), kept, dim))
+                before = end
+            return Concat(tuple(pieces), dim) if len(pieces) > 1 else pieces[0]
 
         def build(new: Builder) -> dict[Node, Node]:
-            first = min((node, *piece.others))
-            new.at(first)
-            whole = piece.product.with_rows(new, fold)
-            for view in piece.path:
-                whole = new(view.target, whole, *view.args[1:], **view.kwargs)
-            again: dict[Node, Node] = {}
-
-            def cut(one: Node) -> Node:
-                if one.target is not operator.getitem:
-                    return new(one.target, whole, *one.args[1:], **one.kwargs)
-                split: Any = one.args[0]
-                if split not in again:
-                    again[split] = new(split.target, whole, *split.args[1:], **split.kwargs)
-                return new(one.target, again[split], one.args[1])
-
-            others = {one: cut(one) for one in piece.others}
-            return {**others, node: self._standing(new, node, cut(node))}
+            made = {piece.product.node: piece.product.with_rows(new.at(piece.product.node), fold)}
+            for view in piece.shared:
+                made[view] = carried_over(new.at(view), view, made)
+            found = {one: carried_over(new.at(one), one, made) for one in (*piece.others, node)}
+            return {one: self._standing(new.at(one), one, x) if one in members else x for one, x in found.items()}
 
         self._rewrite("into rows", node, build)
 
@@ -182,3 +177,8 @@ class Turn:
             return made.rebuilt(new, found.node, weight)
 
         self._rewrite("into columns", node, build)
+
+
+def _spans(node: Node, block: int) -> list[tuple[int, int]]:
+    found = part(node)
+    return (found.spans(block) if found is not None else None) or []

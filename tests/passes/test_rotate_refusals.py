@@ -1,0 +1,294 @@
+"""Every reason of `rotate` to refuse is right: the numbers say what goes wrong where it is folded anyway.
+
+What R1 and R2 refuse is forced, which is exact as long as the operations that are left at run time are kept; a fold
+would leave them out. Each test reads the reason, and what leaving them out does to the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fuseline
+from fuseline import Program
+from fuseline.compiler import ops
+from fuseline.compiler.hadamard import hadamard_matrix
+from fuseline.compiler.precision import error
+from fuseline.compiler.provenance import makers
+from fuseline.passes import rotation
+from fuseline.passes.rotation import centring, folds, keys
+from tests.passes.rotated_models import VOCABULARY, Decoder, Shape
+from tests.passes.test_rotate import IDS, change, counts, program, rotated
+
+aten = torch.ops.aten
+WRONG = 1e-3
+EXACT = 1e-12
+
+
+def refusals(before: Program, options: str) -> str:
+    return " | ".join(rotated(before, options)[1]["rotate"].refused.values())
+
+
+def forced(before: Program, options: str, monkeypatch: pytest.MonkeyPatch) -> Program:
+    """The program with whatever R1 and R2 would refuse."""
+    with monkeypatch.context() as patch:
+        patch.setattr(centring, "_refuse", lambda *_: None)
+        patch.setattr(rotation, "_refuse_stream", lambda _: None)
+        patch.setattr(rotation, "_refuse_values", lambda _: None)
+        return rotated(before, options)[0]
+
+
+def left(after: Program) -> list[Any]:
+    """What R1 and R2 leave at run time: Hadamard transforms, and means that are taken away."""
+    mine = [
+        n for n in after.graph.nodes if makers(n) and makers(n)[-1].startswith(("rotate/R1", "rotate/R2", "rotate/l"))
+    ]
+    centred = [n for n in mine if n.target is aten.sub.Tensor and "layer norm" in makers(n)[-1]]
+    return [*(n for n in mine if n.target is ops.hadamard.overload), *centred]
+
+
+def without(after: Program, nodes: list[Any]) -> Program:
+    """The program as if these had been folded: each operand in the place of its result."""
+    for node in nodes:
+        node.replace_all_uses_with(node.args[0])
+    after.graph.eliminate_dead_code()
+    after.module.recompile()
+    return after
+
+
+def counter(before: Program, options: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, float]:
+    """How many operations the forced rotation leaves, and the error without them."""
+    after = forced(before, options, monkeypatch)
+    assert change(before, after) < EXACT, "with them it is exact"
+    found = left(after)
+    return len(found), change(before, without(after, found))
+
+
+class Plain(nn.Module):
+    """An embedding, what `between` makes of it with `parts`, and a head."""
+
+    def __init__(
+        self, between: Callable[..., torch.Tensor], width: int = 8, head: int = VOCABULARY, **parts: nn.Module
+    ):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed, self.between, self.parts = nn.Embedding(VOCABULARY, width), between, nn.ModuleDict(parts)
+        self.head = nn.Linear(width, head, bias=False)
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                parameter.data = torch.rand_like(parameter) + 0.5
+        self.double().eval()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.between(self.embed(ids), **self.parts))
+
+
+def layer(width: int = 8) -> nn.Module:
+    return nn.LayerNorm(width)
+
+
+def rms(width: int = 8) -> nn.Module:
+    return nn.RMSNorm(width, eps=1e-5)
+
+
+def linear(width: int = 8, out: int = 8) -> nn.Module:
+    return nn.Linear(width, out)
+
+
+R1_REFUSALS: dict[str, tuple[str, Callable[[], nn.Module], int]] = {
+    # The reason; a model; how many operations would be left at least.
+    "norms behind the blocks": (
+        "operations would be left at run time, the first at", lambda: Decoder(Shape(sandwich=True)), 4),
+    "q/k norms": (
+        "no product reads what this norm returns",
+        lambda: Plain(lambda x, norm, up: torch.tanh(norm(up(x))), norm=rms(), up=linear()), 1),
+    "a norm of what no product writes": (
+        "which R cannot be folded into, and nothing else",
+        lambda: Plain(lambda x, norm: norm(torch.tanh(x)), norm=rms()), 1),
+    "what adds to the stream is no product": (
+        "others are no products",
+        lambda: Plain(lambda x, norm, up: up(norm(torch.tanh(up(x)) + torch.sigmoid(up(x)) + torch.exp(x))),
+                      norm=layer(), up=linear()), 3),
+    "what writes the stream is no product": (
+        "which cannot be centred, alone",
+        lambda: Plain(lambda x, norm, up: up(norm(torch.tanh(x))), norm=layer(), up=linear()), 1),
+    "others than products read a layer norm": (
+        "what it returns is read by others than products",
+        lambda: Plain(lambda x, norm: torch.tanh(norm(x)), norm=layer()), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", R1_REFUSALS)
+def test_r1(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason, build, least = R1_REFUSALS[case]
+    before = program(build())
+    assert reason in refusals(before, "r1")
+    number, wrong = counter(before, "r1", monkeypatch)
+    assert number >= least and wrong > WRONG, (number, wrong)
+
+
+def test_a_mean_that_others_read_cannot_be_folded_away() -> None:
+    """Centring the table in place keeps what the norm returns, and changes what reads the stream beside it."""
+    alone = Plain(lambda x, norm, up: up(norm(x)), norm=layer(), up=linear())
+    beside = Plain(lambda x, norm, up, side: up(norm(x)) + side(x), norm=layer(), up=linear(), side=linear())
+    assert "reads it as well, mean and all" in refusals(program(beside), "r1")
+    assert not refusals(program(alone), "r1")
+    for model, right in ((alone, True), (beside, False)):
+        expected = model(IDS)
+        with torch.no_grad():
+            model.embed.weight -= model.embed.weight.mean(1, keepdim=True)
+        off = error(model(IDS), expected)
+        assert off < EXACT if right else off > WRONG, off
+
+
+class Head(nn.Module):
+    """One head of attention over [batch, tokens, 8]; `values` and `result` change what goes in and comes out."""
+
+    def __init__(self, values: Callable[..., torch.Tensor] | None = None, result: Callable[..., Any] | None = None):
+        super().__init__()
+        torch.manual_seed(2)
+        self.embed, self.out = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8)
+        self.qkv = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.values, self.result = values or (lambda v: v), result
+        self.double().eval()
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = self.embed(ids)
+        q, k, v = (made(x)[:, None] for made in self.qkv)
+        y = F.scaled_dot_product_attention(q, k, self.values(v), is_causal=True)[:, 0]
+        return self.out(y) if self.result is None else self.result(self, x, y)
+
+
+R2_REFUSALS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "clipped values": ("the values come from ", lambda: Head(lambda v: v.clamp(-0.5, 0.5))),
+    "a gate": (
+        "reads single channels of what attention returns", lambda: Head(result=lambda m, x, y: m.out(y * x.sigmoid()))),
+    "values that are kept": ("or keeps the values", lambda: Head(result=lambda m, x, y: (m.out(y), y))),
+    "no product behind": (
+        "reads single channels of what attention returns", lambda: Head(result=lambda m, x, y: torch.tanh(y))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", R2_REFUSALS)
+def test_r2(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason, build = R2_REFUSALS[case]
+    before = program(build())
+    assert reason in refusals(before, "r2")
+    number, wrong = counter(before, "r2", monkeypatch)
+    assert number >= 1 and wrong > WRONG, (number, wrong)
+    assert counts(rotated(program(Head()), "r2")[1], "R2")["into rows"] == 1, "without it R2 folds"
+
+
+class Step(Head):
+    """A step of decoding: keys and values [1, 1, 6, 8] of the tokens before are read, and this token's are written."""
+
+    def forward(self, ids: torch.Tensor, kept: torch.Tensor, values: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        q, k, v = (made(x)[:, None] for made in self.qkv)
+        kept.index_copy_(2, at, k)
+        values.index_copy_(2, at, v)
+        seen = (torch.arange(6) <= at)[None, None, None]
+        return self.out(F.scaled_dot_product_attention(q, kept, values, attn_mask=seen)[:, 0])
+
+
+def cache() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    return tuple(torch.randn(1, 1, 6, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+
+
+STEP = (torch.tensor([[4]]), *cache(), torch.tensor([3]))
+
+
+@pytest.mark.parametrize(("options", "reason"), [("r2", "R2: "), ("r3", "R3: keys come from outside")])
+def test_a_cache_is_left_alone(options: str, reason: str) -> None:
+    report = rotated(program(Step(), *STEP), options)[1]["rotate"]
+    assert not report.matched and all(r.startswith(reason) for r in report.refused.values()) and report.refused
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", [1, 2])
+def test_what_one_graph_turns_in_a_cache_another_reads_wrong(which: int) -> None:
+    """A graph of its own wrote the tokens before: turned keys or values in it, as folded writers leave them."""
+    model, (ids, *kept, at) = Step(), STEP
+    expected = model(ids, *(c.clone() for c in kept), at)
+    turned = [c.clone() for c in kept]
+    turned[which - 1] = turned[which - 1] @ hadamard_matrix(8).double()
+    assert error(model(ids, *turned, at), expected) > WRONG
+
+
+def test_rotating_a_cache_at_run_time_costs_all_of_it_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = program(Step(), *STEP)
+    monkeypatch.setattr(keys, "_cached", lambda _: None)
+    after, _ = rotated(before, "r3")
+    sizes = {n.meta["val"].shape[2] for n in after.graph.nodes if n.target is ops.hadamard.overload}
+    assert sizes == {1, 6}, "one query, and the keys of all positions"
+
+
+class Tied(nn.Module):
+    """A product behind an activation, of the table that is looked up in as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.embed, self.up = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8)
+        self.double().eval()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(F.silu(self.up(self.embed(ids))))
+
+    def inner(self, h: torch.Tensor) -> torch.Tensor:
+        return F.linear(h, self.embed.weight)
+
+
+@torch.no_grad()
+def test_a_tied_weight_cannot_take_r4() -> None:
+    """Rotated where it lies, the one table is also looked up in rotated."""
+
+    class Turned(Tied):
+        def inner(self, h: torch.Tensor) -> torch.Tensor:
+            return super().inner(h @ matrix)
+
+    matrix = hadamard_matrix(8).double()
+    assert "R4: its weight wants a gradient, or is tied to an embedding" in refusals(program(Tied()), "r4")
+    turned, expected = Turned(), Tied()(IDS)
+    turned.embed.weight.copy_(turned.embed.weight @ matrix)
+    assert error(turned(IDS), expected) > WRONG
+    turned.embed.weight.copy_(turned.embed.weight @ matrix.T)
+    h = F.silu(turned.up(turned.embed(IDS)))
+    assert error(h @ matrix @ (turned.embed.weight @ matrix).T, expected) < EXACT, "two tables would do"
+
+
+def test_a_weight_that_wants_a_gradient_would_get_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradient() -> torch.Tensor | None:
+        model = fuseline.optimize(Decoder(Shape(layers=1)), "raise,rotate{r4,allow_empty}")
+        model(IDS).sum().backward()
+        return model.mlps[0].down.weight.grad
+
+    expected = gradient()
+    assert expected is not None and expected.abs().max() > 0
+    monkeypatch.setattr(folds.Folds, "__call__", lambda self, weight: True)
+    found = gradient()
+    assert found is None or error(found, expected) > WRONG
+
+
+def test_channels_that_are_no_number_of_blocks_have_no_such_matrix() -> None:
+    before = program(Decoder(Shape(width=12, inner=20)))
+    assert "R4: 20 channels are no number of blocks of 8" in refusals(before, "r4,block=8")
+    with pytest.raises(fuseline.FuselineError, match="blocks of 8 do not divide 20 channels"):
+        ops.hadamard(torch.randn(3, 20), None, 8, False)
+
+
+REASONS = (
+    *(reason for reason, _, _ in R1_REFUSALS.values()),
+    *(reason for reason, _ in R2_REFUSALS.values()),
+    "reads it as well, mean and all",
+    "keys come from outside",
+    "its weight wants a gradient, or is tied to an embedding",
+    "no number of blocks",
+)
+"""The words of each reason that has a counter-example here, without names and numbers."""

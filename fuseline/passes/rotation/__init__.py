@@ -35,6 +35,7 @@ from ...compiler.framework import Pass, Tier
 from ...compiler.program import Program
 from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
+from .axioms import ALGEBRA
 from .carriers import is_attention
 from .centring import centre
 from .folds import Folds
@@ -56,6 +57,7 @@ class Rotate(Pass):
     name = "rotate"
     tier = Tier.EXACT
     example = "raise,rotate{r2,r4}"
+    algebra = ALGEBRA
     requires = frozenset({"raised"})
 
     r1: bool = False  # the residual stream

@@ -1,0 +1,137 @@
+"""Regions: a replaced node and its replacement, unfolded to the values that they have in common.
+
+The highest value that only one of the two sides reads is unfolded, until both read the same ones. Those, the leaves, are
+computed by the same nodes before and after the rewrite, so they may be any numbers: what holds for all of them holds in
+the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from ..action import Action
+from ..structure import describe_value
+
+LARGEST = 5000
+"""Nodes on one side, beyond which a region is not read."""
+
+Definition = tuple[tuple[Any, ...], dict[str, Any]]
+"""A node's args and kwargs; an erased node has lost its own."""
+
+
+class NotTranslated(Exception):
+    """A rewrite that cannot be written as algebra, and why."""
+
+
+class Snapshot:
+    """The definitions of all nodes of a graph, as they are now."""
+
+    def __init__(self, graph: Graph):
+        self.definitions: dict[Node, Definition] = {n: (n.args, n.kwargs) for n in graph.nodes}
+        self.rank = {n: i for i, n in enumerate(self.definitions)}
+
+
+@dataclass
+class Side:
+    """The node that a side computes, and its inner nodes, operands first, with their definitions."""
+
+    root: Node
+    inner: dict[Node, Definition]
+
+
+@dataclass
+class Region:
+    """before, after: the sides; leaves: what both read, in order of appearance; weights: weight nodes that either reads."""
+
+    before: Side
+    after: Side
+    leaves: list[Node] = field(default_factory=list)
+    weights: list[Node] = field(default_factory=list)
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.before, self.after
+
+    def signature(self) -> str:
+        """What the region computes, whatever its nodes and parameters are called."""
+        names: dict[str, str] = {}
+        known = {leaf: f"leaf{i}" for i, leaf in enumerate(self.leaves)}
+        lines = [f"{known[n]} {describe(n)}" for n in self.leaves]
+        for weight in self.weights:
+            expression = weight.meta["weight"]
+            for name in expression.parameters():
+                names.setdefault(name, f"p{len(names)}")
+            known[weight] = repr(expression.rename(names))
+            lines.append(describe(weight))
+        for letter, side in zip("ba", self.sides, strict=True):
+            here = {**known, **{n: f"{letter}{i}" for i, n in enumerate(side.inner)}}
+            for node, definition in side.inner.items():
+                lines.append(f"{here[node]} {node.target} {_text(definition, here)} {describe(node)}")
+            lines.append(here[side.root])
+        return "\n".join(lines)
+
+
+def regions(action: Action, seen: Snapshot) -> Iterator[Region]:
+    """A region for each node that a rewrite has replaced; `seen`: the graph before it."""
+    created = {n: len(seen.rank) + i for i, n in enumerate(action.created)}
+    rank = {**seen.rank, **created}
+    for old, new in action.replaced.items():
+        yield _region(old, new, seen, rank)
+
+
+def _region(old: Node, new: Node, seen: Snapshot, rank: dict[Node, int]) -> Region:
+    fronts: list[set[Node]] = [{old}, {new}]
+    inner: list[dict[Node, Definition]] = [{}, {}]
+    while odd := [n for n in fronts[0] ^ fronts[1] if n.op not in ("get_attr", "placeholder")]:
+        node = max(odd, key=rank.__getitem__)
+        side = 0 if node in fronts[0] else 1
+        definition = seen.definitions[node] if side == 0 else (node.args, node.kwargs)
+        inner[side][node] = definition
+        fronts[side].remove(node)
+        fronts[side] |= set(operands(definition))
+        if len(inner[side]) > LARGEST:
+            raise NotTranslated(f"more than {LARGEST} nodes between {old.name} and what it has in common")
+    sides = [Side(root, dict(sorted(i.items(), key=lambda n: rank[n[0]]))) for root, i in zip((old, new), inner, strict=True)]
+    region = Region(*sides)
+    for side in sides:
+        read = [n for d in side.inner.values() for n in operands(d)]
+        for node in (*read, side.root):
+            into = region.weights if "weight" in node.meta else region.leaves
+            if node not in side.inner and node not in into:
+                into.append(node)
+    for node in (*sides[0].inner, *sides[1].inner, *region.leaves):
+        if node.meta.get("written"):
+            raise NotTranslated(f"{node.name} lies in memory that the graph writes to")
+    return region
+
+
+def operands(definition: Definition) -> list[Node]:
+    """The nodes that a definition reads, in order."""
+    found: list[Node] = []
+    torch.fx.node.map_arg(definition, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return found
+
+
+def describe(node: Node) -> str:
+    """A node's type, and whether it is zeros."""
+    return f"{describe_value(node.meta.get('val'))}{' zeros' if is_zero(node) else ''}"
+
+
+def is_zero(node: Node) -> bool:
+    """Whether a node is a tensor of zeros."""
+    return getattr(node.target, "_opname", "") in ("zeros", "zeros_like", "new_zeros")
+
+
+def _text(value: Any, known: dict[Node, str]) -> str:
+    if isinstance(value, Node):
+        return known[value]
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(_text(v, known) for v in value)})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k}={_text(v, known)}' for k, v in value.items())}}}"
+    return repr(value)

@@ -1,0 +1,177 @@
+"""What the rewrites of `rotate` rest on, for their proof (`compiler/algebra`).
+
+Said anew, op by op, and not asked of `carriers.py`: what a proof takes over from the code it checks it does not check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from ...compiler import ops
+from ...compiler.algebra.axioms import (
+    BLOCKS, MEAN, NORM, ORTHOGONAL, PARTS, ROWS, SCORES, VIEWS, Algebra, Translator,
+)  # fmt: skip
+from ...compiler.algebra.letters import centre
+from ...compiler.algebra.letters import hadamard as hadamard_letter
+from ...compiler.algebra.matrices import number
+from ...compiler.algebra.region import NotTranslated
+from ...compiler.algebra.values import Call
+
+
+def rms_norm(call: Call) -> sympy.Expr:
+    """rms(x)·diag(w), or rms(x)·(1 + diag(w))."""
+    _, weight, eps, unit = [*call.args, *[False] * (4 - len(call.args))][:4]
+    made = _rms(call, call.args[0], eps, call.value(0))
+    if weight is None:
+        return made
+    scale = _diagonal(call, weight)
+    return made * (scale + 1 if unit else scale)
+
+
+def layer_norm(call: Call) -> sympy.Expr:
+    """rms(x·C)·diag(w) + b: the variance is the mean square of what is left when the mean is taken away."""
+    x, weight, bias, eps = call.args
+    made = _rms(call, x, eps, call.value(x) * centre(call.width(x)))
+    scaled = made if weight is None else made * _diagonal(call, weight)
+    return scaled if bias is None else scaled + call.value(bias)
+
+
+def _rms(call: Call, x: Any, eps: float, value: sympy.Expr) -> sympy.Expr:
+    from ...compiler.algebra.normal import Meaning, function
+
+    return function(f"rms[{eps:g}]", [value], Meaning(NORM, (0,)))
+
+
+def _diagonal(call: Call, weight: Any) -> sympy.Expr:
+    if "weight" not in weight.meta:
+        raise NotTranslated(f"op {call.name}: its scale is no weight")
+    return call.values.matrices.diagonal(weight.meta["weight"])
+
+
+def hadamard(call: Call) -> sympy.Expr:
+    """x·H, where the core is the one that makes it the H of weight expressions."""
+    x, core, block, signs = [*call.args, *[None, 0, False][len(call.args) - 1 :]]
+    n = block or call.width(x)
+    matrix = None if core is None else core.meta["weight"].evaluate(lambda name: torch.empty(0))
+    letter = hadamard_letter(n)
+    eye = torch.eye(n, dtype=torch.float64)
+    if core is not None and core.meta["weight"].parameters():
+        raise NotTranslated("op hadamard: its core is a parameter")
+    from ...compiler.algebra.letters import MEANING
+
+    if (ops.hadamard(eye, matrix, n, signs) - MEANING[letter].matrix()).abs().max() > 1e-12:  # type: ignore[union-attr]
+        raise NotTranslated("op hadamard: its core is not that of weight expressions")
+    return call.value(x) * letter
+
+
+def attention(call: Call) -> sympy.Expr:
+    """A function of the products q·kᵀ that mixes the rows of v."""
+    q, k, v, *rest = call.args
+    mask, dropout = (*rest, None, 0.0)[:2]
+    del mask
+    if isinstance(dropout, float) and dropout != 0.0 and call.name == "scaled_dot_product_attention":
+        raise NotTranslated(f"op {call.name}: it drops at random")
+    scores = call.value(q) * sympy.transpose(call.value(k))
+    return call.rows([v], [rest, sorted(call.kwargs.items())], others=[scores])
+
+
+def dropout(call: Call) -> sympy.Expr | None:
+    """x, where nothing is dropped."""
+    _, p, train = (*call.args, None, None)[:3]
+    return call.value(0) if p == 0.0 or train is False else None
+
+
+def mixed(call: Call) -> sympy.Expr | None:
+    """a @ b of two values: a mixes the rows of b."""
+    a, b = call.args[:2]
+    if call.values.is_weight(b) or not (call.is_tensor(a) and call.is_tensor(b)) or call.rank(b) < 2:
+        return None
+    return call.rows([b], [], others=[call.value(a)])
+
+
+def _along(*positions: int, operands: Callable[[Call], Sequence[Any]] = lambda call: call.args[:1]) -> Translator:
+    """An op along the dimensions that these arguments name, which may not be that of the channels."""
+
+    def translated(call: Call) -> sympy.Expr | None:
+        carried, rank = operands(call), call.rank(call.args[0]) if call.is_tensor(call.args[0]) else call.rank()
+        dims = [(*call.args, *[0] * max(positions))[p] for p in positions]
+        flat = [d for dim in dims for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
+        if not flat or any(not isinstance(d, int) or d % rank == rank - 1 for d in flat):
+            return None
+        rest = [a for a in call.args if not any(a is c for c in carried) and not isinstance(a, (list, tuple))]
+        listed = [a for a in call.args if isinstance(a, (list, tuple)) and not any(c in a for c in carried)]
+        return call.rows(carried, [rest, listed, sorted(call.kwargs.items())])
+
+    return translated
+
+
+def permute(call: Call) -> sympy.Expr | None:
+    x, order = call.args
+    return call.rows([x], order) if order[-1] % call.rank() == call.rank() - 1 else None
+
+
+def expand(call: Call) -> sympy.Expr | None:
+    x = call.args[0]
+    return call.rows([x], call.shape()[:-1]) if call.shape(x)[-1:] == call.shape()[-1:] else None
+
+
+def index(call: Call) -> sympy.Expr | None:
+    """Rows by their numbers."""
+    x, indices = call.args[:2]
+    return call.rows([x], indices) if len(indices) < call.rank(x) or indices[-1] is None else None
+
+
+def index_put(call: Call) -> sympy.Expr | None:
+    x, indices, values, *rest = call.args
+    whole = len(indices) < call.rank(x) or indices[-1] is None
+    return call.rows([x, values], [indices, rest]) if whole and call.shape(x)[-1:] == call.shape(values)[-1:] else None
+
+
+def scaled(call: Call) -> sympy.Expr | None:
+    """x times, or through, one number for all channels of a row."""
+    if call.kwargs or len(call.args) != 2 or not all(map(call.is_tensor, call.args)):
+        return None
+    a, b = call.args
+    if call.is_alike(b) and not call.is_alike(a):
+        return call.rows([a], b)
+    return call.rows([b], a) if call.name == "mul" and call.is_alike(a) and not call.is_alike(b) else None
+
+
+def masked_fill(call: Call) -> sympy.Expr | None:
+    x, mask, filler = call.args
+    return call.rows([x], mask) if filler == 0 and call.is_alike(mask) else None
+
+
+def where(call: Call) -> sympy.Expr | None:
+    condition, *values = call.args
+    if not call.is_alike(condition) or not all(call.is_tensor(v) or v == 0 for v in values):
+        return None
+    return call.rows([v for v in values if call.is_tensor(v)], [condition, [call.is_tensor(v) for v in values]])
+
+
+_CALLS: dict[str, Translator] = {
+    "rms_norm": rms_norm,
+    "layer_norm": layer_norm,
+    "hadamard": hadamard,
+    **dict.fromkeys(("attention", "scaled_dot_product_attention"), attention),
+    "dropout": dropout,
+    **dict.fromkeys(("matmul", "bmm"), mixed),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _along(1, 2)),
+    **dict.fromkeys(("slice", "select", "narrow", "index_select", "sum", "mean", "cumsum"), _along(1)),
+    "repeat_interleave": _along(2),
+    **dict.fromkeys(("cat", "stack"), _along(1, operands=lambda call: call.args[0])),
+    "index_add": _along(1, operands=lambda call: (call.args[0], call.args[3])),
+    "permute": permute,
+    **dict.fromkeys(("expand", "expand_as"), expand),
+    "index": index,
+    "index_put": index_put,
+    **dict.fromkeys(("mul", "div"), scaled),
+    "masked_fill": masked_fill,
+    "where": where,
+}
+
+ALGEBRA = Algebra(frozenset({ORTHOGONAL, PARTS, BLOCKS, MEAN, ROWS, VIEWS, NORM, SCORES}), _CALLS)

@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 from sympy.core.function import AppliedUndef, UndefinedFunction
 
-from .axioms import BLOCKS, MEAN, NORM, ORTHOGONAL, PARTS, ROWS, SCORES, VIEWS, Axiom
+from .axioms import BLOCKS, CONSTANT, LINEAR, MEAN, NORM, ORTHOGONAL, PARTS, ROWS, SCORES, VIEWS, Axiom
 from .letters import Pick, Rotation, meaning, of_row, pick
 
 
@@ -22,12 +22,15 @@ from .letters import Pick, Rotation, meaning, of_row, pick
 class Meaning:
     """What may be assumed of a function; none: nothing.
 
-    axiom: f(…, x·M, …) = f(…, x, …)·M for the operands at `carried` together; sizes: of a view, before and after, with
-    a last "*" where it leaves the last dimension alone.
+    axiom: f(…, x·M, …) = f(…, x, …)·M for the operands at `carried` together; linear: and f(x + y) = f(x) + f(y) for
+    them; picks: each row of the result is a row of an operand; sizes: of a view, before and after, with a last "*" where
+    it leaves the last dimension alone.
     """
 
     axiom: Axiom | None = None
     carried: tuple[int, ...] = ()
+    linear: bool = False
+    picks: bool = False
     sizes: tuple[tuple[str, ...], tuple[str, ...]] | None = None
 
 
@@ -49,7 +52,7 @@ def view(x: sympy.Expr, before: tuple[str, ...], after: tuple[str, ...]) -> symp
     if before == after:
         return x
     name = f"view[{','.join(before)}→{','.join(after)}]"
-    return function(name, [x], Meaning(VIEWS, (0,), (before, after)))
+    return function(name, [x], Meaning(VIEWS, (0,), True, after[-1] == "*", (before, after)))
 
 
 class Normal:
@@ -131,12 +134,29 @@ class Normal:
             operands.append(self(x))
             if factor.func.__name__.startswith("attention") and i == 0 and self.used[ORTHOGONAL] > before:
                 self.used[SCORES] += 1
-        (inner,) = operands if len(operands) == 1 else (None,)
-        if means.sizes is not None and isinstance(inner, AppliedUndef):
-            within = MEANING[inner.func.__name__].sizes
-            if within is not None:
-                return self._inside(_composed(inner.args[0], within, means.sizes))
-        return factor.func(*operands)
+        return self._spread(factor, means, operands)
+
+    def _spread(self, f: sympy.Expr, means: Meaning, operands: list[sympy.Expr]) -> sympy.Expr:
+        """f of sums as a sum over its operands' terms."""
+        if not means.linear:
+            return f.func(*operands)
+        found: list[sympy.Expr] = []
+        for i in means.carried:
+            for term in sympy.Add.make_args(operands[i]):
+                number, rest = term.as_coeff_Mul()
+                if rest == 0 or number == 0:
+                    continue
+                if means.picks and CONSTANT in self.axioms and _is_constant(rest):
+                    self.used[CONSTANT] += 1
+                    found.append(term)
+                    continue
+                alone = [x if j not in means.carried else rest if j == i else sympy.S.Zero for j, x in enumerate(operands)]
+                within = MEANING[rest.func.__name__].sizes if isinstance(rest, AppliedUndef) else None
+                views = within is not None and means.sizes is not None
+                found.append(number * (_composed(rest.args[0], within, means.sizes) if views else f.func(*alone)))
+        if len(found) > 1:
+            self.used[LINEAR] += 1
+        return sympy.Add(*found)
 
     def _use(self, axiom: Axiom, found: list[sympy.Expr]) -> list[sympy.Expr] | None:
         if axiom not in self.axioms:
@@ -150,6 +170,11 @@ def _flat(factor: sympy.Expr) -> list[sympy.Expr]:
     if factor.is_Pow and factor.exp.is_Integer and factor.exp > 0:
         return [factor.base] * int(factor.exp)
     return [factor]
+
+
+def _is_constant(value: sympy.Expr) -> bool:
+    """Whether a value is the same row again and again."""
+    return not value.has(AppliedUndef) and not any(of_row(s) for s in value.free_symbols)
 
 
 def _whole(channels: Pick, block: int) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ..action import Action
+from ..order import writes
 from ..structure import describe_value
 
 LARGEST = 5000
@@ -104,10 +105,30 @@ def _region(old: Node, new: Node, seen: Snapshot, rank: dict[Node, int]) -> Regi
             into = region.weights if "weight" in node.meta else region.leaves
             if node not in side.inner and node not in into:
                 into.append(node)
-    for node in (*sides[0].inner, *sides[1].inner, *region.leaves):
-        if node.meta.get("written"):
-            raise NotTranslated(f"{node.name} lies in memory that the graph writes to")
+    _refuse_writes(region, seen)
     return region
+
+
+def _refuse_writes(region: Region, seen: Snapshot) -> None:
+    """Values in memory that the graph writes to must be read with no write between: else they may differ.
+
+    Raises:
+        NotTranslated: there is one, or an inner node writes.
+    """
+    times: list[int] = []
+    for side in region.sides:
+        for node, definition in side.inner.items():
+            if not any(n.meta.get("written") for n in (node, *operands(definition))):
+                continue
+            if writes(node):
+                raise NotTranslated(f"{node.name} writes to its operand")
+            while node not in seen.rank:  # created in front of one that was there
+                node = node.next
+            times.append(seen.rank[node])
+    between = list(seen.rank)[min(times, default=0) : max(times, default=0)]
+    for node in between:
+        if writes(node):
+            raise NotTranslated(f"{node.name} writes to memory between two reads of it")
 
 
 def operands(definition: Definition) -> list[Node]:

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .axioms import ROWS, Algebra, Axiom
+from .axioms import ROWS, Algebra
 from .letters import centre, letter, pick
 from .matrices import Matrices, joined, number
 from .normal import Meaning, function, view
@@ -24,6 +24,7 @@ from .region import Definition, NotTranslated, Region, Side, is_zero
 _SAME = ("to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias")
 _VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
 _PRODUCTS = ("mm", "matmul", "bmm", "_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+_TURNS = ("transpose", "t", "swapaxes", "mT", "numpy_T")
 _SPLITS = ("split", "chunk", "split_with_sizes")
 
 
@@ -52,7 +53,7 @@ class Values:
         if node not in self.side.inner:
             return "weight" in node.meta
         call = Call(self, node)
-        viewed = call.name in (*_SAME, "transpose", "t", "permute", "swapaxes", "mT", "index", "index_select", "select")
+        viewed = call.name in (*_SAME, *_TURNS, "permute", "index", "index_select", "select")
         return viewed and self.is_weight(call.args[0])
 
     def _made(self, node: Node) -> sympy.Expr:
@@ -74,7 +75,7 @@ class Values:
         rank = call.rank(call.args[0])
         if call.name in _SAME:
             return x
-        if call.name in ("transpose", "t", "permute", "swapaxes", "mT"):
+        if call.name in (*_TURNS, "permute"):
             order = list(range(rank))
             if call.name == "permute":
                 order = [d % rank for d in call.args[1]]
@@ -137,15 +138,20 @@ class Call:
         if isinstance(value, Node):
             return str(self.values(value)) if self.is_tensor(value) else str(value.meta.get("val"))
         if isinstance(value, (tuple, list)):
-            return ",".join(map(self.text, value))
+            return ",".join(filter(None, map(self.text, value)))
         return str(value)
 
-    def rows(self, carried: Sequence[Any], rest: Any, axiom: Axiom = ROWS, others: Sequence[Any] = ()) -> sympy.Expr:
-        """f(others…, carried…): a function that carries what its operands `carried` are multiplied by from the right."""
+    def rows(
+        self, carried: Sequence[Any], rest: Any, others: Sequence[sympy.Expr] = (), picks: bool = False
+    ) -> sympy.Expr:
+        """f(others…, carried…), linear in `carried`: it mixes or moves their rows; picks: each of its rows is one of them.
+
+        rest: the other arguments, which belong to its name.
+        """
         operands = [*others, *map(self.value, carried)]
         name = f"{self.name}[{self.text(rest)}]"
         positions = tuple(range(len(others), len(operands)))
-        return function(name, operands, Meaning(axiom, positions))
+        return function(name, operands, Meaning(ROWS, positions, True, picks))
 
     def opaque(self) -> sympy.Expr:
         """A function of which nothing is known but that equal operands give equal results."""

@@ -13,11 +13,10 @@ import torch
 
 from ...compiler import ops
 from ...compiler.algebra.axioms import (
-    BLOCKS, MEAN, NORM, ORTHOGONAL, PARTS, ROWS, SCORES, VIEWS, Algebra, Translator,
+    BLOCKS, CONSTANT, LINEAR, MEAN, NORM, ORTHOGONAL, PARTS, ROWS, SCORES, VIEWS, Algebra, Translator,
 )  # fmt: skip
-from ...compiler.algebra.letters import centre
-from ...compiler.algebra.letters import hadamard as hadamard_letter
-from ...compiler.algebra.matrices import number
+from ...compiler.algebra import letters
+from ...compiler.algebra.normal import Meaning, function
 from ...compiler.algebra.region import NotTranslated
 from ...compiler.algebra.values import Call
 
@@ -35,21 +34,19 @@ def rms_norm(call: Call) -> sympy.Expr:
 def layer_norm(call: Call) -> sympy.Expr:
     """rms(x·C)·diag(w) + b: the variance is the mean square of what is left when the mean is taken away."""
     x, weight, bias, eps = call.args
-    made = _rms(call, x, eps, call.value(x) * centre(call.width(x)))
+    made = _rms(call, x, eps, call.value(x) * letters.centre(call.width(x)))
     scaled = made if weight is None else made * _diagonal(call, weight)
     return scaled if bias is None else scaled + call.value(bias)
 
 
 def _rms(call: Call, x: Any, eps: float, value: sympy.Expr) -> sympy.Expr:
-    from ...compiler.algebra.normal import Meaning, function
-
     return function(f"rms[{eps:g}]", [value], Meaning(NORM, (0,)))
 
 
 def _diagonal(call: Call, weight: Any) -> sympy.Expr:
-    if "weight" not in weight.meta:
-        raise NotTranslated(f"op {call.name}: its scale is no weight")
-    return call.values.matrices.diagonal(weight.meta["weight"])
+    if "weight" in weight.meta:
+        return call.values.matrices.diagonal(weight.meta["weight"])
+    return letters.letter(f"diag({call.text(weight)})", symmetric=True)
 
 
 def hadamard(call: Call) -> sympy.Expr:
@@ -57,13 +54,11 @@ def hadamard(call: Call) -> sympy.Expr:
     x, core, block, signs = [*call.args, *[None, 0, False][len(call.args) - 1 :]]
     n = block or call.width(x)
     matrix = None if core is None else core.meta["weight"].evaluate(lambda name: torch.empty(0))
-    letter = hadamard_letter(n)
+    letter = letters.hadamard(n)
     eye = torch.eye(n, dtype=torch.float64)
     if core is not None and core.meta["weight"].parameters():
         raise NotTranslated("op hadamard: its core is a parameter")
-    from ...compiler.algebra.letters import MEANING
-
-    if (ops.hadamard(eye, matrix, n, signs) - MEANING[letter].matrix()).abs().max() > 1e-12:  # type: ignore[union-attr]
+    if (ops.hadamard(eye, matrix, n, signs) - letters.MEANING[letter].matrix()).abs().max() > 1e-12:  # type: ignore[union-attr]
         raise NotTranslated("op hadamard: its core is not that of weight expressions")
     return call.value(x) * letter
 
@@ -71,8 +66,7 @@ def hadamard(call: Call) -> sympy.Expr:
 def attention(call: Call) -> sympy.Expr:
     """A function of the products q·kᵀ that mixes the rows of v."""
     q, k, v, *rest = call.args
-    mask, dropout = (*rest, None, 0.0)[:2]
-    del mask
+    dropout = (*rest, None, 0.0)[1]
     if isinstance(dropout, float) and dropout != 0.0 and call.name == "scaled_dot_product_attention":
         raise NotTranslated(f"op {call.name}: it drops at random")
     scores = call.value(q) * sympy.transpose(call.value(k))
@@ -93,7 +87,9 @@ def mixed(call: Call) -> sympy.Expr | None:
     return call.rows([b], [], others=[call.value(a)])
 
 
-def _along(*positions: int, operands: Callable[[Call], Sequence[Any]] = lambda call: call.args[:1]) -> Translator:
+def _along(
+    *positions: int, picks: bool = False, operands: Callable[[Call], Sequence[Any]] = lambda call: call.args[:1]
+) -> Translator:
     """An op along the dimensions that these arguments name, which may not be that of the channels."""
 
     def translated(call: Call) -> sympy.Expr | None:
@@ -104,25 +100,25 @@ def _along(*positions: int, operands: Callable[[Call], Sequence[Any]] = lambda c
             return None
         rest = [a for a in call.args if not any(a is c for c in carried) and not isinstance(a, (list, tuple))]
         listed = [a for a in call.args if isinstance(a, (list, tuple)) and not any(c in a for c in carried)]
-        return call.rows(carried, [rest, listed, sorted(call.kwargs.items())])
+        return call.rows(carried, [rest, listed, sorted(call.kwargs.items())], picks=picks)
 
     return translated
 
 
 def permute(call: Call) -> sympy.Expr | None:
     x, order = call.args
-    return call.rows([x], order) if order[-1] % call.rank() == call.rank() - 1 else None
+    return call.rows([x], order, picks=True) if order[-1] % call.rank() == call.rank() - 1 else None
 
 
 def expand(call: Call) -> sympy.Expr | None:
     x = call.args[0]
-    return call.rows([x], call.shape()[:-1]) if call.shape(x)[-1:] == call.shape()[-1:] else None
+    return call.rows([x], call.shape()[:-1], picks=True) if call.shape(x)[-1:] == call.shape()[-1:] else None
 
 
 def index(call: Call) -> sympy.Expr | None:
     """Rows by their numbers."""
     x, indices = call.args[:2]
-    return call.rows([x], indices) if len(indices) < call.rank(x) or indices[-1] is None else None
+    return call.rows([x], indices, picks=True) if len(indices) < call.rank(x) or indices[-1] is None else None
 
 
 def index_put(call: Call) -> sympy.Expr | None:
@@ -160,9 +156,10 @@ _CALLS: dict[str, Translator] = {
     **dict.fromkeys(("attention", "scaled_dot_product_attention"), attention),
     "dropout": dropout,
     **dict.fromkeys(("matmul", "bmm"), mixed),
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _along(1, 2)),
-    **dict.fromkeys(("slice", "select", "narrow", "index_select", "sum", "mean", "cumsum"), _along(1)),
-    "repeat_interleave": _along(2),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _along(1, 2, picks=True)),
+    **dict.fromkeys(("slice", "select", "narrow", "index_select"), _along(1, picks=True)),
+    **dict.fromkeys(("sum", "mean", "cumsum"), _along(1)),
+    "repeat_interleave": _along(2, picks=True),
     **dict.fromkeys(("cat", "stack"), _along(1, operands=lambda call: call.args[0])),
     "index_add": _along(1, operands=lambda call: (call.args[0], call.args[3])),
     "permute": permute,
@@ -174,4 +171,4 @@ _CALLS: dict[str, Translator] = {
     "where": where,
 }
 
-ALGEBRA = Algebra(frozenset({ORTHOGONAL, PARTS, BLOCKS, MEAN, ROWS, VIEWS, NORM, SCORES}), _CALLS)
+ALGEBRA = Algebra(frozenset({ORTHOGONAL, PARTS, BLOCKS, MEAN, ROWS, LINEAR, CONSTANT, VIEWS, NORM, SCORES}), _CALLS)

@@ -25,13 +25,14 @@ class Axiom:
 ORTHOGONAL = Axiom("R·Rᵀ = 1")
 PARTS = Axiom("Pᵢᵀ·Pⱼ = 1 if i = j, else 0: P picks channels")
 BLOCKS = Axiom("P·R = R·P, P picking whole blocks")
-MEAN = Axiom("C·C = C: C takes the mean away")
 ROWS = Axiom("f(x·M) = f(x)·M: f mixes or moves rows")
 LINEAR = Axiom("f(x + y) = f(x) + f(y)")
 CONSTANT = Axiom("f(w) = w: f picks rows, w is all of them")
 VIEWS = Axiom("view(x·R) = view(x)·R, whole blocks")
 NORM = Axiom("rms(x·R) = rms(x)·R")
 SCORES = Axiom("attention reads q and k as q·kᵀ")
+
+ALL = frozenset({ORTHOGONAL, PARTS, BLOCKS, ROWS, LINEAR, CONSTANT, VIEWS, NORM, SCORES})
 
 Translator = Callable[["Call"], sympy.Expr | None]
 """A call → its value in terms of its operands' (`Call.value`); None: by an opaque function of them."""

@@ -45,7 +45,7 @@ class Pick:
 
 
 MEANING: dict[sympy.Symbol, Rotation | Pick | str] = {}
-"""What letters mean that axioms speak of: rotations, picks of channels, "centre", and "row": another for each row."""
+"""What letters mean that axioms speak of: rotations, picks of channels, and "row": another for each row."""
 
 
 def letter(name: str, symmetric: bool = False, meaning: Rotation | Pick | str | None = None) -> sympy.Symbol:
@@ -76,7 +76,7 @@ def signs(n: int, seed: int) -> sympy.Symbol:
 
 
 def centre(width: int) -> sympy.Symbol:
-    return letter(f"C{width}", True, "centre")
+    return letter(f"C{width}", True)
 
 
 def pick(width: int, start: int, end: int) -> sympy.Expr:

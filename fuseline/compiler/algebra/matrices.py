@@ -12,8 +12,23 @@ from functools import reduce
 import sympy
 
 from ..expressions import (
-    Add, Blocks, Cast, Centre, Concat, Constant, Expression, Hadamard, Matmul, Offset, Orthogonal, Param, Reshape, Scale,
-    Signs, Slice, Transpose,
+    Add,
+    Blocks,
+    Cast,
+    Centre,
+    Concat,
+    Constant,
+    Expression,
+    Hadamard,
+    Matmul,
+    Offset,
+    Orthogonal,
+    Param,
+    Reshape,
+    Scale,
+    Signs,
+    Slice,
+    Transpose,
 )  # fmt: skip
 from . import letters
 from .region import NotTranslated
@@ -46,7 +61,10 @@ class Matrices:
                 return self(a) * self(b)
             case Add(a, b) if self.shape(b) == shape:
                 return self(a) + self(b)
-            case Transpose(x, first, second) if {first % len(shape), second % len(shape)} == {len(shape) - 2, len(shape) - 1}:
+            case Transpose(x, first, second) if {first % len(shape), second % len(shape)} == {
+                len(shape) - 2,
+                len(shape) - 1,
+            }:
                 return sympy.transpose(self(x))
             case Reshape(x) if _is_turned(self.shape(x), shape):
                 return sympy.transpose(self(x))
@@ -107,9 +125,7 @@ class Matrices:
         if name not in self._letters:
             kind = "w" if rank == 1 else "W" if rank == 2 else "E"
             count = sum(str(known).startswith(kind) for known in self._letters.values())
-            self._letters[name] = letters.letter(
-                f"{kind}{count + 1}", meaning="row" if rank > 2 else None
-            )
+            self._letters[name] = letters.letter(f"{kind}{count + 1}", meaning="row" if rank > 2 else None)
         return self._letters[name]
 
     def stacks(self) -> list[sympy.Symbol]:

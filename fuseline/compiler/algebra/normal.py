@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 from sympy.core.function import AppliedUndef, UndefinedFunction
 
-from .axioms import BLOCKS, CONSTANT, LINEAR, MEAN, NORM, ORTHOGONAL, PARTS, ROWS, SCORES, VIEWS, Axiom
+from .axioms import BLOCKS, CONSTANT, LINEAR, NORM, ORTHOGONAL, PARTS, SCORES, VIEWS, Axiom
 from .letters import Pick, Rotation, meaning, of_row, pick
 
 
@@ -23,8 +23,8 @@ class Meaning:
     """What may be assumed of a function; none: nothing.
 
     axiom: f(…, x·M, …) = f(…, x, …)·M for the operands at `carried` together; linear: and f(x + y) = f(x) + f(y) for
-    them; picks: each row of the result is a row of an operand; sizes: of a view, before and after, with a last "*" where
-    it leaves the last dimension alone.
+    them; picks: each row of the result is a row of an operand; sizes: of a view, before and after, with a last "*"
+    where it leaves the last dimension alone.
     """
 
     axiom: Axiom | None = None
@@ -85,8 +85,6 @@ class Normal:
         (first, turned), (second, back) = meaning(a), meaning(b)
         if isinstance(first, Rotation) and sympy.transpose(a) == b:
             return self._use(ORTHOGONAL, [])
-        if first == "centre" and a == b:
-            return self._use(MEAN, [a])
         if isinstance(first, Pick) and isinstance(second, Pick):
             return self._picks(first, second, turned, back)
         if isinstance(first, Pick) and isinstance(second, Rotation) and _whole(first, second.block):
@@ -138,7 +136,7 @@ class Normal:
 
     def _spread(self, f: sympy.Expr, means: Meaning, operands: list[sympy.Expr]) -> sympy.Expr:
         """f of sums as a sum over its operands' terms."""
-        if not means.linear:
+        if not means.linear or LINEAR not in self.axioms:
             return f.func(*operands)
         found: list[sympy.Expr] = []
         for i in means.carried:
@@ -150,10 +148,13 @@ class Normal:
                     self.used[CONSTANT] += 1
                     found.append(term)
                     continue
-                alone = [x if j not in means.carried else rest if j == i else sympy.S.Zero for j, x in enumerate(operands)]
+                alone = [sympy.S.Zero if j in means.carried else x for j, x in enumerate(operands)]
+                alone[i] = rest
                 within = MEANING[rest.func.__name__].sizes if isinstance(rest, AppliedUndef) else None
-                views = within is not None and means.sizes is not None
-                found.append(number * (_composed(rest.args[0], within, means.sizes) if views else f.func(*alone)))
+                if within is not None and means.sizes is not None:
+                    found.append(number * _composed(rest.args[0], within, means.sizes))
+                else:
+                    found.append(number * f.func(*alone))
         if len(found) > 1:
             self.used[LINEAR] += 1
         return sympy.Add(*found)

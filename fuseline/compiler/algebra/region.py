@@ -1,8 +1,8 @@
 """Regions: a replaced node and its replacement, unfolded to the values that they have in common.
 
-The highest value that only one of the two sides reads is unfolded, until both read the same ones. Those, the leaves, are
-computed by the same nodes before and after the rewrite, so they may be any numbers: what holds for all of them holds in
-the program.
+The last value that only one of the two sides reads is unfolded, until both read the same ones. Those, the leaves, are
+computed by the same nodes before and after the rewrite, so they may be any numbers: what holds for all of them holds
+in the program.
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ class Snapshot:
         self.definitions: dict[Node, Definition] = {n: (n.args, n.kwargs) for n in graph.nodes}
         self.rank = {n: i for i, n in enumerate(self.definitions)}
 
+    def other_changes(self, action: Action) -> list[Node]:
+        """Nodes that read something else since, which the rewrite's replacements do not explain."""
+        swap = lambda n: action.replaced.get(n, n)
+        kept = [(n, d) for n, d in self.definitions.items() if not n._erased]
+        changed = [(n, d) for n, d in kept if not (n.args is d[0] and n.kwargs is d[1])]
+        return [n for n, d in changed if (n.args, n.kwargs) != torch.fx.node.map_arg(d, swap)]
+
 
 @dataclass
 class Side:
@@ -47,7 +54,7 @@ class Side:
 
 @dataclass
 class Region:
-    """before, after: the sides; leaves: what both read, in order of appearance; weights: weight nodes that either reads."""
+    """before, after: the sides; leaves: what both read, in order of appearance; weights: those of either."""
 
     before: Side
     after: Side
@@ -78,7 +85,13 @@ class Region:
 
 
 def regions(action: Action, seen: Snapshot) -> Iterator[Region]:
-    """A region for each node that a rewrite has replaced; `seen`: the graph before it."""
+    """A region for each node that a rewrite has replaced; `seen`: the graph before it.
+
+    Raises:
+        NotTranslated: the rewrite did more than to replace them, or what they read is written to.
+    """
+    if others := seen.other_changes(action):
+        raise NotTranslated(f"{others[0].name} was changed as well, and is not among what is replaced")
     created = {n: len(seen.rank) + i for i, n in enumerate(action.created)}
     rank = {**seen.rank, **created}
     for old, new in action.replaced.items():
@@ -90,16 +103,16 @@ def _region(old: Node, new: Node, seen: Snapshot, rank: dict[Node, int]) -> Regi
     inner: list[dict[Node, Definition]] = [{}, {}]
     while odd := [n for n in fronts[0] ^ fronts[1] if n.op not in ("get_attr", "placeholder")]:
         node = max(odd, key=rank.__getitem__)
-        side = 0 if node in fronts[0] else 1
-        definition = seen.definitions[node] if side == 0 else (node.args, node.kwargs)
-        inner[side][node] = definition
-        fronts[side].remove(node)
-        fronts[side] |= set(operands(definition))
-        if len(inner[side]) > LARGEST:
+        which = 0 if node in fronts[0] else 1
+        definition = seen.definitions[node] if which == 0 else (node.args, node.kwargs)
+        inner[which][node] = definition
+        fronts[which].remove(node)
+        fronts[which] |= set(operands(definition))
+        if len(inner[which]) > LARGEST:
             raise NotTranslated(f"more than {LARGEST} nodes between {old.name} and what it has in common")
-    sides = [Side(root, dict(sorted(i.items(), key=lambda n: rank[n[0]]))) for root, i in zip((old, new), inner, strict=True)]
-    region = Region(*sides)
-    for side in sides:
+    ordered = [{n: found[n] for n in sorted(found, key=rank.__getitem__)} for found in inner]
+    region = Region(Side(old, ordered[0]), Side(new, ordered[1]))
+    for side in region.sides:
         read = [n for d in side.inner.values() for n in operands(d)]
         for node in (*read, side.root):
             into = region.weights if "weight" in node.meta else region.leaves
@@ -134,7 +147,7 @@ def _refuse_writes(region: Region, seen: Snapshot) -> None:
 def operands(definition: Definition) -> list[Node]:
     """The nodes that a definition reads, in order."""
     found: list[Node] = []
-    torch.fx.node.map_arg(definition, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    torch.fx.node.map_arg(definition, found.append)
     return found
 
 

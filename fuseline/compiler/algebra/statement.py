@@ -28,7 +28,8 @@ class Statement:
     text: `before = after` in letters (`letters.py`); status: "proved", "not proved", or "not translated: …" with the
     op that nothing is known of; left: the normal form of before − after, where it is not zero; axioms: how often each
     was used, by its text; rotations: the letters of the orthogonal matrices in it; error: max|Δ|/max|before| on random
-    float64 numbers, None where they could not be computed, for `reason`. count: how many rewrites claim it; sites: where.
+    float64 numbers, None where they could not be computed, for `reason`. count: how many rewrites claim it; sites:
+    where.
     """
 
     rule: str
@@ -46,6 +47,10 @@ class Statement:
     def is_proved(self) -> bool:
         """By algebra, and by numbers."""
         return self.status == PROVED and self.error is not None and self.error <= numeric.BOUND
+
+    def says(self, other: Statement) -> bool:
+        """Whether another says the same, of other sizes perhaps, and both are proved."""
+        return self.is_proved and other.is_proved and (self.rule, self.text) == (other.rule, other.text)
 
 
 def state(rule: str, region: Region, program: Program, algebra: Algebra) -> Statement:
@@ -67,7 +72,7 @@ def _judge(made: Statement, region: Region, program: Program, algebra: Algebra) 
     matrices, normal = Matrices(shapes), Normal(algebra.axioms)
     before, after = (Values(region, side, matrices, algebra)(side.root) for side in region.sides)
     made.text = f"{show(before)} = {show(after)}"
-    symbols = (before + after).free_symbols
+    symbols = before.free_symbols | after.free_symbols
     made.rotations = tuple(sorted(str(s) for s in symbols if isinstance(MEANING.get(s), Rotation)))
     left = normal(before - after)
     made.axioms = {axiom.text: count for axiom, count in normal.used.items()}
@@ -75,7 +80,8 @@ def _judge(made: Statement, region: Region, program: Program, algebra: Algebra) 
         made.status = PROVED
         return
     made.left = show(left)
-    unknown = {name.partition("(")[0] for f in left.atoms(AppliedUndef) if FUNCTIONS[name := f.func.__name__].axiom is None}
+    functions = {f.func.__name__ for f in left.atoms(AppliedUndef)}
+    unknown = {name.partition("(")[0] for name in functions if FUNCTIONS[name].axiom is None}
     if unknown:
         made.status = f"not translated: op {', '.join(sorted(unknown))}"
 

@@ -19,7 +19,7 @@ from .axioms import ROWS, Algebra
 from .letters import centre, letter, pick
 from .matrices import Matrices, joined, number
 from .normal import Meaning, function, view
-from .region import Definition, NotTranslated, Region, Side, is_zero
+from .region import Definition, NotTranslated, Region, Side, is_zero, operands
 
 _SAME = ("to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias")
 _VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
@@ -84,9 +84,13 @@ class Values:
                 order[a], order[b] = b, a
             turned = [*range(rank - 2), rank - 1, rank - 2]
             return sympy.transpose(x) if order == turned else x if order == sorted(order) else None
-        if rank != 3 or (call.name != "index" and call.args[1] != 0) or (call.name == "index" and len(call.args[1]) > 1):
+        if (
+            rank != 3
+            or (call.name != "index" and call.args[1] != 0)
+            or (call.name == "index" and len(call.args[1]) > 1)
+        ):
             return None
-        return self.chosen(x, f"[{call.text(call.args[1:])}]")
+        return self.chosen(x, call.text(call.args[1:]))
 
     def chosen(self, x: sympy.Expr, which: str) -> sympy.Expr:
         """Some matrices of stacks, for the stacks: what multiplies them all is the same for each."""
@@ -100,7 +104,8 @@ class Call:
         self.values, self.node = values, node
         definition: Definition = values.side.inner[node]
         self.args, self.kwargs = definition
-        self.name: str = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+        named: Any = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target)
+        self.name = str(named)
 
     def value(self, argument: Any) -> sympy.Expr:
         """The value of an operand, or of the argument at a position."""
@@ -138,18 +143,18 @@ class Call:
         if isinstance(value, Node):
             return str(self.values(value)) if self.is_tensor(value) else str(value.meta.get("val"))
         if isinstance(value, (tuple, list)):
-            return ",".join(filter(None, map(self.text, value)))
-        return str(value)
+            return f"({','.join(map(self.text, value))})"
+        return "-" if value is None else str(value)
 
     def rows(
-        self, carried: Sequence[Any], rest: Any, others: Sequence[sympy.Expr] = (), picks: bool = False
+        self, carried: Sequence[Any], rest: Sequence[Any], others: Sequence[sympy.Expr] = (), picks: bool = False
     ) -> sympy.Expr:
-        """f(others…, carried…), linear in `carried`: it mixes or moves their rows; picks: each of its rows is one of them.
+        """f(others…, carried…), linear in `carried`: it mixes or moves their rows.
 
-        rest: the other arguments, which belong to its name.
+        rest: the other arguments, which belong to its name; picks: each row of the result is a row of theirs.
         """
         operands = [*others, *map(self.value, carried)]
-        name = f"{self.name}[{self.text(rest)}]"
+        name = f"{self.name}[{','.join(map(self.text, rest))}]"
         positions = tuple(range(len(others), len(operands)))
         return function(name, operands, Meaning(ROWS, positions, True, picks))
 
@@ -158,12 +163,11 @@ class Call:
         tags = getattr(self.node.target, "tags", ())
         if torch.Tag.nondeterministic_seeded in tags or not callable(self.node.target):
             raise NotTranslated(f"op {self.name}")
-        operands: list[Node] = []
-        rest = torch.fx.node.map_arg(
-            (self.args, self.kwargs), lambda n: (operands.append(n) or "·") if self.is_tensor(n) else str(n.meta.get("val"))
-        )
-        name = f"{self.name}({self.text([*rest[0], *map(str, rest[1].items())])})"
-        return function(name, [self.values(n) for n in operands], Meaning())
+        tensors = [n for n in operands((self.args, self.kwargs)) if self.is_tensor(n)]
+        hole = lambda n: "·" if n in tensors else str(n.meta.get("val"))
+        args, kwargs = torch.fx.node.map_arg((self.args, self.kwargs), hole)
+        name = f"{self.node.target}({','.join(map(str, [*args, *kwargs.items()]))})"
+        return function(name, [self.values(n) for n in tensors], Meaning())
 
 
 def _linear(call: Call) -> sympy.Expr | None:
@@ -171,17 +175,17 @@ def _linear(call: Call) -> sympy.Expr | None:
     if name in _SAME:
         val = args[0].meta["val"]
         return call.value(0) if val.is_floating_point() and call.node.meta["val"].is_floating_point() else None
-    if name in _VIEWS:
+    if name in _VIEWS and args[0].meta["val"].dtype == call.node.meta["val"].dtype:
         return view(call.value(0), call.shape(args[0]), call.shape())
     if name == "linear" and call.values.is_weight(args[1]):
         bias = call.value(2) if len(args) > 2 and args[2] is not None else sympy.S.Zero
         return call.value(0) * sympy.transpose(call.value(1)) + bias
-    if name in _PRODUCTS and call.values.is_weight(args[1]):
+    if name in _PRODUCTS and call.values.is_weight(args[1]) and call.rank(args[1]) > 1:
         return call.value(0) * _picked(call, args[1], args[2:])
     if name in ("addmm", "baddbmm") and not call.kwargs and call.values.is_weight(args[2]):
         return call.value(0) + call.value(1) * call.value(2)
     if name == "embedding":
-        return letter(f"unit[{call.text(args[1])}]", meaning="row") * call.value(0)
+        return letter(f"unit({call.text(args[1])})", meaning="row") * call.value(0)
     if name in ("add", "sub") and not call.kwargs and len(args) == 2:
         return _sum(call)
     if name == "neg":
@@ -201,7 +205,7 @@ def _picked(call: Call, weight: Node, rest: Any) -> sympy.Expr:
     """The matrix of a product; of a grouped one, each row's own."""
     made = call.value(weight)
     grouped = [*rest, *call.kwargs.values()]
-    return call.values.chosen(made, f"[{call.text(grouped)}]") if grouped else made
+    return call.values.chosen(made, call.text(grouped)) if grouped else made
 
 
 def _sum(call: Call) -> sympy.Expr | None:
@@ -235,13 +239,15 @@ def _scaled(call: Call) -> sympy.Expr | None:
     if isinstance(b, (int, float)):
         return call.value(a) * number(b)
     for x, by in ((a, b), (b, a)):
-        if isinstance(by, Node) and by.op == "get_attr" and call.shape(by) == call.shape(x)[-1:] and call.rank(x) > 1:
+        vector = isinstance(by, Node) and "weight" in by.meta and by not in call.values.side.inner
+        if vector and call.shape(by) == call.shape(x)[-1:] and call.rank(x) > 1:
             return call.value(x) * call.values.matrices.diagonal(by.meta["weight"])
     return None
 
 
 def _sliced(call: Call) -> sympy.Expr | None:
-    x, dim, start, _, step = [*call.args, *[0, None, None, 1][len(call.args) - 1 :]]
+    given: list[Any] = [*call.args, *[0, None, None, 1][len(call.args) - 1 :]]
+    x, dim, start, _, step = given
     if int(dim) % call.rank(x) != call.rank(x) - 1 or step != 1:
         return None
     width, start = call.width(x), int(start or 0)
@@ -270,4 +276,3 @@ def _joined(call: Call) -> sympy.Expr | None:
     if dim % rank != rank - 1:
         return None
     return joined([(call.value(t), call.width(t)) for t in tensors], -1, (0,))
-

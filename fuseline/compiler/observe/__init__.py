@@ -15,6 +15,6 @@ from .structured import Structured
 from .timing import Timing
 
 __all__ = [
-    "Dump", "Limit", "Logged", "Numerics", "Print", "Proof", "Prove", "Record", "Repro", "Statistics", "Structured", "Timing", "Verify",
-    "prove",
+    "Dump", "Limit", "Logged", "Numerics", "Print", "Proof", "Prove", "Record", "Repro", "Statistics", "Structured",
+    "Timing", "Verify", "prove",
 ]  # fmt: skip

@@ -74,7 +74,8 @@ class Proof:
                 details += [f"{s.rule}: {s.status} ({off}), {s.count} times, first at {s.sites[0]}"]
                 details += [f"  {s.text}"] if s.text else []
                 details += [f"  left: {s.left}"] if s.left else []
-        details += [f"{name} is not orthogonal: max|R·Rᵀ − 1| = {r:.1e}" for name, r in self.rotations.items() if r > BOUND]
+        bent = {name: r for name, r in self.rotations.items() if r > BOUND}
+        details += [f"{name} is not orthogonal: max|R·Rᵀ − 1| = {r:.1e}" for name, r in bent.items()]
         if details:
             raise VerificationError(
                 f"{self.count - self.proved} of {self.count} statements are not proved", details,
@@ -138,7 +139,11 @@ class Prove(Observer):
         assert self._step is not None and self._step.algebra is not None
         key = (rule, region.signature())
         if key not in self._known:
-            self._known[key] = state(rule, region, program, self._step.algebra)
+            made = state(rule, region, program, self._step.algebra)
+            same = next((s for s in self.proof.statements if s.says(made)), None)
+            if same is not None:
+                same.error = max(same.error or 0.0, made.error or 0.0)
+            self._known[key] = made if same is None else same
         return self._known[key]
 
     def _add(self, action: Action, found: Statement) -> None:

@@ -19,7 +19,8 @@ Before                                  after  rotate{r2,r4}
 No names are matched: a basis is followed through whatever carries it, and R is folded where the stream is written and
 read. What needs single channels (a norm whose result is added, a gate, a cache that other graphs read) is a boundary:
 r2 is refused there, and so is r1 where more than two operations would be left at run time. Each fold is a rewrite of
-its own that keeps the program's results. Embeddings are not centred.
+its own that keeps the program's results, and is proved to with `--prove` (docs/debugging.md). Embeddings are not
+centred.
 
 Exact: logits agree within 1e-5 in float32. Sources: QuaRot (Ashkboos et al., 2024), SpinQuant (Liu et al., 2024).
 """

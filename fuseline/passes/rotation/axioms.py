@@ -12,10 +12,8 @@ import sympy
 import torch
 
 from ...compiler import ops
-from ...compiler.algebra.axioms import (
-    BLOCKS, CONSTANT, LINEAR, MEAN, NORM, ORTHOGONAL, PARTS, ROWS, SCORES, VIEWS, Algebra, Translator,
-)  # fmt: skip
 from ...compiler.algebra import letters
+from ...compiler.algebra.axioms import ALL, NORM, Algebra, Translator
 from ...compiler.algebra.normal import Meaning, function
 from ...compiler.algebra.region import NotTranslated
 from ...compiler.algebra.values import Call
@@ -40,7 +38,7 @@ def layer_norm(call: Call) -> sympy.Expr:
 
 
 def _rms(call: Call, x: Any, eps: float, value: sympy.Expr) -> sympy.Expr:
-    return function(f"rms[{eps:g}]", [value], Meaning(NORM, (0,)))
+    return function(f"rms[{eps}]", [value], Meaning(NORM, (0,)))
 
 
 def _diagonal(call: Call, weight: Any) -> sympy.Expr:
@@ -51,26 +49,27 @@ def _diagonal(call: Call, weight: Any) -> sympy.Expr:
 
 def hadamard(call: Call) -> sympy.Expr:
     """x·H, where the core is the one that makes it the H of weight expressions."""
-    x, core, block, signs = [*call.args, *[None, 0, False][len(call.args) - 1 :]]
+    given: list[Any] = [*call.args, *[None, 0, False][len(call.args) - 1 :]]
+    x, core, block, signs = given
     n = block or call.width(x)
-    matrix = None if core is None else core.meta["weight"].evaluate(lambda name: torch.empty(0))
-    letter = letters.hadamard(n)
-    eye = torch.eye(n, dtype=torch.float64)
-    if core is not None and core.meta["weight"].parameters():
-        raise NotTranslated("op hadamard: its core is a parameter")
+    letter, eye = letters.hadamard(n), torch.eye(n, dtype=torch.float64)
+    expression = None if core is None else core.meta.get("weight")
+    if core is not None and (expression is None or expression.parameters()):
+        raise NotTranslated("op hadamard: its core is no constant")
+    matrix = None if expression is None else expression.evaluate(lambda name: torch.empty(0))
     if (ops.hadamard(eye, matrix, n, signs) - letters.MEANING[letter].matrix()).abs().max() > 1e-12:  # type: ignore[union-attr]
         raise NotTranslated("op hadamard: its core is not that of weight expressions")
-    return call.value(x) * letter
+    return call.value(0) * letter
 
 
 def attention(call: Call) -> sympy.Expr:
     """A function of the products q·kᵀ that mixes the rows of v."""
     q, k, v, *rest = call.args
-    dropout = (*rest, None, 0.0)[1]
-    if isinstance(dropout, float) and dropout != 0.0 and call.name == "scaled_dot_product_attention":
+    drops = call.kwargs.get("dropout_p", (*rest, None, 0.0)[1])
+    if call.name == "scaled_dot_product_attention" and drops != 0.0:
         raise NotTranslated(f"op {call.name}: it drops at random")
     scores = call.value(q) * sympy.transpose(call.value(k))
-    return call.rows([v], [rest, sorted(call.kwargs.items())], others=[scores])
+    return call.rows([v], [*rest, *sorted(call.kwargs.items())], others=[scores])
 
 
 def dropout(call: Call) -> sympy.Expr | None:
@@ -94,20 +93,22 @@ def _along(
 
     def translated(call: Call) -> sympy.Expr | None:
         carried, rank = operands(call), call.rank(call.args[0]) if call.is_tensor(call.args[0]) else call.rank()
+        if len(call.args) <= max(positions) and call.name not in ("cat", "stack", "slice"):
+            return None  # along all dimensions
         dims = [(*call.args, *[0] * max(positions))[p] for p in positions]
         flat = [d for dim in dims for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
         if not flat or any(not isinstance(d, int) or d % rank == rank - 1 for d in flat):
             return None
         rest = [a for a in call.args if not any(a is c for c in carried) and not isinstance(a, (list, tuple))]
         listed = [a for a in call.args if isinstance(a, (list, tuple)) and not any(c in a for c in carried)]
-        return call.rows(carried, [rest, listed, sorted(call.kwargs.items())], picks=picks)
+        return call.rows(carried, [*rest, *listed, *sorted(call.kwargs.items())], picks=picks)
 
     return translated
 
 
 def permute(call: Call) -> sympy.Expr | None:
     x, order = call.args
-    return call.rows([x], order, picks=True) if order[-1] % call.rank() == call.rank() - 1 else None
+    return call.rows([x], [order], picks=True) if order[-1] % call.rank() == call.rank() - 1 else None
 
 
 def expand(call: Call) -> sympy.Expr | None:
@@ -118,12 +119,19 @@ def expand(call: Call) -> sympy.Expr | None:
 def index(call: Call) -> sympy.Expr | None:
     """Rows by their numbers."""
     x, indices = call.args[:2]
-    return call.rows([x], indices, picks=True) if len(indices) < call.rank(x) or indices[-1] is None else None
+    return call.rows([x], indices, picks=True) if _picks_rows(call, x, indices) else None
+
+
+def _picks_rows(call: Call, x: Any, indices: Sequence[Any]) -> bool:
+    """Whether indices leave the last dimension whole; a mask stands for as many dimensions as it has."""
+    is_mask = lambda i: call.is_tensor(i) and i.meta["val"].dtype is torch.bool
+    taken = sum(call.rank(i) if is_mask(i) else 1 for i in indices)
+    return taken < call.rank(x) or (taken == call.rank(x) and indices[-1] is None)
 
 
 def index_put(call: Call) -> sympy.Expr | None:
     x, indices, values, *rest = call.args
-    whole = len(indices) < call.rank(x) or indices[-1] is None
+    whole = _picks_rows(call, x, indices)
     return call.rows([x, values], [indices, rest]) if whole and call.shape(x)[-1:] == call.shape(values)[-1:] else None
 
 
@@ -133,13 +141,13 @@ def scaled(call: Call) -> sympy.Expr | None:
         return None
     a, b = call.args
     if call.is_alike(b) and not call.is_alike(a):
-        return call.rows([a], b)
-    return call.rows([b], a) if call.name == "mul" and call.is_alike(a) and not call.is_alike(b) else None
+        return call.rows([a], [b])
+    return call.rows([b], [a]) if call.name == "mul" and call.is_alike(a) and not call.is_alike(b) else None
 
 
 def masked_fill(call: Call) -> sympy.Expr | None:
     x, mask, filler = call.args
-    return call.rows([x], mask) if filler == 0 and call.is_alike(mask) else None
+    return call.rows([x], [mask]) if filler == 0 and call.is_alike(mask) else None
 
 
 def where(call: Call) -> sympy.Expr | None:
@@ -171,4 +179,4 @@ _CALLS: dict[str, Translator] = {
     "where": where,
 }
 
-ALGEBRA = Algebra(frozenset({ORTHOGONAL, PARTS, BLOCKS, MEAN, ROWS, LINEAR, CONSTANT, VIEWS, NORM, SCORES}), _CALLS)
+ALGEBRA = Algebra(ALL, _CALLS)

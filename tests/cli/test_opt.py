@@ -130,3 +130,5 @@ def test_a_wrong_rewrite_is_not_proved(cli: Callable, tmp_path: Path, monkeypatc
 def test_a_pipeline_that_states_nothing_is_not_proved(cli: Callable) -> None:
     result = cli("opt", TINY, "-p", "raise,fuse", "--prove")
     assert result.code == 2 and "there is nothing to prove" in result.err and "rotate{r1,r2,r4}" in result.err
+    result = cli("opt", TINY, "-p", "raise,rotate{r4,block=5,allow_empty}", "--prove")
+    assert result.code == 2 and "made no rewrite that could be proved" in result.err

@@ -115,6 +115,15 @@ def test_a_block_that_a_view_cuts_is_not_carried() -> None:
     assert Normal(ALL)(flat * letters.hadamard(4) - view(ROW * letters.hadamard(4), ("3", "8"), ("3", "4", "2"))) != 0
 
 
+def test_only_a_vector_is_all_of_its_rows() -> None:
+    """A table of positions added to a value is another in each row; a bias is not."""
+    vector, table = letters.letter("w1", meaning="vector"), letters.letter("W1")
+    picked = lambda x: function("select[1,0]", [x], Meaning(ROWS, (0,), True, True))
+    assert Normal(ALL)(picked(vector * table) - vector * table) == 0
+    assert Normal(ALL)(picked(table) - table) != 0
+    assert Normal(ALL)(picked(ROW) - ROW) != 0
+
+
 @dataclass(frozen=True)
 class Together(Pass):
     """linear(x, V) + linear(x, W) as linear(x, V + W), or as something else."""

@@ -45,7 +45,7 @@ class Pick:
 
 
 MEANING: dict[sympy.Symbol, Rotation | Pick | str] = {}
-"""What letters mean that axioms speak of: rotations, picks of channels, and "row": another for each row."""
+"""What letters mean that axioms speak of: rotations, picks of channels, "row": another for each row, and "vector"."""
 
 
 def letter(name: str, symmetric: bool = False, meaning: Rotation | Pick | str | None = None) -> sympy.Symbol:

@@ -125,7 +125,7 @@ class Matrices:
         if name not in self._letters:
             kind = "w" if rank == 1 else "W" if rank == 2 else "E"
             count = sum(str(known).startswith(kind) for known in self._letters.values())
-            self._letters[name] = letters.letter(f"{kind}{count + 1}", meaning="row" if rank > 2 else None)
+            self._letters[name] = letters.letter(f"{kind}{count + 1}", meaning={1: "vector", 2: None}.get(rank, "row"))
         return self._letters[name]
 
     def stacks(self) -> list[sympy.Symbol]:

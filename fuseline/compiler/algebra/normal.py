@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 from sympy.core.function import AppliedUndef, UndefinedFunction
 
-from .axioms import BLOCKS, CONSTANT, LINEAR, NORM, ORTHOGONAL, PARTS, SCORES, VIEWS, Axiom
+from .axioms import BLOCKS, CONSTANT, LINEAR, NORM, ORTHOGONAL, PARTS, VIEWS, Axiom
 from .letters import Pick, Rotation, meaning, of_row, pick
 
 
@@ -24,7 +24,7 @@ class Meaning:
 
     axiom: f(…, x·M, …) = f(…, x, …)·M for the operands at `carried` together; linear: and f(x + y) = f(x) + f(y) for
     them; picks: each row of the result is a row of an operand; sizes: of a view, before and after, with a last "*"
-    where it leaves the last dimension alone.
+    where it leaves the last dimension alone; first: what its first operand is written by, where that is an axiom.
     """
 
     axiom: Axiom | None = None
@@ -32,6 +32,7 @@ class Meaning:
     linear: bool = False
     picks: bool = False
     sizes: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    first: Axiom | None = None
 
 
 MEANING: dict[str, Meaning] = {}
@@ -130,8 +131,8 @@ class Normal:
         for i, x in enumerate(factor.args):
             before = self.used[ORTHOGONAL]
             operands.append(self(x))
-            if factor.func.__name__.startswith("attention") and i == 0 and self.used[ORTHOGONAL] > before:
-                self.used[SCORES] += 1
+            if means.first is not None and i == 0 and self.used[ORTHOGONAL] > before:
+                self.used[means.first] += 1
         return self._spread(factor, means, operands)
 
     def _spread(self, f: sympy.Expr, means: Meaning, operands: list[sympy.Expr]) -> sympy.Expr:
@@ -174,8 +175,10 @@ def _flat(factor: sympy.Expr) -> list[sympy.Expr]:
 
 
 def _is_constant(value: sympy.Expr) -> bool:
-    """Whether a value is the same row again and again."""
-    return not value.has(AppliedUndef) and not any(of_row(s) for s in value.free_symbols)
+    """Whether a product is the same row again and again: a vector, and what multiplies all rows alike."""
+    first = (value.args if value.is_Mul else (value,))[0]
+    alike = not value.has(AppliedUndef) and not any(of_row(s) for s in value.free_symbols)
+    return alike and meaning(first) == ("vector", False)
 
 
 def _whole(channels: Pick, block: int) -> bool:

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 
 from ..action import Action
 from ..order import writes
+from ..program import Program
 from ..structure import describe_value
 
 LARGEST = 5000
@@ -65,7 +66,7 @@ class Region:
     def sides(self) -> tuple[Side, Side]:
         return self.before, self.after
 
-    def signature(self) -> str:
+    def signature(self, program: Program) -> str:
         """What the region computes, whatever its nodes and parameters are called."""
         names: dict[str, str] = {}
         known = {leaf: f"leaf{i}" for i, leaf in enumerate(self.leaves)}
@@ -73,7 +74,7 @@ class Region:
         for weight in self.weights:
             expression = weight.meta["weight"]
             for name in expression.parameters():
-                names.setdefault(name, f"p{len(names)}")
+                names.setdefault(name, f"p{len(names)} {tuple(program.sources[name].tensor.shape)}")
             known[weight] = repr(expression.rename(names))
             lines.append(describe(weight))
         for letter, side in zip("ba", self.sides, strict=True):

@@ -60,6 +60,8 @@ def state(rule: str, region: Region, program: Program, algebra: Algebra) -> Stat
         _judge(made, region, program, algebra)
     except NotTranslated as reason:
         made.status = f"not translated: {reason}"
+    except Exception as error:  # a call in a form that nobody has thought of
+        made.status = f"not translated: {type(error).__name__}: {error}"
     try:
         made.error = numeric.difference(region, program)
     except Exception as error:  # an op that cannot run on such numbers

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .axioms import ROWS, Algebra
+from .axioms import ROWS, Algebra, Axiom
 from .letters import centre, letter, pick
 from .matrices import Matrices, joined, number
 from .normal import Meaning, function, view
@@ -147,16 +147,22 @@ class Call:
         return "-" if value is None else str(value)
 
     def rows(
-        self, carried: Sequence[Any], rest: Sequence[Any], others: Sequence[sympy.Expr] = (), picks: bool = False
+        self,
+        carried: Sequence[Any],
+        rest: Sequence[Any],
+        others: Sequence[sympy.Expr] = (),
+        picks: bool = False,
+        first: Axiom | None = None,
     ) -> sympy.Expr:
         """f(others…, carried…), linear in `carried`: it mixes or moves their rows.
 
-        rest: the other arguments, which belong to its name; picks: each row of the result is a row of theirs.
+        rest: the other arguments, which belong to its name; picks: each row of the result is a row of theirs;
+        first: the axiom that the first of the others is written by.
         """
         operands = [*others, *map(self.value, carried)]
         name = f"{self.name}[{','.join(map(self.text, rest))}]"
         positions = tuple(range(len(others), len(operands)))
-        return function(name, operands, Meaning(ROWS, positions, True, picks))
+        return function(name, operands, Meaning(ROWS, positions, True, picks, first=first))
 
     def opaque(self) -> sympy.Expr:
         """A function of which nothing is known but that equal operands give equal results."""

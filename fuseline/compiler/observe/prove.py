@@ -62,11 +62,20 @@ class Proof:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every statement is proved, and every rotation orthogonal."""
-        return self.proved == self.count and all(r <= BOUND for r in self.rotations.values())
+        """Whether there are statements, all proved, and every rotation is orthogonal."""
+        return 0 < self.proved == self.count and all(r <= BOUND for r in self.rotations.values())
 
     def check(self) -> None:
-        """Raises VerificationError, with what fails, unless the proof is complete."""
+        """Nothing, where the proof is complete.
+
+        Raises:
+            VerificationError: a statement is not proved, or a rotation is not orthogonal.
+            UserError: there was no rewrite to prove.
+        """
+        if not self.count:
+            raise UserError(
+                f"'{self.pipeline}' made no rewrite that could be proved", remedy='-p "raise,rotate{r1,r2,r4}"'
+            )
         details = []
         for s in self.statements:
             if not s.is_proved:
@@ -137,7 +146,7 @@ class Prove(Observer):
 
     def _statement(self, rule: str, region: Region, program: Program) -> Statement:
         assert self._step is not None and self._step.algebra is not None
-        key = (rule, region.signature())
+        key = (rule, region.signature(program))
         if key not in self._known:
             made = state(rule, region, program, self._step.algebra)
             same = next((s for s in self.proof.statements if s.says(made)), None)

@@ -13,7 +13,7 @@ import torch
 
 from ...compiler import ops
 from ...compiler.algebra import letters
-from ...compiler.algebra.axioms import ALL, NORM, Algebra, Translator
+from ...compiler.algebra.axioms import ALL, NORM, SCORES, Algebra, Translator
 from ...compiler.algebra.normal import Meaning, function
 from ...compiler.algebra.region import NotTranslated
 from ...compiler.algebra.values import Call
@@ -69,7 +69,7 @@ def attention(call: Call) -> sympy.Expr:
     if call.name == "scaled_dot_product_attention" and drops != 0.0:
         raise NotTranslated(f"op {call.name}: it drops at random")
     scores = call.value(q) * sympy.transpose(call.value(k))
-    return call.rows([v], [*rest, *sorted(call.kwargs.items())], others=[scores])
+    return call.rows([v], [*rest, *sorted(call.kwargs.items())], others=[scores], first=SCORES)
 
 
 def dropout(call: Call) -> sympy.Expr | None:

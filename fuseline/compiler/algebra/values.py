@@ -141,7 +141,7 @@ class Call:
     def text(self, value: Any) -> str:
         """Arguments as text; an operand by its value."""
         if isinstance(value, Node):
-            return str(self.values(value)) if self.is_tensor(value) else str(value.meta.get("val"))
+            return str(value.meta["val"]) if _is_number(value) else str(self.values(value))
         if isinstance(value, (tuple, list)):
             return f"({','.join(map(self.text, value))})"
         return "-" if value is None else str(value)
@@ -169,11 +169,16 @@ class Call:
         tags = getattr(self.node.target, "tags", ())
         if torch.Tag.nondeterministic_seeded in tags or not callable(self.node.target):
             raise NotTranslated(f"op {self.name}")
-        tensors = [n for n in operands((self.args, self.kwargs)) if self.is_tensor(n)]
-        hole = lambda n: "·" if n in tensors else str(n.meta.get("val"))
+        tensors = [n for n in operands((self.args, self.kwargs)) if not _is_number(n)]
+        hole = lambda n: str(n.meta["val"]) if _is_number(n) else "·"
         args, kwargs = torch.fx.node.map_arg((self.args, self.kwargs), hole)
         name = f"{self.node.target}({','.join(map(str, [*args, *kwargs.items()]))})"
         return function(name, [self.values(n) for n in tensors], Meaning())
+
+
+def _is_number(node: Node) -> bool:
+    """Whether a node is a size or another number, which its text tells from any other."""
+    return isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def _linear(call: Call) -> sympy.Expr | None:

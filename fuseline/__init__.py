@@ -6,6 +6,7 @@ from .calibrate import analyze
 from .compiler.capture import capture
 from .compiler.errors import FuselineError, UserError
 from .compiler.framework import Level, Pass, Tier
+from .compiler.observe import prove
 from .compiler.pipeline import Pipeline
 from .compiler.program import Program
 from .compiler.registry import register
@@ -16,5 +17,5 @@ from .optimize import breaks, optimize, refresh, reports
 __version__ = "0.1.0"
 __all__ = [
     "FuselineError", "Level", "Pass", "Pipeline", "Program", "Rule", "Tier", "UserError", "analyze", "breaks",
-    "capture", "examine", "load", "optimize", "refresh", "register", "reports", "save",
+    "capture", "examine", "load", "optimize", "prove", "refresh", "register", "reports", "save",
 ]  # fmt: skip

@@ -17,10 +17,11 @@ from fuseline.cli.dumping import dump_observers, record_kernels
 from fuseline.cli.environment import versions
 from fuseline.cli.graphs import load_graph
 from fuseline.cli.output import Output
+from fuseline.cli.proving import show_proof
 from fuseline.cli.render import following, megabytes, show_passes
 from fuseline.cli.statistics import show_statistics, statistics_data
 from fuseline.compiler.errors import FuselineError, UserError
-from fuseline.compiler.observe import Statistics
+from fuseline.compiler.observe import Prove, Statistics
 from fuseline.compiler.observe.printing import Print, stop_after
 from fuseline.compiler.outline import inline
 from fuseline.compiler.pipeline import DEFAULT, Pipeline
@@ -45,6 +46,7 @@ def opt(
     dump: options.Dump = None,
     dtype: options.Dtype = None,
     verify: options.Verification = None,
+    prove: options.Prove = False,
     json: options.Json = None,
 ) -> None:
     """Rewrite a model, a .pt2 program or a dumped stage."""
@@ -59,13 +61,15 @@ def opt(
     if show is not None:
         observers.append(Print(show, lambda text: output.console.print(text + "\n", soft_wrap=True)))
     captured, loaded = load_graph(graph, dtype)
-    counted = Statistics()
-    rewritten = rewrite(captured, passes, verify, [*observers, counted])
+    counted, proving = Statistics(), [Prove()] if prove else []
+    rewritten = rewrite(captured, passes, verify, [*observers, counted, *proving])
     data: dict[str, Any] = {"model": graph, "versions": versions(), **report_data(rewritten), "path": out}
     data["statistics"] = statistics_data(counted)
     show_passes(output, data)
     if stats:
         show_statistics(output, data)
+    for observer in proving:
+        show_proof(output, data, observer.proof)
     if path is not None and path.suffix == ".py":
         title = f"{graph} after {passes}{f', stopped after {stop}' if stop else ''}"
         write_stage(rewritten.program, title, path)

@@ -16,6 +16,7 @@ Dtype = Annotated[str | None, typer.Option("--dtype", metavar="DTYPE", help="flo
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu or cuda.")]
 Target = Annotated[str | None, typer.Option("--target", metavar="T", help="eager, inductor or triton.")]
 Dump = Annotated[str | None, typer.Option("--dump", metavar="DIR", help="Write the program after each pass.")]
+Prove = Annotated[bool, typer.Option("--prove", help="Prove each rewrite of passes that are algebra.")]
 Verification = Annotated[
     str | None, typer.Option("--verify", metavar="[=LEVEL]", help="Check exact passes' errors; full: all values; off.")
 ]

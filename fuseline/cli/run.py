@@ -15,7 +15,9 @@ from fuseline.cli.environment import choose_target, versions
 from fuseline.cli.measure import continue_text, measure
 from fuseline.cli.offline import describe_kernels
 from fuseline.cli.output import Output
+from fuseline.cli.proving import show_proof
 from fuseline.cli.render import following, number, show_breaks, show_kernels, show_measurements, show_passes
+from fuseline.compiler.observe import Prove
 from fuseline.compiler.pipeline import DEFAULT, Pipeline
 
 PROMPT = "A compiler is a program that"
@@ -28,6 +30,7 @@ def run(
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     verify: options.Verification = None,
+    prove: options.Prove = False,
     dump: options.Dump = None,
     windows: Annotated[int, typer.Option(metavar="N", help="Windows of 256 tokens to compare on.")] = 8,
     tokens: Annotated[int, typer.Option(metavar="N", help="How many tokens to continue with.")] = 24,
@@ -44,7 +47,8 @@ def run(
     output = Output(json)
     loaded = load(model, parse_dtype(dtype)).to(device)
     _progress("capturing")
-    rewritten = rewrite(capture_model(loaded), passes, verify, dump_observers(dump))
+    proving = [Prove()] if prove else []
+    rewritten = rewrite(capture_model(loaded), passes, verify, [*dump_observers(dump), *proving])
     data: dict[str, Any] = {
         "model": model,
         "target": chosen,
@@ -56,6 +60,8 @@ def run(
     noise = number(captured["error"])
     output.line(f"{model}: {captured['nodes']} nodes captured, rounding noise {noise}, target {chosen}\n")
     show_passes(output, data)
+    for observer in proving:
+        show_proof(output, data, observer.proof)
 
     _progress("measuring")
     optimize(loaded.model, passes, target=chosen)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from .algebra.axioms import Algebra
 from .errors import UserError, nearest
 from .rule import Rule
 
@@ -63,6 +64,7 @@ class Pass:
     example: ClassVar[str] = ""  # a pipeline to try it with, where its bare name is none
     requires: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset()
+    algebra: ClassVar[Algebra | None] = None  # what proves its rewrites, where they are algebra
     needs_data: ClassVar[bool] = False  # `analyze` decides site by site before any rewrite
 
     expect: tuple[str, ...] = ()  # fewer rewrites are an error: 61, or RULE:61|RULE:30

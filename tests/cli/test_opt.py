@@ -102,3 +102,33 @@ def test_a_stage_of_types_is_rewritten_without_figures(cli: Callable, tmp_path: 
     assert json.loads(result.out)["passes"][0]["error"] is None
     assert "cannot be checked: this program has types" in cli("opt", str(path), "-p", "raise", "--verify").err
     assert "this stage has types only" in cli("opt", str(path), "-p", "raise", "-o", str(tmp_path / "x.pt2")).err
+
+
+def test_rewrites_are_proved(cli: Callable, tmp_path: Path) -> None:
+    result = cli("opt", TINY, "-p", "raise,rotate{r1,r2,r3,r4}", "--prove", "--json", str(tmp_path / "proof.json"))
+    assert result.code == 0, result.err
+    assert "43 of 43 statements are proved" in result.out and max(map(len, result.out.splitlines()[:-1])) <= 80
+    assert "x1·W1ᵀ·H128 = x1·H384·H384·W1ᵀ·H128" in result.out and "max|R·Rᵀ − 1|: H128 " in result.out
+    proof = json.loads((tmp_path / "proof.json").read_text())["proof"]
+    assert proof["complete"] and sum(s["count"] for s in proof["statements"]) == proof["proved"] == 43
+    assert all(s["error"] < proof["bound"] for s in proof["statements"])
+
+
+def test_a_wrong_rewrite_is_not_proved(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fuseline.compiler.expressions import Cast
+    from fuseline.passes.rotation.rotations import Rotation
+
+    monkeypatch.setattr(Rotation, "fold", lambda self, weight, value, dim, scale=None: Cast(weight, value.dtype))
+    given, stage = ("opt", TINY, "-p", "raise,rotate{r4}", "--prove"), tmp_path / "stage.py"
+    result = cli(*given, "--json", str(tmp_path / "proof.json"), "-o", str(stage))
+    assert result.code == 1 and "error: 2 of 2 statements are not proved" in result.err
+    assert "R4 online: not proved" in result.err and "left: " in result.err
+    proof = json.loads((tmp_path / "proof.json").read_text())["proof"]
+    assert (proof["count"], proof["proved"]) == (2, 0) and not stage.exists(), "nothing is written but the proof"
+
+
+def test_a_pipeline_that_states_nothing_is_not_proved(cli: Callable) -> None:
+    result = cli("opt", TINY, "-p", "raise,fuse", "--prove")
+    assert result.code == 2 and "there is nothing to prove" in result.err and "rotate{r1,r2,r4}" in result.err
+    result = cli("opt", TINY, "-p", "raise,rotate{r4,block=5,allow_empty}", "--prove")
+    assert result.code == 2 and "made no rewrite that could be proved" in result.err

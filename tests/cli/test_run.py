@@ -153,6 +153,13 @@ def test_dump_writes_every_stage(cli: Callable, classifier: str, tmp_path: Path)
     assert {"000_captured.py", "001_quantize.py"} <= {p.name for p in (tmp_path / "stages").iterdir()}
 
 
+def test_a_run_is_proved_before_it_is_measured(cli: Callable) -> None:
+    options = ("--windows", "0", "--tokens", "0")
+    result = cli("run", "demo:tiny-decoder", "-p", "raise,rotate{r4}", "--prove", *options)
+    assert result.code == 0, result.err
+    assert result.out.index("2 of 2 statements are proved, of 1 kinds") < result.out.index("weights  ")
+
+
 def test_a_pass_that_matches_nothing(cli: Callable, classifier: str) -> None:
     result = cli("run", classifier, "-p", "raise")
     assert result.code == 2

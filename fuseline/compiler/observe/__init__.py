@@ -7,6 +7,7 @@ from .limit import Limit
 from .logged import Logged
 from .numerics import Numerics
 from .printing import Print
+from .prove import Proof, Prove, prove
 from .record import Record
 from .repro import Repro
 from .statistics import Statistics
@@ -14,5 +15,6 @@ from .structured import Structured
 from .timing import Timing
 
 __all__ = [
-    "Dump", "Limit", "Logged", "Numerics", "Print", "Record", "Repro", "Statistics", "Structured", "Timing", "Verify",
+    "Dump", "Limit", "Logged", "Numerics", "Print", "Proof", "Prove", "Record", "Repro", "Statistics", "Structured",
+    "Timing", "Verify", "prove",
 ]  # fmt: skip

@@ -22,8 +22,8 @@ Before                                  after  rotate{r2,r4}
 No names are matched: a basis is followed through whatever carries it, and R is folded where the stream is written and
 read. What needs single channels (a norm whose result is added, a gate, a cache that other graphs read) is a boundary:
 r2 is refused there, and so is r1 where more than two operations would be left at run time, or nothing that writes the
-stream takes R. Each fold is a rewrite of its own that keeps the program's results. docs/rotations.md has what becomes
-of a hundred models.
+stream takes R. Each fold is a rewrite of its own that keeps the program's results, and is proved to with `--prove`
+(docs/debugging.md). Embeddings are not centred. docs/rotations.md has what becomes of a hundred models.
 
 Exact: logits agree within 1e-5 in float32. Sources: QuaRot (Ashkboos et al., 2024), SpinQuant (Liu et al., 2024).
 """
@@ -43,6 +43,7 @@ from ...compiler.plan import SitePlan
 from ...compiler.program import Program
 from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
+from .axioms import ALGEBRA
 from .carriers import is_attention, values_of
 from .centring import centre
 from .folds import Folds
@@ -69,6 +70,7 @@ class Rotate(Pass):
     name = "rotate"
     tier = Tier.EXACT
     example = "raise,rotate{r2,r4}"
+    algebra = ALGEBRA
     requires = frozenset({"raised"})
 
     r1: bool = False  # the residual stream

@@ -1,0 +1,107 @@
+"""Which passes change a model's weights, and the nearest pipeline whose result a checkpoint holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..compiler.errors import FuselineError, UserError
+from ..compiler.framework import Pass, Tier
+from ..compiler.pipeline import Pipeline
+from ..compiler.program import Program
+from ..compiler.report import PassReport
+from ..passes import Fuse, Raise, Rotate
+from .parameters import Assignment, assign, refuse_quantized
+from .transforms import Transforms, transforms
+from .unify import Mismatch, Unified, unify
+
+
+@dataclass
+class Planned:
+    """What an export writes. rewritten: the program that the checkpoint stands for."""
+
+    rewritten: Program
+    unified: Unified
+    assignment: Assignment
+    transforms: Transforms
+    reports: list[PassReport]
+
+
+def plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline) -> Planned:
+    """Runs the pipeline and solves for the model's parameters.
+
+    Raises:
+        UserError: what stands in the way, and the nearest pipeline without it.
+    """
+    try:
+        return _plan(model, captured, pipeline)
+    except Mismatch as error:
+        remedy = nearest_pipeline(pipeline, lambda other: _works(model, captured, other))
+        raise UserError(error.headline, error.details, remedy) from error
+
+
+def _works(model: torch.nn.Module, captured: Program, pipeline: Pipeline) -> bool:
+    try:
+        _plan(model, captured, pipeline)
+    except FuselineError:
+        return False
+    return True
+
+
+def _plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline) -> Planned:
+    """`raise` is how the model's own graph is read, and is run on both sides; `fuse` says only what runs together."""
+    ours = theirs = captured
+    reports: list[PassReport] = []
+    for step in pipeline.passes:
+        if isinstance(step, Fuse):
+            continue
+        theirs, report = Pipeline((step,)).run(theirs)
+        reports += report.passes
+        if isinstance(step, Raise):
+            ours, _ = Pipeline((step,)).run(ours)
+    refuse_quantized(theirs)
+    unified = unify(ours, theirs)
+    assignment = assign(model, captured, unified.uses)
+    return Planned(theirs, unified, assignment, transforms(model, captured, unified.online), reports)
+
+
+def nearest_pipeline(pipeline: Pipeline, works: Callable[[Pipeline], bool]) -> str | None:
+    """The pipeline with the fewest of these changes that works: tables untied, approximations out, rotations out."""
+    changes = [_rotations(untie=True), _exact, *(_rotations(**{name: False}) for name in ("r3", "r4", "r1", "r2"))]
+    tried = {pipeline}
+    for count in range(1, len(changes)):
+        for chosen in itertools.combinations(changes, count):
+            passes = pipeline.passes
+            for change in chosen:
+                passes = change(passes)
+            candidate = Pipeline(passes)
+            if candidate not in tried:
+                tried.add(candidate)
+                if any(not isinstance(p, (Raise, Fuse)) for p in passes) and works(candidate):
+                    return f'-p "{candidate}"'
+    return None
+
+
+def _exact(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    return tuple(p for p in passes if p.tier is Tier.EXACT)
+
+
+def _rotations(**options: bool) -> Callable[[tuple[Pass, ...]], tuple[Pass, ...]]:
+    def change(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+        return tuple(c for p in passes if (c := _with(p, options)) is not None)
+
+    return change
+
+
+def _with(step: Pass, options: dict[str, bool]) -> Pass | None:
+    """The step with other options; None where it would then rotate nothing. Only r1 has tables to untie."""
+    if not isinstance(step, Rotate):
+        return step
+    left = {name: getattr(step, name) for name in ("r1", "r2", "r3", "r4", "untie")} | options
+    if not any(left[n] for n in ("r1", "r2", "r3", "r4")):
+        return None
+    return dataclasses.replace(step, **left | {"untie": left["untie"] and left["r1"]})

@@ -15,6 +15,7 @@ from fuseline.cli.compare import compare
 from fuseline.cli.completion import completion
 from fuseline.cli.diff import diff
 from fuseline.cli.examine import examine
+from fuseline.cli.export import export
 from fuseline.cli.kernels import kernels
 from fuseline.cli.opt import opt
 from fuseline.cli.passes import passes
@@ -29,7 +30,8 @@ from fuseline.compiler.errors import FuselineError
 
 HELP = "A graph compiler for PyTorch models. --debug, anywhere: an error's traceback."
 VERBS = (
-    run, passes, examine, opt, kernels, cache, compare, why, bisect, reduce, repro, diff, view, replay, completion,
+    run, passes, examine, opt, export, kernels, cache, compare, why, bisect, reduce, repro, diff, view, replay,
+    completion,
 )  # fmt: skip
 
 app = typer.Typer(

@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..compiler.report import PassReport
 from ..models.huggingface import as_loaded
 from ..optimize import Passes, optimized
 from ..originals import dropped
-from .huggingface import Progress, refuse_other_models, reload, write
+from .huggingface import Progress, refuse_other_models, reload, silent, write
 from .planning import Planned, plan
 from .rotations import Matrix, folded
 from .transforms import MissingPackage
@@ -65,6 +65,11 @@ class Exported:
     unchecked: str | None
     passes: list[PassReport] = field(repr=False, default_factory=list)
 
+    def to_json(self) -> dict[str, Any]:
+        """All of it but the passes' reports."""
+        names = (f.name for f in fields(self) if f.name != "passes")
+        return {name: getattr(self, name) for name in names} | {"path": str(self.path)}
+
 
 def export(
     model: torch.nn.Module,
@@ -97,7 +102,7 @@ def export(
         FuselineError: the outputs differ by more than rounding.
     """
     chosen = Pipeline(pipeline) if pipeline is not None else optimized(model).pipeline
-    _check_target(Path(path), format, force)
+    check_target(path, format, force)
     refuse_other_models(model)
     gone = dropped(model)
     if gone:
@@ -120,11 +125,11 @@ def export_program(
     format: str = "hf",
     check: bool = True,
     force: bool = False,
-    progress: Progress = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> Exported:
     """`export` of a program that was captured from `model` with these inputs."""
     target = Path(path)
-    _check_target(target, format, force)
+    check_target(target, format, force)
     refuse_other_models(model)
     made = plan(model, captured, pipeline)
     rotations = _rotations(made)
@@ -132,6 +137,8 @@ def export_program(
         with torch.no_grad(), _folder(target, force) as folder:
             carried = write(model, folder, made.assignment, made.transforms, progress)
             _write_record(folder, pipeline, rotations)
+            if check:
+                progress(0, 0, "loading it again")
             off, unchecked = (None, "check=False") if not check else _compare(folder, model, made, inputs)
     except OSError as problem:
         raise UserError(f"{target} could not be written: {problem.strerror or problem}") from problem
@@ -144,7 +151,13 @@ def export_program(
     )  # fmt: skip
 
 
-def _check_target(target: Path, format: str, force: bool) -> None:
+def check_target(path: str | Path, format: str, force: bool) -> None:
+    """Holds an export to a format that there is, and to a folder that it may write.
+
+    Raises:
+        UserError: saying what to change.
+    """
+    target = Path(path)
     if format not in FORMATS:
         raise UserError(f"unknown format '{format}'{nearest(format, FORMATS)}")
     if not target.exists():
@@ -227,9 +240,7 @@ def _write_record(folder: Path, pipeline: Pipeline, rotations: list[dict[str, An
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def _compare(
-    folder: Path, model: torch.nn.Module, made: Planned, inputs: Inputs
-) -> tuple[float | None, str | None]:
+def _compare(folder: Path, model: torch.nn.Module, made: Planned, inputs: Inputs) -> tuple[float | None, str | None]:
     """How far the outputs of what was written are from the rewritten graph's, on the inputs of the capture.
 
     Raises:

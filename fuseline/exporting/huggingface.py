@@ -14,11 +14,17 @@ from ..artifact import construct
 from ..compiler.errors import UserError
 from ..models.checks import require
 from ..models.huggingface import from_pretrained, quiet
+from ..optimize import is_optimized
 from .parameters import Assignment, check_split
 from .transforms import Transforms, apply
 
 Progress = Callable[[int, int, str], None]
-"""Told of each step: how many are done, how many there are, what is done now."""
+"""Told of each step: how many are done, how many there are (0: unknown), what is done now."""
+
+
+def silent(done: int, total: int, what: str) -> None:
+    """Progress that nobody sees."""
+
 
 CARRIED = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -82,8 +88,8 @@ def _shell(model: torch.nn.Module, assignment: Assignment) -> Any:
     shell.to(model.dtype)
     check_split(shell, assignment.untied)
     generation: Any = getattr(shell, "generation_config", None)
-    if generation is not None and getattr(model, "_compiled_call_impl", None) is not None:
-        generation.disable_compile = None  # `fuseline.optimize` set it
+    if generation is not None and is_optimized(model):
+        generation.disable_compile = None
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:
         shell._weight_conversions = conversions  # how its checkpoint names and stacks its tensors

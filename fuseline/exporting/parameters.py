@@ -84,6 +84,7 @@ def assign(model: torch.nn.Module, program: Program, uses: Sequence[Use]) -> Ass
             found.values.update(dict.fromkeys(aliases, next(iter(values))))
         else:
             _split(found, parameter, aliases, values)
+    found.values = {name: found.values[name] for name in stored if name in found.values}
     found.unread = [n for n, t in stored.items() if id(t) not in read and isinstance(t, torch.nn.Parameter)]
     return found
 
@@ -133,7 +134,7 @@ def refuse_quantized(program: Program) -> None:
                 raise Mismatch(
                     f"'{node.meta['weight'].parameters()[0]}' is quantized ({scheme}), and a plain checkpoint has no "
                     "place for codes and scales",
-                    ["fuseline.save keeps quantized models, for fuseline.load; quantized checkpoints are not written yet"],
+                    ["fuseline.save keeps quantized models, for fuseline.load"],
                 )
 
 

@@ -66,6 +66,11 @@ def _plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline) -> Plan
     refuse_quantized(theirs)
     unified = unify(ours, theirs)
     assignment = assign(model, captured, unified.uses)
+    if not assignment.values and not unified.online:
+        raise UserError(
+            f"the pipeline '{pipeline}' changes no weight, so the checkpoint would be a copy of the model's own",
+            remedy='-p "raise,rotate{r1,r2,untie}"',
+        )
     return Planned(theirs, unified, assignment, transforms(model, captured, unified.online), reports)
 
 
@@ -81,7 +86,7 @@ def nearest_pipeline(pipeline: Pipeline, works: Callable[[Pipeline], bool]) -> s
             candidate = Pipeline(passes)
             if candidate not in tried:
                 tried.add(candidate)
-                if any(not isinstance(p, (Raise, Fuse)) for p in passes) and works(candidate):
+                if works(candidate):
                     return f'-p "{candidate}"'
     return None
 

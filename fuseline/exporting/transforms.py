@@ -61,18 +61,19 @@ def transforms(model: torch.nn.Module, program: Program, online: Sequence[Online
     if not online:
         return Transforms()
     linears = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    found, groups = Transforms({"config_groups": {}}), {}
+    targets_of: dict[tuple[str, Matrix], dict[str, None]] = {}
     for one in online:
         _refuse(one)
         target = one.module if one.weight is None else _linear(one, one.weight, program, linears)
-        groups.setdefault((one.weight is None, one.matrix), {})[target] = None
-    assert found.config is not None
-    for (keys, matrix), targets in groups.items():
-        base = "R3" if keys else "R4"
-        name = base + "".join(f"_{i}" for i in [sum(g.split("_")[0] == base for g in found.config["config_groups"])] if i)
+        targets_of.setdefault(("R3" if one.weight is None else "R4", one.matrix), {})[target] = None
+    groups: dict[str, Any] = {}
+    found = Transforms({"config_groups": groups})
+    for (label, matrix), targets in targets_of.items():
+        serial = sum(name.startswith(label) for name in groups)
+        name = f"{label}_{serial}" if serial else label
         stored = matrix.kind != "hadamard" or not _is_power_of_two(matrix.block)
-        places = ("q_attn", "k_cache") if keys else ("input",)
-        found.config["config_groups"][name] = {
+        places = ("q_attn", "k_cache") if label == "R3" else ("input",)
+        groups[name] = {
             "type": "random-hadamard" if stored else "hadamard",
             "head_dim": matrix.block,
             "precision": "torch.float32",
@@ -103,7 +104,7 @@ def _refuse(one: Online) -> None:
         n //= 2
     if (n > LARGEST or n % 4) and not _is_power_of_two(one.matrix.block):
         raise Mismatch(
-            f"{one.site} is rotated at run time ({one.matrix}), and compressed-tensors has no matrix of {one.matrix.block}",
+            f"{one.site} is rotated at run time ({one.matrix}), and compressed-tensors has no matrix of that size",
             [f"it has those of 4·k·2^m with 4·k up to {LARGEST}, and makes one before it reads the stored one"],
         )
 

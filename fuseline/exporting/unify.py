@@ -74,10 +74,12 @@ def unify(model: Program, rewritten: Program) -> Unified:
         Mismatch: naming the place, what the model has there, and what the rewritten graph.
     """
     walk = _Walk(model)
-    walk.pairs([*zip(_roots(model), _roots(rewritten), strict=False)])
-    if len(_roots(model)) != len(_roots(rewritten)):
+    ours, theirs = _roots(model), _roots(rewritten)
+    if len(ours) != len(theirs):
         raise Mismatch("a pass added or removed operations that write to memory, which no parameter can express")
-    return walk.found
+    walk.pairs([*zip(ours, theirs, strict=True)])
+    order = {site: i for i, site in enumerate(walk.sites.values())}
+    return Unified(*(sorted(found, key=lambda one: order[one.site]) for found in (walk.found.uses, walk.found.online)))
 
 
 def _roots(program: Program) -> list[Node]:
@@ -147,7 +149,8 @@ class _Walk:
             return mine, other
         full = [[*args, *(False, None, True)[len(args) - 3 :]] for args in (mine, other)]
         self._use(ours, mine[1], Neutral(0.0 if full[0][3] else 1.0))
-        return [a for i, a in enumerate(full[0]) if i not in (1, 3)], [a for i, a in enumerate(full[1]) if i not in (1, 3)]
+        kept = [[a for i, a in enumerate(args) if i not in (1, 3)] for args in full]
+        return kept[0], kept[1]
 
     def _queries(self, ours: Node, theirs: Node, other: list[Any]) -> None:
         found = [peel(x) for x in other[:2]]

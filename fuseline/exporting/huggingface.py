@@ -38,13 +38,18 @@ def refuse_other_models(model: torch.nn.Module) -> None:
     """Holds an export to models of transformers.
 
     Raises:
-        UserError: transformers is missing, or the model's class is not one of its own.
+        UserError: transformers is missing, the model's class is not one of its own, or it was loaded quantized.
     """
     require("transformers", "a Hugging Face checkpoint")
     if construct.describe(model)["library"] != "transformers":
         raise UserError(
             f"{type(model).__name__} is no class of transformers, which could not load a checkpoint of it",
             remedy="fuseline.save(model, path) keeps any optimized model",
+        )
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{type(model).__name__} was loaded with quantized weights, and a plain checkpoint has no place for them",
+            remedy="load the original model and export that",
         )
 
 
@@ -132,20 +137,22 @@ def reload(folder: Path, like: torch.nn.Module) -> torch.nn.Module:
     with quiet():
         model = from_pretrained(folder, like.dtype, config).eval()
         if quantization is not None:
-            apply(model, quantization["transform_config"], _stored(folder, model))
+            apply(model, quantization["transform_config"], _stored(folder, quantization["transform_config"]))
     return model.to(like.device)
 
 
-def _stored(folder: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of the checkpoint that belong to transforms: those beside the weights of a module."""
+def _stored(folder: Path, transform_config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The matrices in the checkpoint that the transforms have stored beside a module's parameters."""
     from safetensors import safe_open
 
-    names = json.loads((folder / "config.json").read_text())["quantization_config"]["transform_config"]["config_groups"]
+    wanted = {
+        f"{target}.{name}_{place['location']}.weight"
+        for name, group in transform_config["config_groups"].items()
+        for place in group["apply"]
+        for target in place["targets"]
+    }
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a file is no mapping)
-                owner = name.split(".")[-2] if name.count(".") > 1 else ""
-                if any(owner.startswith(f"{group}_") for group in names):
-                    found[name] = file.get_tensor(name)
+            found |= {name: file.get_tensor(name) for name in wanted.intersection(file.keys())}
     return found

@@ -38,11 +38,6 @@ class Assignment:
         tensors = [self.program.sources[n].tensor.detach() for n in value.parameters()]
         return STORE.peek(value, tensors)
 
-    def tensors(self, name: str) -> tuple[str, ...]:
-        """The parameters that a new value is computed from."""
-        value = self.values[name]
-        return value.parameters() if isinstance(value, Expression) else ()
-
 
 def assign(model: torch.nn.Module, program: Program, uses: Sequence[Use]) -> Assignment:
     """Solves for the parameters of `model`.

@@ -90,6 +90,12 @@ def test_other_models_and_formats(tmp_path: Path) -> None:
         fuseline.export(model_of("Llama"), tmp_path / "out", "raise,rotate{r2}", format="gguf")
 
 
+def test_a_model_that_was_loaded_quantized(tmp_path: Path) -> None:
+    model = model_of("Llama")
+    model.config.quantization_config = {"quant_method": "awq"}
+    assert "was loaded with quantized weights" in str(refused(model, "raise,rotate{r2}", tmp_path))
+
+
 def test_dropped_originals(tmp_path: Path) -> None:
     model = fuseline.optimize(model_of("Llama"), "raise,rotate{r2}", keep_originals=False)
     logits(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,6 +67,17 @@ needs_package = pytest.mark.skipif(
 def test_compressed_tensors_reads_it(pipeline: str, tmp_path: Path) -> None:
     written = fuseline.export(model_of("Llama"), tmp_path / "out", pipeline)
     assert written.unchecked is None and written.error is not None and written.error < 1e-5
+
+
+@needs_package
+def test_the_loader_of_the_manual(tmp_path: Path) -> None:
+    model = model_of("Llama")
+    fuseline.export(model, tmp_path / "out", "raise,rotate{r1,r3,r4,kind=random-hadamard,seed=1,untie}", check=False)
+    text = (Path(__file__).parents[2] / "docs" / "saving.md").read_text()
+    (block,) = re.findall(r"^```python\n(# load_transforms.py\n.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (tmp_path / "load_transforms.py").write_text(block)
+    load = runpy.run_path(str(tmp_path / "load_transforms.py"))["load_with_transforms"]
+    assert error(logits(load(tmp_path / "out").eval()), logits(model)) < 1e-5
 
 
 @needs_package

@@ -28,7 +28,7 @@ from fuseline.cli.view import view
 from fuseline.cli.why import why
 from fuseline.compiler.errors import FuselineError
 
-HELP = "A graph compiler for PyTorch models. --debug, anywhere: an error's traceback."
+HELP = "A graph compiler for PyTorch models. --debug, anywhere: the traceback."
 VERBS = (
     run, passes, examine, opt, export, kernels, cache, compare, why, bisect, reduce, repro, diff, view, replay,
     completion,

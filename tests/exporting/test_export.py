@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,18 @@ class Test_nothing_is_left_half_written:
         (tmp_path / "thesis.tex").write_text("…")
         with pytest.raises(fuseline.UserError, match="is no checkpoint, and is not replaced"):
             fuseline.export(model_of("Llama"), tmp_path, ROTATED, force=True)
+
+
+@pytest.mark.slow
+def test_the_example_of_the_manual(tmp_path: Path) -> None:
+    root = Path(fuseline.__file__).parents[1]
+    text = (root / "docs" / "saving.md").read_text(encoding="utf-8")
+    (code,) = [b for b in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE) if "export(" in b]
+    (tmp_path / "example.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("16 5 ")
 
 
 @pytest.mark.slow

@@ -55,6 +55,8 @@ def assign(model: torch.nn.Module, program: Program, uses: Sequence[Use]) -> Ass
     read: set[int] = set()
     wanted: dict[str, dict[Value, list[Use]]] = defaultdict(dict)
     for use in uses:
+        if not use.weight.parameters() and use.value != use.weight:
+            raise Mismatch(f"the passes changed a tensor that the model's code writes down, read at {use.site}")
         for parameter in use.weight.parameters():
             read.add(id(program.sources[parameter].tensor))
             value = use.value

@@ -59,17 +59,20 @@ def _plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline) -> Plan
     for step in pipeline.passes:
         if isinstance(step, Fuse):
             continue
+        before = theirs
         theirs, report = Pipeline((step,)).run(theirs)
         reports += report.passes
         if isinstance(step, Raise):
-            ours, _ = Pipeline((step,)).run(ours)
+            ours = theirs if ours is before else Pipeline((step,)).run(ours)[0]
     refuse_quantized(theirs)
     unified = unify(ours, theirs)
     assignment = assign(model, captured, unified.uses)
     if not assignment.values and not unified.online:
+        reasons = dict.fromkeys(reason for report in reports for reason in report.refused.values())
         raise UserError(
             f"the pipeline '{pipeline}' changes no weight, so the checkpoint would be a copy of the model's own",
-            remedy='-p "raise,rotate{r1,r2,untie}"',
+            [*reasons][:4],
+            None if reasons else '-p "raise,rotate{r1,r2,untie}"',
         )
     return Planned(theirs, unified, assignment, transforms(model, captured, unified.online), reports)
 

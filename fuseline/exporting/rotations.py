@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..compiler.expressions import Blocks, Cast, Concat, Expression, Hadamard, Orthogonal, Scale, Signs
+from ..compiler.expressions import Blocks, Cast, Concat, Expression, Hadamard, HadamardCore, Orthogonal, Scale, Signs
 from ..compiler.hadamard import hadamard_matrix, random_orthogonal, random_signs
 from ..compiler.ops import hadamard
 from ..passes.raising.nodes import op_name
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,10 @@ def peel(node: Any) -> Turned | None:
         return None
     if node.target is hadamard.overload:
         x = node.args[0]
-        block = (*node.args, *(None, 0)[len(node.args) - 1 :])[2] or node.meta["val"].shape[-1]
+        _, core, block = (*node.args, *(None, 0)[len(node.args) - 1 :])[:3]
+        if core is not None and not isinstance(_weight(core), HadamardCore):
+            return None
+        block = block or node.meta["val"].shape[-1]
         if op_name(x) == "mul" and (signs := _signs(_weight(x.args[1]))) is not None:
             return Turned(x.args[0], Matrix("random-hadamard", block, signs.seed))
         return Turned(x, Matrix("hadamard", block))

@@ -12,6 +12,8 @@ Checked with compressed-tensors 0.20.1, whose code for both this follows.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,7 +129,8 @@ def apply(model: torch.nn.Module, config: dict[str, Any], stored: dict[str, torc
             [str(error)],
             "pip install compressed-tensors",
         ) from error
-    apply_transform_config(model, TransformConfig.model_validate(config))
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        apply_transform_config(model, TransformConfig.model_validate(config))
     with torch.no_grad():
         for name, tensor in stored.items():
             model.get_parameter(name).copy_(tensor)

@@ -79,7 +79,9 @@ def unify(model: Program, rewritten: Program) -> Unified:
         raise Mismatch("a pass added or removed operations that write to memory, which no parameter can express")
     walk.pairs([*zip(ours, theirs, strict=True)])
     order = {site: i for i, site in enumerate(walk.sites.values())}
-    return Unified(*(sorted(found, key=lambda one: order[one.site]) for found in (walk.found.uses, walk.found.online)))
+    walk.found.uses.sort(key=lambda use: order[use.site])
+    walk.found.online.sort(key=lambda one: order[one.site])
+    return walk.found
 
 
 def _roots(program: Program) -> list[Node]:

@@ -28,7 +28,7 @@ from tests.families.decoders import build
 ROTATED = "raise,rotate{r1,r2,untie,kind=random-hadamard,seed=5}"
 #: Biases, joint q/k/v, norms behind the blocks with 1 + w (so that r1 is refused), stacked experts.
 QUICK = ["Qwen 2", "Phi 3", "Gemma 2", "Mixtral, grouped_mm"]
-MORE = ["Llama", "Qwen 3", "Mistral", "Qwen 3 MoE, grouped_mm", "Gemma", "Granite", "OLMo 2"]
+MORE = ["Llama", "Qwen 3", "Mistral", "Qwen 3 MoE, grouped_mm", "Gemma", "Granite", "OLMo 2", "DeepSeek V2, grouped_mm"]
 BOUNDARY = {"Gemma 2", "OLMo 2"}
 
 

@@ -14,9 +14,12 @@ from torch import nn
 
 import fuseline
 from fuseline import Pipeline, UserError
+from fuseline.compiler.expressions import Constant
 from fuseline.compiler.precision import error
 from fuseline.exporting.parameters import assign
 from fuseline.exporting.planning import plan
+from fuseline.exporting.rotations import Matrix, folded, peel
+from fuseline.exporting.unify import Use, unify
 from tests.passes.rotated_models import VOCABULARY, Decoder, Norm, Shape, shapes
 
 pytest.importorskip("transformers")
@@ -151,10 +154,31 @@ def test_the_solution_is_the_model_or_refused(shape: Shape, kind: str, untie: bo
         assert error(again(IDS), model(IDS)) < 1e-10
 
 
+def test_a_tensor_of_the_code_stays_as_it_is() -> None:
+    model = Decoder(Shape())
+    written, other = (Constant((n,), (), torch.float32, "cpu") for n in (1.0, 2.0))
+    captured = fuseline.capture(model, (IDS,))
+    assert not assign(model, captured, [Use("norm/mul#0", "norm", written, written)]).values
+    with pytest.raises(UserError, match="a tensor that the model's code writes down, read at norm/mul#0"):
+        assign(model, captured, [Use("norm/mul#0", "norm", written, other)])
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "random-hadamard", "orthogonal"])
+@pytest.mark.parametrize("block", [0, 4])
+def test_rotations_are_read_back(kind: str, block: int) -> None:
+    """From the expressions and, for r4, from the graph."""
+    model = Decoder(Shape(width=12, inner=20))
+    options = f"r1,r2,r4,kind={kind},seed=3,block={block}"
+    found, _ = Pipeline(f"raise,rotate{{{options}}}").run(fuseline.capture(model, (IDS,)))
+    seed = None if kind == "hadamard" else 3
+    expected = {Matrix(kind, size, seed) for size in (block or 12, 6, block or 20)}
+    assert {matrix for node in found.weights() for matrix, _ in folded(node.meta["weight"])} == expected
+    online = {one.matrix for node in found.graph.nodes if (one := peel(node)) is not None}
+    assert online == {Matrix(kind, block or 20, seed)}
+
+
 def test_a_copy_needs_no_values() -> None:
     """Solving a graph against itself finds nothing to change."""
-    from fuseline.exporting.unify import unify
-
     model = Decoder(Shape())
     captured = fuseline.capture(model, (IDS,))
     found = unify(captured, captured.copy())

@@ -18,7 +18,8 @@ from ..compiler.capture import capture
 from ..compiler.debug.check import EXACT
 from ..compiler.errors import FuselineError, UserError, nearest
 from ..compiler.expressions import Expression
-from ..compiler.pipeline import Pipeline
+from ..compiler.pipeline import Pipeline, needs_calibration
+from ..compiler.plan import Plan
 from ..compiler.precision import error, floats
 from ..compiler.program import Program
 from ..compiler.report import PassReport
@@ -26,7 +27,8 @@ from ..models.huggingface import as_loaded
 from ..optimize import Passes, optimized
 from ..originals import dropped
 from .huggingface import Progress, refuse_other_models, reload, silent, write
-from .planning import Planned, plan
+from .planning import Planned
+from .planning import plan as solve
 from .rotations import Matrix, folded
 from .transforms import MissingPackage
 
@@ -76,6 +78,7 @@ def export(
     path: str | Path,
     pipeline: Passes | None = None,
     *,
+    plan: Plan | str | Path | None = None,
     format: str = "hf",
     example: Any = None,
     check: bool = True,
@@ -89,7 +92,8 @@ def export(
     Args:
         model: of transformers, with its original weights.
         path: a folder that does not exist yet.
-        pipeline: its passes; None: the pipeline that `model` was optimized with.
+        pipeline: its passes; None: the pipeline, and the plan, that `model` was optimized with.
+        plan: what passes that need data decided: a Plan, or its file's path.
         format: "hf".
         example: a tensor, a tuple of arguments or a dict of keyword arguments to capture and compare with; a language
             model needs none.
@@ -101,7 +105,13 @@ def export(
             full. Nothing is left under `path` then, and what was there stays.
         FuselineError: the outputs differ by more than rounding.
     """
-    chosen = Pipeline(pipeline) if pipeline is not None else optimized(model).pipeline
+    decided = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+    if pipeline is None:
+        chosen, decided = optimized(model).pipeline, decided or optimized(model).plan
+    else:
+        chosen = Pipeline(pipeline)
+    if chosen.needs_data and decided is None:
+        raise needs_calibration(chosen)
     check_target(path, format, force)
     refuse_other_models(model)
     gone = dropped(model)
@@ -112,7 +122,9 @@ def export(
         )
     with _as_it_was(model):
         captured, inputs = _captured(model, example)
-        return export_program(model, captured, inputs, path, chosen, format=format, check=check, force=force)
+        return export_program(
+            model, captured, inputs, path, chosen, plan=decided, format=format, check=check, force=force
+        )
 
 
 def export_program(
@@ -122,6 +134,7 @@ def export_program(
     path: str | Path,
     pipeline: Pipeline,
     *,
+    plan: Plan | None = None,
     format: str = "hf",
     check: bool = True,
     force: bool = False,
@@ -131,7 +144,7 @@ def export_program(
     target = Path(path)
     check_target(target, format, force)
     refuse_other_models(model)
-    made = plan(model, captured, pipeline)
+    made = solve(model, captured, pipeline, plan)
     rotations = _rotations(made)
     try:
         with torch.no_grad(), _folder(target, force) as folder:

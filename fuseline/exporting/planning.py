@@ -12,6 +12,7 @@ import torch
 from ..compiler.errors import FuselineError, UserError
 from ..compiler.framework import Pass, Tier
 from ..compiler.pipeline import Pipeline
+from ..compiler.plan import Plan
 from ..compiler.program import Program
 from ..compiler.report import PassReport
 from ..passes import Fuse, Raise, Rotate
@@ -31,28 +32,28 @@ class Planned:
     reports: list[PassReport]
 
 
-def plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline) -> Planned:
-    """Runs the pipeline and solves for the model's parameters.
+def plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline, decided: Plan | None = None) -> Planned:
+    """Runs the pipeline and solves for the model's parameters; decided: what its passes that need data decided.
 
     Raises:
         UserError: what stands in the way, and the nearest pipeline without it.
     """
     try:
-        return _plan(model, captured, pipeline)
+        return _plan(model, captured, pipeline, decided)
     except Mismatch as error:
-        remedy = nearest_pipeline(pipeline, lambda other: _works(model, captured, other))
+        remedy = nearest_pipeline(pipeline, lambda other: _works(model, captured, other, decided))
         raise UserError(error.headline, error.details, remedy) from error
 
 
-def _works(model: torch.nn.Module, captured: Program, pipeline: Pipeline) -> bool:
+def _works(model: torch.nn.Module, captured: Program, pipeline: Pipeline, decided: Plan | None) -> bool:
     try:
-        _plan(model, captured, pipeline)
+        _plan(model, captured, pipeline, decided)
     except FuselineError:
         return False
     return True
 
 
-def _plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline) -> Planned:
+def _plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline, decided: Plan | None) -> Planned:
     """`raise` is how the model's own graph is read, and is run on both sides; `fuse` says only what runs together."""
     ours = theirs = captured
     reports: list[PassReport] = []
@@ -60,7 +61,8 @@ def _plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline) -> Plan
         if isinstance(step, Fuse):
             continue
         before = theirs
-        theirs, report = Pipeline((step,)).run(theirs)
+        own = dataclasses.replace(decided, pipeline=str(step)) if decided is not None and step.needs_data else None
+        theirs, report = Pipeline((step,)).run(theirs, plan=own)
         reports += report.passes
         if isinstance(step, Raise):
             ours = theirs if ours is before else Pipeline((step,)).run(ours)[0]
@@ -112,4 +114,7 @@ def _with(step: Pass, options: dict[str, bool]) -> Pass | None:
     left = {name: getattr(step, name) for name in ("r1", "r2", "r3", "r4", "untie")} | options
     if not any(left[n] for n in ("r1", "r2", "r3", "r4")):
         return None
-    return dataclasses.replace(step, **left | {"untie": left["untie"] and left["r1"]})
+    try:
+        return dataclasses.replace(step, **left | {"untie": left["untie"] and left["r1"]})
+    except UserError:  # nothing would be left to learn
+        return None

@@ -10,25 +10,43 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..compiler.expressions import Blocks, Cast, Concat, Expression, Hadamard, HadamardCore, Orthogonal, Scale, Signs
+from ..compiler.expressions import (
+    Blocks,
+    Cast,
+    Concat,
+    Expression,
+    Hadamard,
+    HadamardCore,
+    Orthogonal,
+    Planned,
+    Scale,
+    Signs,
+)
 from ..compiler.hadamard import hadamard_matrix, random_orthogonal, random_signs
 from ..compiler.ops import hadamard
+from ..compiler.planned import kept
 from ..passes.raising.nodes import op_name
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """R on each block of `block` channels. kind: hadamard, random-hadamard or orthogonal; seed: of the latter two."""
+    """R on each block of `block` channels.
+
+    kind: hadamard, random-hadamard, orthogonal or learned; seed: of the second and third; digest: of a learned matrix.
+    """
 
     kind: str
     block: int
     seed: int | None = None
+    digest: str | None = None
 
     def __str__(self) -> str:
         return f"{self.kind}, blocks of {self.block}{'' if self.seed is None else f', seed {self.seed}'}"
 
     def values(self) -> torch.Tensor:
         """R, float64 [block, block]: what a row of channels is multiplied by from the right."""
+        if self.digest is not None:
+            return kept(self.digest).double().cpu()
         if self.kind == "orthogonal":
             assert self.seed is not None
             return random_orthogonal(self.block, self.seed)
@@ -40,8 +58,10 @@ class Matrix:
         return random_signs(self.block, self.seed) if self.kind == "random-hadamard" and self.seed is not None else None
 
     def to_json(self) -> dict[str, Any]:
-        """signs_sha256: of the signs as int8, −1 being 255."""
+        """signs_sha256: of the signs as int8, −1 being 255; matrix: a learned one's digest."""
         record: dict[str, Any] = {"kind": self.kind, "block": self.block, "seed": self.seed}
+        if self.digest is not None:
+            record["matrix"] = self.digest
         signs = self.signs()
         if signs is not None:
             record["signs_sha256"] = hashlib.sha256(bytes(s % 256 for s in signs)).hexdigest()
@@ -52,9 +72,9 @@ def folded(value: Expression) -> Iterator[tuple[Matrix, int]]:
     """The rotations that were folded into a weight, each with the dimension that it turns, innermost last."""
     for part in value.walk():
         if isinstance(part, Blocks):
-            matrix = part.by
-            if isinstance(matrix, Orthogonal):
-                yield Matrix("orthogonal", matrix.n, matrix.seed), part.dim
+            matrix = _dense(part.by)
+            if matrix is not None:
+                yield matrix, part.dim
         elif isinstance(part, Hadamard):
             signs = _signs(part.x.by) if isinstance(part.x, Scale) and part.x.dim == part.dim else None
             if signs is None:
@@ -91,10 +111,16 @@ def peel(node: Any) -> Turned | None:
         return Turned(blocks.args[0], found.matrix) if found is not None and op_name(blocks) == "unflatten" else None
     if op_name(node) == "matmul":
         made = _weight(node.args[1])
-        made = made.x if isinstance(made, Cast) else made
-        if isinstance(made, Orthogonal):
-            return Turned(node.args[0], Matrix("orthogonal", made.n, made.seed))  # type: ignore[arg-type]
+        matrix = _dense(made.x if isinstance(made, Cast) else made)
+        return Turned(node.args[0], matrix) if matrix is not None else None  # type: ignore[arg-type]
     return None
+
+
+def _dense(value: Expression | None) -> Matrix | None:
+    """A rotation that is written as a whole matrix."""
+    if isinstance(value, Orthogonal):
+        return Matrix("orthogonal", value.n, value.seed)
+    return Matrix("learned", value.shape[0], digest=value.digest) if isinstance(value, Planned) else None
 
 
 def _weight(node: Any) -> Expression | None:

@@ -130,6 +130,19 @@ def test_an_optimized_model_brings_its_pipeline(tmp_path: Path) -> None:
     assert not generation.get("disable_compile"), "a setting of fuseline.optimize"
 
 
+def test_learned_matrices_come_from_the_plan(tmp_path: Path) -> None:
+    model = model_of("Llama")
+    before = logits(model)
+    pipeline = "raise,rotate{r1,r2,untie,kind=learned,steps=1}"
+    plan = fuseline.analyze(model, f"{pipeline},quantize{{weights=int4:g32}}", [{"input_ids": IDS, "use_cache": False}])
+    written = fuseline.export(model, tmp_path / "out", pipeline, plan=plan)
+    assert written.error is not None and written.error < 1e-5
+    assert {one["kind"] for one in written.rotations} == {"learned"} and len(written.rotations) == 3
+    assert error(logits(loaded(tmp_path / "out")), before) < 1e-5
+    with pytest.raises(fuseline.UserError, match="calibrat"):
+        fuseline.export(model, tmp_path / "other", pipeline)
+
+
 def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path) -> None:
     model = model_of("Llama").to(torch.bfloat16)
     written = fuseline.export(model, tmp_path / "out", ROTATED)

@@ -12,10 +12,11 @@ from .compiler.program import Program
 from .compiler.registry import register
 from .compiler.rule import Rule
 from .examination import examine
+from .exporting import export
 from .optimize import breaks, optimize, refresh, reports
 
 __version__ = "0.1.0"
 __all__ = [
     "FuselineError", "Level", "Pass", "Pipeline", "Program", "Rule", "Tier", "UserError", "analyze", "breaks",
-    "capture", "examine", "load", "optimize", "prove", "refresh", "register", "reports", "save",
+    "capture", "examine", "export", "load", "optimize", "prove", "refresh", "register", "reports", "save",
 ]  # fmt: skip

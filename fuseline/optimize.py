@@ -236,13 +236,18 @@ def breaks(model: torch.nn.Module) -> list[GraphBreak]:
     return list(optimized(model).breaks)
 
 
+def is_optimized(model: torch.nn.Module) -> bool:
+    """Whether `fuseline.optimize` had this model, which then is set not to be compiled by `generate()`."""
+    return model in _optimized
+
+
 def optimized(model: torch.nn.Module) -> Optimized:
     """How `model` was optimized.
 
     Raises:
         UserError: it was not.
     """
-    if model not in _optimized:
+    if not is_optimized(model):
         raise UserError("this model was not optimized", remedy="fuseline.optimize(model, …)")
     return _optimized[model]
 

@@ -524,7 +524,7 @@ def test_a_file_imports_and_fetches_nothing(saved_llama: Path, tmp_path: Path, c
 @pytest.mark.slow
 def test_the_example_in_the_documentation_runs(tmp_path: Path) -> None:
     page = Path(fuseline.__file__).parent.parent / "docs" / "saving.md"
-    (code,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    code, *_ = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     (tmp_path / "example.py").write_text(code)
     root = os.pathsep.join([str(page.parent.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": root}

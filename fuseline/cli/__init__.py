@@ -15,6 +15,7 @@ from fuseline.cli.compare import compare
 from fuseline.cli.completion import completion
 from fuseline.cli.diff import diff
 from fuseline.cli.examine import examine
+from fuseline.cli.export import export
 from fuseline.cli.kernels import kernels
 from fuseline.cli.opt import opt
 from fuseline.cli.passes import passes
@@ -27,9 +28,10 @@ from fuseline.cli.view import view
 from fuseline.cli.why import why
 from fuseline.compiler.errors import FuselineError
 
-HELP = "A graph compiler for PyTorch models. --debug, anywhere: an error's traceback."
+HELP = "A graph compiler for PyTorch models. --debug, anywhere: the traceback."
 VERBS = (
-    run, passes, examine, opt, kernels, cache, compare, why, bisect, reduce, repro, diff, view, replay, completion,
+    run, passes, examine, opt, export, kernels, cache, compare, why, bisect, reduce, repro, diff, view, replay,
+    completion,
 )  # fmt: skip
 
 app = typer.Typer(

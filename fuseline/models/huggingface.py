@@ -32,7 +32,7 @@ def load_directory(path: Path, name: str, dtype: torch.dtype | None = None) -> L
         raise UserError(f"{path} has no config.json", [f"found: {found}"], "a folder written by model.save_pretrained")
     check_files(path)
     with quiet():
-        model = _from_pretrained(path, dtype)
+        model = from_pretrained(path, dtype)
         tokenizer = load_tokenizer(path, model)
     check_weights(model, str(path))
     return as_loaded(name, model, tokenizer)
@@ -89,11 +89,17 @@ def check_files(path: Path) -> None:
         check_safetensors(file)
 
 
-def _from_pretrained(path: Path, dtype: torch.dtype | None) -> nn.Module:
+def from_pretrained(path: Path, dtype: torch.dtype | None = None, config: Any = None) -> nn.Module:
+    """The model in a folder, read by transformers; config: in the place of the folder's own.
+
+    Raises:
+        UserError: transformers cannot load it, or would fill in weights that are missing.
+    """
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        if config is None:
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         model_class = _model_class(transformers, config)
         model, info = model_class.from_pretrained(
             path, config=config, dtype=dtype or "auto", local_files_only=True, output_loading_info=True

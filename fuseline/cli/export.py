@@ -1,0 +1,85 @@
+"""`fuseline export MODEL -p PIPELINE -o DIR`: a rotated model as a checkpoint that other tools load."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+
+from fuseline.cli import options
+from fuseline.cli.compiling import capture_model
+from fuseline.cli.data import pass_data
+from fuseline.cli.environment import versions
+from fuseline.cli.output import Output
+from fuseline.cli.progress import bar
+from fuseline.cli.render import following, number, table
+from fuseline.compiler.pipeline import Pipeline
+
+
+def export(
+    model: options.Model,
+    pipeline: Annotated[str, typer.Option("--pipeline", "-p", metavar="PIPELINE", help="Passes, or a .toml file.")],
+    out: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder.")],
+    format: Annotated[str, typer.Option(metavar="FORMAT", help="hf: what transformers loads.")] = "hf",
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Load it again and compare.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint.")] = False,
+    dtype: options.Dtype = None,
+    json: options.Json = None,
+) -> None:
+    """Write a rotated model as a plain Hugging Face checkpoint."""
+    from fuseline.exporting import check_target, export_program
+    from fuseline.models import load, parse_dtype
+
+    passes = Pipeline(pipeline)
+    check_target(out, format, force)
+    output = Output(json)
+    loaded = load(model, parse_dtype(dtype))
+    captured = capture_model(loaded)
+    inputs = loaded.example_args, loaded.example_kwargs
+    with bar("planning") as progress:
+
+        def show(done: int, total: int, what: str) -> None:
+            progress.update(progress.task_ids[0], completed=done, total=total or None, description=what)
+
+        written = export_program(
+            loaded.model, captured, inputs, out, passes, format=format, check=check, force=force, progress=show
+        )
+    data: dict[str, Any] = {
+        "model": model,
+        "versions": versions(),
+        "pipeline": str(passes),
+        "passes": [pass_data(report) for report in written.passes],
+        **written.to_json(),
+    }
+    _show(output, data)
+    if data["transforms"] is None:
+        following(output, f"fuseline run hf:{out}", "what was written, as any other model")
+    else:
+        following(output, "docs/saving.md", "how rotations at run time are loaded")
+    output.write(data)
+
+
+def _show(output: Output, data: dict[str, Any]) -> None:
+    output.line(f"{data['model']} → {data['path']}")
+    changed, neutral, copied, unread = (data[key] for key in ("changed", "neutral", "copied", "unread"))
+    output.line(f"weights    {changed} changed, {neutral} norm weights folded away, {copied} as they were")
+    if unread:
+        output.line(f"           {len(unread)} of these the graph does not read: {', '.join(unread[:3])}")
+    rows = []
+    for one in data["rotations"]:
+        seed = "-" if one["seed"] is None else str(one["seed"])
+        counts = [sum(site["how"] == how for site in one["sites"]) for how in ("folded", "online")]
+        rows.append([one["kind"], str(one["block"]), seed, *map(str, counts)])
+    table(output, ["rotation", "block", "seed", "folded", "online"], rows)
+    for report in data["passes"]:
+        for reason, count in Counter(report["refused"].values()).most_common():
+            output.line(f"{report['name']} refused {count}: {reason}")
+    if data["transforms"] is not None:
+        groups = data["transforms"]["config_groups"].items()
+        named = ", ".join(f"{name} ({group['type']} {group['head_dim']})" for name, group in groups)
+        output.line(f"online     {named}: transform_config of compressed-tensors")
+    if data["error"] is not None:
+        output.line(f"checked    loaded again, the outputs differ by {number(data['error'])} of the largest")
+    else:
+        output.line(f"unchecked  {data['unchecked']}")

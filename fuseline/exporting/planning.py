@@ -1,0 +1,120 @@
+"""Which passes change a model's weights, and the nearest pipeline whose result a checkpoint holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..compiler.errors import FuselineError, UserError
+from ..compiler.framework import Pass, Tier
+from ..compiler.pipeline import Pipeline
+from ..compiler.plan import Plan
+from ..compiler.program import Program
+from ..compiler.report import PassReport
+from ..passes import Fuse, Raise, Rotate
+from .parameters import Assignment, assign, refuse_quantized
+from .transforms import Transforms, transforms
+from .unify import Mismatch, Unified, unify
+
+
+@dataclass
+class Planned:
+    """What an export writes. rewritten: the program that the checkpoint stands for."""
+
+    rewritten: Program
+    unified: Unified
+    assignment: Assignment
+    transforms: Transforms
+    reports: list[PassReport]
+
+
+def plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline, decided: Plan | None = None) -> Planned:
+    """Runs the pipeline and solves for the model's parameters; decided: what its passes that need data decided.
+
+    Raises:
+        UserError: what stands in the way, and the nearest pipeline without it.
+    """
+    try:
+        return _plan(model, captured, pipeline, decided)
+    except Mismatch as error:
+        remedy = nearest_pipeline(pipeline, lambda other: _works(model, captured, other, decided))
+        raise UserError(error.headline, error.details, remedy) from error
+
+
+def _works(model: torch.nn.Module, captured: Program, pipeline: Pipeline, decided: Plan | None) -> bool:
+    try:
+        _plan(model, captured, pipeline, decided)
+    except FuselineError:
+        return False
+    return True
+
+
+def _plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline, decided: Plan | None) -> Planned:
+    """`raise` is how the model's own graph is read, and is run on both sides; `fuse` says only what runs together."""
+    ours = theirs = captured
+    reports: list[PassReport] = []
+    for step in pipeline.passes:
+        if isinstance(step, Fuse):
+            continue
+        before = theirs
+        own = dataclasses.replace(decided, pipeline=str(step)) if decided is not None and step.needs_data else None
+        theirs, report = Pipeline((step,)).run(theirs, plan=own)
+        reports += report.passes
+        if isinstance(step, Raise):
+            ours = theirs if ours is before else Pipeline((step,)).run(ours)[0]
+    refuse_quantized(theirs)
+    unified = unify(ours, theirs)
+    assignment = assign(model, captured, unified.uses)
+    if not assignment.values and not unified.online:
+        reasons = dict.fromkeys(reason for report in reports for reason in report.refused.values())
+        raise UserError(
+            f"the pipeline '{pipeline}' changes no weight, so the checkpoint would be a copy of the model's own",
+            [*reasons][:4],
+            None if reasons else '-p "raise,rotate{r1,r2,untie}"',
+        )
+    return Planned(theirs, unified, assignment, transforms(model, captured, unified.online), reports)
+
+
+def nearest_pipeline(pipeline: Pipeline, works: Callable[[Pipeline], bool]) -> str | None:
+    """The pipeline with the fewest of these changes that works: tables untied, approximations out, rotations out."""
+    changes = [_rotations(untie=True), _exact, *(_rotations(**{name: False}) for name in ("r3", "r4", "r1", "r2"))]
+    tried = {pipeline}
+    for count in range(1, len(changes)):
+        for chosen in itertools.combinations(changes, count):
+            passes = pipeline.passes
+            for change in chosen:
+                passes = change(passes)
+            candidate = Pipeline(passes)
+            if candidate not in tried:
+                tried.add(candidate)
+                if works(candidate):
+                    return f'-p "{candidate}"'
+    return None
+
+
+def _exact(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    return tuple(p for p in passes if p.tier is Tier.EXACT)
+
+
+def _rotations(**options: bool) -> Callable[[tuple[Pass, ...]], tuple[Pass, ...]]:
+    def change(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+        return tuple(c for p in passes if (c := _with(p, options)) is not None)
+
+    return change
+
+
+def _with(step: Pass, options: dict[str, bool]) -> Pass | None:
+    """The step with other options; None where it would then rotate nothing. Only r1 has tables to untie."""
+    if not isinstance(step, Rotate):
+        return step
+    left = {name: getattr(step, name) for name in ("r1", "r2", "r3", "r4", "untie")} | options
+    if not any(left[n] for n in ("r1", "r2", "r3", "r4")):
+        return None
+    try:
+        return dataclasses.replace(step, **left | {"untie": left["untie"] and left["r1"]})
+    except UserError:  # nothing would be left to learn
+        return None

@@ -28,8 +28,11 @@ class Range:
         """The least and the largest code."""
         return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric else (0, 2**self.bits - 1)
 
-    def of(self, groups: torch.Tensor, part: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point, [..., 1], for `part` of the range of groups [..., g]. A group of zeros has scale 1."""
+    def of(self, groups: torch.Tensor, part: float | torch.Tensor = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point, [..., 1], for `part` (one, or [..., 1]) of the range of groups [..., g].
+
+        A group of zeros has scale 1.
+        """
         _, top = self.ends
         if self.symmetric:
             scale = self._stored(part * groups.abs().amax(-1, keepdim=True) / top)
@@ -49,22 +52,20 @@ class Range:
         return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def least_error(groups: torch.Tensor, grid: Range, steps: int = STEPS) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point, [..., 1], of the best of `steps` ranges for each of groups [..., g]."""
+def least_error(groups: torch.Tensor, grid: Range) -> torch.Tensor:
+    """The best of the parts of the range, [..., 1], for each of groups [..., g]."""
     flat = groups.reshape(-1, groups.shape[-1])
     rows = max(1, CHUNK // flat.shape[-1]) if flat.device.type == "cpu" else max(1, len(flat))
-    found = [_search(part, grid, steps) for part in flat.split(rows)]
-    scale, zero = (torch.cat(parts).view(*groups.shape[:-1], 1) for parts in zip(*found, strict=True))
-    return scale, zero
+    return torch.cat([_search(part, grid) for part in flat.split(rows)]).view(*groups.shape[:-1], 1)
 
 
-def _search(groups: torch.Tensor, grid: Range, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    best, *kept = torch.full_like(groups[:, :1], torch.inf), *grid.of(groups)
-    for step in range(steps):
-        tried = grid.of(groups, 1 - (1 - NARROWEST) * step / steps)
-        scale, zero = tried[0].to(groups.dtype), tried[1]
+def _search(groups: torch.Tensor, grid: Range) -> torch.Tensor:
+    best, kept = torch.full_like(groups[:, :1], torch.inf), torch.ones_like(groups[:, :1])
+    for step in range(STEPS):
+        part = 1 - (1 - NARROWEST) * step / STEPS
+        scale, zero = grid.of(groups, part)
+        scale = scale.to(groups.dtype)
         error = grid.codes(groups, scale, zero).sub_(zero).mul_(scale).sub_(groups).square_().sum(-1, keepdim=True)
         better = error < best
-        best = torch.where(better, error, best)
-        kept = [torch.where(better, new, old) for new, old in zip(tried, kept, strict=True)]
-    return kept[0], kept[1]
+        best, kept = torch.where(better, error, best), kept.masked_fill(better, part)
+    return kept

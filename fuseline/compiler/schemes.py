@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .clipping import STEPS, Range, least_error
+from .clipping import Range, least_error
 from .errors import UserError, nearest
 from .ops import pack_nibbles
 
@@ -94,7 +94,8 @@ class Scheme:
         multiplied back. Symmetric: scale = max|w| / (2^(b−1) − 1) over the codes' positive end for 8 bits;
         for 4 bits max|w| / 7 with codes −8…7. Asymmetric: scale = (max(w, 0) − min(w, 0)) / (2^b − 1).
         """
-        groups, grid, scale, zero = self._ranges(weight)
+        groups, grid = self._groups(weight)
+        scale, zero = grid.of(groups, self.narrowed(weight))
         codes = grid.codes(groups, scale, zero)
         if self.symmetric:
             codes = (codes + 8).to(torch.uint8) if self.bits == 4 else codes.to(torch.int8)
@@ -105,23 +106,23 @@ class Scheme:
             "zero": zero.to(torch.uint8).squeeze(-1),
         }
 
-    def rounded(self, weight: torch.Tensor, searched: int | None = None) -> torch.Tensor:
-        """The weight [..., n] as its codes stand for it; `searched` narrowed ranges are tried, 80 when left out."""
-        groups, grid, scale, zero = self._ranges(weight, searched)
-        wide = scale.to(groups.dtype)
-        return ((grid.codes(groups, scale, zero) - zero) * wide).flatten(-2).to(weight.dtype)
+    def narrowed(self, weight: torch.Tensor) -> torch.Tensor | float:
+        """The part of each group's range that costs the least, [..., n/group, 1]; 1 without `mse`."""
+        return least_error(*self._groups(weight)) if self.mse else 1.0
 
-    def _ranges(
-        self, weight: torch.Tensor, searched: int | None = None
-    ) -> tuple[torch.Tensor, Range, torch.Tensor, torch.Tensor]:
-        """The weight in groups, its grid, and the groups' scales and zero points."""
+    def rounded(self, weight: torch.Tensor, part: torch.Tensor | float) -> torch.Tensor:
+        """The weight [..., n] as its codes stand for it, for `part` of each group's range."""
+        groups, grid = self._groups(weight)
+        scale, zero = grid.of(groups, part)
+        return ((grid.codes(groups, scale, zero) - zero) * scale.to(groups.dtype)).flatten(-2).to(weight.dtype)
+
+    def _groups(self, weight: torch.Tensor) -> tuple[torch.Tensor, Range]:
+        """The weight in groups, and their grid."""
         compute = torch.promote_types(weight.dtype, torch.float32)
         groups = weight.to(compute).unflatten(-1, (-1, self.group_of(weight.shape[-1])))
         # float16 has too little range for scales: that of a small weight would be subnormal and lose its precision.
         stored = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-        grid = Range(self.bits, self.symmetric, stored)
-        scale, zero = least_error(groups, grid, searched or STEPS) if self.mse else grid.of(groups)
-        return groups, grid, scale, zero
+        return groups, Range(self.bits, self.symmetric, stored)
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [..., n] in the layout that `fuseline::dequantize` reads."""

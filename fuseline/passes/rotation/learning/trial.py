@@ -13,16 +13,17 @@ import torch
 from torch.fx import Interpreter, Node
 
 from ....compiler import ops
-from ....compiler.expressions import Blocks, Cast, Expression, Memo, Output, Planned, Quantize
+from ....compiler.expressions import Blocks, Cast, Expression, Hadamard, Memo, Output, Planned, Quantize
 from ....compiler.framework import Pass, Tier
+from ....compiler.hadamard import core, factor
 from ....compiler.program import Program
 from ....compiler.rewriter import Rewriter
 
 if TYPE_CHECKING:
     from .. import Rotate, Rotations
 
-SEARCHED = 10
-"""Narrowed ranges that are tried for a weight at each step; 80 where it is quantized for good."""
+AGAIN = 25
+"""Runs after which the narrowed ranges of a weight that changes are searched for again."""
 
 
 class Variants:
@@ -67,10 +68,15 @@ class Trial(Interpreter):
         self.flat: Sequence[Any] = ()
         self.constants: dict[Any, torch.Tensor] = {}
         self.depends: dict[Expression, bool] = {}
+        self.parts: dict[Expression, torch.Tensor | float] = {}
+        self.runs = 0
 
     def __call__(self, flat: Sequence[Any]) -> tuple[Any, ...]:
         """The flat results."""
         self.flat = flat
+        if self.runs % AGAIN == 0:
+            self.parts.clear()
+        self.runs += 1
         results = self.run(*[flat[i] for i in self.program.arguments])
         return tuple(results) if isinstance(results, (list, tuple)) else (results,)
 
@@ -101,14 +107,15 @@ class Trial(Interpreter):
             back = ops.dequantize.naive(*args)
             x = getattr(args[0], "rounded_from", None)
             return back if x is None else x + (back - x).detach()
-        key = (rounded, node.args[-1])
-        if key in self.constants:
-            return self.constants[key]
-        weight = self.weight(rounded.x)
-        back = rounded.scheme.rounded(weight.detach(), SEARCHED if self._varies(rounded) else None).to(node.args[-1])
-        if not self._varies(rounded):
-            return self.constants.setdefault(key, back)
-        return weight + (back - weight).detach()
+        varies, dtype = self._varies(rounded), node.args[-1]
+        if not varies and (rounded, dtype) in self.constants:
+            return self.constants[rounded, dtype]
+        weight, scheme = self.weight(rounded.x), rounded.scheme
+        fixed = weight.detach()
+        if rounded not in self.parts:
+            self.parts[rounded] = scheme.narrowed(fixed)
+        back = scheme.rounded(fixed, self.parts[rounded]).to(dtype)
+        return weight + (back - weight).detach() if varies else self.constants.setdefault((rounded, dtype), back)
 
     def _varies(self, expression: Expression) -> bool:
         if expression not in self.depends:
@@ -132,6 +139,13 @@ class Trial(Interpreter):
             x, by = (v.float() for v in values)
             last = x.movedim(expression.dim, -1)
             return (last.unflatten(-1, (-1, by.shape[0])) @ by).flatten(-2).movedim(-1, expression.dim)
+        if isinstance(expression, Hadamard):
+            x, split = (
+                values[0].movedim(expression.dim, -1),
+                factor(expression.block or values[0].shape[expression.dim]),
+            )
+            dense = core(split.order, x.device) if split.order > 1 else None
+            return ops.hadamard.naive(x, dense, split.n).movedim(-1, expression.dim)
         made: torch.Tensor = expression.compute(values, self._parameter)
         return made
 

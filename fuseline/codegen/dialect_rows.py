@@ -11,9 +11,10 @@ import torch
 
 from ..compiler.ops import dequantize, hadamard, layer_norm, quantize, rms_norm, rotary
 from ..compiler.traits import arguments, is_last_dim_reduction
+from . import nearest
 from .call import Unsupported, dtype_of
 from .dtypes import cast, compute_dtype, literal, rounded
-from .formulas import divide, round_half_even
+from .formulas import divide
 from .indexing import flatten, split
 from .rows import Row, Rule, element
 from .sizes import Size, same, shape, size
@@ -167,14 +168,8 @@ def _quantized_codes(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) 
     group, _ = split(tile, index[-1], _group(node)) if not same(_groups(node), 1) else (ZERO, index[-1])
     scale = _scale(tile, node, index[:-1], group, mask)
     term = element(tile, x, index, mask, compute)
-    axes = term.axes | scale.axes
-    ratio = tile.bind(f"{node.name}_ratio", divide(term.text, scale.text, compute), axes)
-    down = tile.bind(f"{node.name}_floor", f"tl.floor({ratio.text})", axes)
-    nearest = tile.bind(f"{node.name}_rounded", round_half_even(ratio.text, compute, down.text), axes)
-    top = literal(2 ** (given["bits"] - 1) - 1, compute)
-    low = literal(-(2 ** (given["bits"] - 1) - 1), compute)
-    text = f"tl.where({nearest.text} < {low}, {low}, tl.where({nearest.text} > {top}, {top}, {nearest.text}))"
-    return tile.bind(f"{node.name}_codes", f"{text}.to(tl.int8)", axes)
+    code = nearest.code(tile, node.name, term, scale, compute)
+    return tile.bind(f"{node.name}_codes", f"{code.text}.to(tl.int8)", code.axes)
 
 
 def _quantized_scale(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:

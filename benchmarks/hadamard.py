@@ -19,7 +19,7 @@ import contextlib
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -63,7 +63,11 @@ def tiles(n: int, order: int, rows: int) -> Iterator[Tile]:
     """The template's own tile, then others: products of 64 or 128 rows, rows at once, programs that walk or do not."""
     own = template.layout(n, order)
     yield tile(own, own.blocks)
-    cuts = {own}
+    if own.parted:
+        for programs in (132, 264, 396, 528, 660, 792):
+            for ahead in (True, False):
+                yield tile(own, replace(own.blocks, programs=programs, ahead=ahead))
+    cuts = set() if own.parted else {own}
     for piece in (64, 128):
         fits = [a for a in range((n // order).bit_length()) if order << a <= piece]
         if fits:
@@ -194,7 +198,8 @@ def conclude(row: dict[str, Any]) -> None:
 
 def describe(cut: template.Layout) -> str:
     blocks = cut.blocks
-    return f"{cut.piece}x{cut.inner} rows {blocks.rows} warps {blocks.warps} programs {blocks.programs}"
+    shape = f"[{cut.piece}, {cut.columns}]" if cut.parted else f"{cut.piece}x{cut.inner} rows {blocks.rows}"
+    return f"{shape} warps {blocks.warps} programs {blocks.programs}{' ahead' if blocks.ahead else ''}"
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:

@@ -30,6 +30,7 @@ from .kernel import BufferUse, Kernel, Launcher, Refusal
 from .kernel_text import call, kernel_source
 from .schedule import Domain, Schedule
 from .sizes import product, same, shape, size
+from .templates import hadamard as transforms
 from .tile import Tile
 from .values import Index, Mask, Term
 
@@ -82,19 +83,21 @@ def _emit(nodes: list[torch.fx.Node], host: Host, domain: Domain) -> Launcher:
     for output in host.outputs:
         tile.reserve(output.node, output.name)
     targets = {n.target for n in nodes}
-    schedule = Schedule(tile, domain, bool(targets & REDUCING), hadamard.overload in targets)
+    schedule = Schedule(
+        tile, domain, bool(targets & REDUCING), hadamard.overload in targets, transforms.part(nodes, domain.length)
+    )
     full = [o for o in host.outputs if same(product(shape(o.node)), product(domain.shape))]
     by_row = [o for o in host.outputs if o not in full]
     for output in by_row:
         if not same(product(shape(output.node)), domain.rows):
             raise Unsupported(f"{output.node.name} {list(shape(output.node))} does not fit the kernel's rows")
-        index = reshape(tile, schedule.index[:-1], domain.lead, shape(output.node))
+        index = reshape(tile, schedule.tiles[0][0][:-1], domain.lead, shape(output.node))
         _store(tile, output, index, schedule.row_mask)
     if full:
         with tile.loop(schedule.columns):
-            for output in full:
-                index = reshape(tile, schedule.index, domain.shape, shape(output.node))
-                _store(tile, output, index, schedule.mask)
+            for index, mask in schedule.tiles:
+                for output in full:
+                    _store(tile, output, reshape(tile, index, domain.shape, shape(output.node)), mask)
     launch = schedule.launch()
     source, signature = kernel_source(f"{host.name}_kernel", tile, launch.samples)
     calls = [n for n in nodes if n.op == "call_function" and n.target is not operator.getitem]

@@ -20,6 +20,11 @@ def divide(a: str, b: str, dtype: torch.dtype) -> str:
     return f"tl.div_rn({a}, {b})" if dtype == torch.float32 else f"{a} / {b}"
 
 
+def quotient(a: str, b: str, dtype: torch.dtype) -> str:
+    """a / b where an operand is no more exact than Triton's `/`, which takes half the instructions of `divide`."""
+    return f"{a} / {b}"
+
+
 def square_root(x: str, dtype: torch.dtype) -> str:
     return f"tl.sqrt_rn({x})" if dtype == torch.float32 else f"tl.sqrt({x})"
 
@@ -78,11 +83,11 @@ def exponential(base: float, x: str, dtype: torch.dtype) -> str:
 
 
 def sigmoid(x: str, dtype: torch.dtype) -> str:
-    return divide(literal(1, dtype), f"(1 + tl.exp(-{x}))", dtype)
+    return quotient(literal(1, dtype), f"(1 + tl.exp(-{x}))", dtype)
 
 
 def silu(x: str, dtype: torch.dtype) -> str:
-    return divide(x, f"(1 + tl.exp(-{x}))", dtype)
+    return quotient(x, f"(1 + tl.exp(-{x}))", dtype)
 
 
 def gelu(x: str, dtype: torch.dtype) -> str:
@@ -92,7 +97,7 @@ def gelu(x: str, dtype: torch.dtype) -> str:
 def gelu_tanh(x: str, dtype: torch.dtype) -> str:
     """0.5·x·(1 + tanh(u)) = x·sigmoid(2u), u = √(2/π)·(x + 0.044715·x³)."""
     scale, cubic = literal(-2 * math.sqrt(2 / math.pi), dtype), literal(0.044715, dtype)
-    return divide(x, f"(1 + tl.exp({scale} * ({x} + {cubic} * {x} * {x} * {x})))", dtype)
+    return quotient(x, f"(1 + tl.exp({scale} * ({x} + {cubic} * {x} * {x} * {x})))", dtype)
 
 
 def relu(x: str, dtype: torch.dtype) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from ..compiler.ops import quantize, quantize_affine
 from ..compiler.traits import arguments
+from . import nearest
 from .call import Unsupported, dtype_of
 from .dtypes import literal
 from .formulas import divide, round_half_even
@@ -92,12 +93,11 @@ def _scale(tile: Tile, node: torch.fx.Node, lead: Index, group: Term, mask: Mask
 
 
 def _codes(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
-    compute, top = _compute(node), _top(node)
+    compute = _compute(node)
     scale = _scale(tile, node, index[:-1], _of_channel(tile, node, index), mask)
     term = element(tile, arguments(node)["x"], index, mask, compute)
-    nearest = _nearest(tile, node.name, term, scale, compute)
-    text = f"{_clamped(nearest.text, -top, top, compute)}.to(tl.int8)"
-    return tile.bind(f"{node.name}_codes", text, nearest.axes)
+    code = nearest.code(tile, node.name, term, scale, compute)
+    return tile.bind(f"{node.name}_codes", f"{code.text}.to(tl.int8)", code.axes)
 
 
 def _low(tile: Tile, node: torch.fx.Node, lead: Index, group: Term, mask: Mask) -> Term:

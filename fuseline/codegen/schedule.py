@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .ahead import ahead
 from .indexing import INT32, unflatten
 from .sizes import Size, product, same
 from .tile import Tile
@@ -48,8 +49,16 @@ class Launch:
 class Schedule:
     """Opens a tile: writes the program's rows and columns, and later decides the blocks."""
 
-    def __init__(self, tile: Tile, domain: Domain, reduces: bool, in_registers: bool = False):
-        """in_registers: rows of a known length are held in one block, however long they are."""
+    def __init__(
+        self,
+        tile: Tile,
+        domain: Domain,
+        reduces: bool,
+        in_registers: bool = False,
+        part: tuple[int, int] | None = None,
+    ):
+        """in_registers: rows of a known length are held in one block, however long they are. part: a program takes one
+        row, whose length is known, as tiles of this shape."""
         self.tile, self.domain, self.reduces = tile, domain, reduces
         self.whole_rows = reduces or _one_block(domain.length)
         lines = tile.scopes[0].lines
@@ -59,7 +68,10 @@ class Schedule:
             tile.signature["rows"], tile.arguments["rows"] = "i32", "rows"
         tile.names.taken |= {"rows", "row", "rows_inside"}
         lines.append("pid = tl.program_id(0)")
-        if reduces:
+        if part is not None:
+            self.columns = tile.add_range("column", domain.length, block=1, looped=False)
+            self._open_parts(lines, *part)
+        elif reduces:
             known = in_registers and isinstance(domain.length, int)
             self.columns = tile.add_range("column", domain.length, looped=False if known else None)
         else:
@@ -70,7 +82,7 @@ class Schedule:
         lines.append(f"row = {block}{wide} * ROWS + tl.arange(0, ROWS)[:, None]")
         row = Term("row", frozenset({ROW}), tuple(zip(self._lead_terms(rows), domain.lead, strict=True)))
         self.row_mask: Mask = ()
-        if not same(rows, 1):
+        if not same(rows, 1) and part is None:  # one row a program: it exists
             lines.append(f"row_inside = row < {self.rows}")
             self.row_mask = (Term("row_inside", frozenset({ROW})),)
         self.row = row
@@ -96,14 +108,29 @@ class Schedule:
             assert columns.inside is not None
             lines.append(f"{columns.inside.text} = {columns.index.text} < {columns.size_text}")
 
-    @property
-    def index(self) -> Index:
-        """The domain's index that the tile's elements have."""
-        return (*(term for term, _ in self.row.parts), self.columns.index)
+    def _open_parts(self, lines: list[str], height: int, width: int) -> None:
+        columns, size = self.columns, height * width
+        assert isinstance(columns.size, int) and columns.size % width == 0
+        parts: list[tuple[Term, Term | None]] = []
+        for start in range(0, columns.size, size):
+            index, inside = Term(self.tile.names.new("column"), columns.index.axes), None
+            shift = f"{start} + " if start else ""
+            lines.append(
+                f"{index.text} = {shift}tl.arange(0, {height})[:, None] * {width} + tl.arange(0, {width})[None, :]"
+            )
+            if start + size > columns.size:
+                inside = Term(self.tile.names.new("column_inside"), columns.index.axes)
+                left = (columns.size - start) // width
+                lines.append(f"{inside.text} = tl.arange(0, {height})[:, None] < {left}")
+            parts.append((index, inside))
+        columns.parts, columns.part = tuple(parts), (height, width)
 
     @property
-    def mask(self) -> Mask:
-        return self.row_mask + ((self.columns.inside,) if self.columns.inside is not None else ())
+    def tiles(self) -> list[tuple[Index, Mask]]:
+        """The domain's index that a tile's elements have, and where it lies inside: one tile, or a row's parts."""
+        lead = tuple(term for term, _ in self.row.parts)
+        parts = self.columns.parts or ((self.columns.index, self.columns.inside),)
+        return [((*lead, index), self.row_mask + ((inside,) if inside is not None else ())) for index, inside in parts]
 
     def launch(self) -> Launch:
         """Decides the blocks, once all ranges are known. Host texts may use `rows` and `n` when these are symbolic."""
@@ -112,6 +139,8 @@ class Schedule:
         used: list[Range] = self.tile.ranges
         for columns in used:
             length = columns.size
+            if columns.parts:
+                continue
             if isinstance(length, int):
                 whole = min(_power(length), LOOP_BLOCK) if columns.looped else _power(length)
                 block = whole if self.reduces else _block(length)
@@ -122,7 +151,7 @@ class Schedule:
                 text = "n" if columns is self.columns else text
                 constants[columns.block] = f"min({limit}, triton.next_power_of_2(max({text}, 1)))"
                 samples[columns.block] = limit
-        widest = max(samples.values())
+        widest = max(samples.values(), default=1)
         looped = any(columns.looped for columns in used)
         most = max(1, (ROW_ELEMENTS if self.reduces else ELEMENTS) // widest) if not looped else 1
         rows, least, asked = self.domain.rows, 1, self.tile.blocks
@@ -143,14 +172,15 @@ class Schedule:
         warps = 16 if elements > 8192 else warps
         if asked is None:
             return Launch(constants, samples, self._grid(constants), warps)
-        self._walk()
+        self._walk(asked.ahead)
         return Launch(constants, samples, f"min({asked.programs}, {self._grid(constants)})", asked.warps)
 
-    def _walk(self) -> None:
+    def _walk(self, read_ahead: bool) -> None:
         """Has each program take one block of rows after the other."""
         lines = self.tile.scopes[0].lines
         first, *body = lines
-        head = [*self.tile.prelude.lines, first, f"while pid < tl.cdiv({self.rows}, ROWS):"]
+        before, body = ahead(body, self.tile.taken - 1, self.rows) if read_ahead else ([], body)
+        head = [*self.tile.prelude.lines, *before, first, f"while pid < tl.cdiv({self.rows}, ROWS):"]
         lines[:] = [*head, *("    " + line for line in body), "    pid += tl.num_programs(0)"]
 
     def _grid(self, constants: dict[str, str]) -> str:

@@ -37,6 +37,7 @@ class Tile:
         self.arguments: dict[str, str] = {}  # kernel argument → its text on the host
         self.size_names: dict[Size, str] = {}
         self.blocks: Blocks | None = None  # where an op wants them otherwise than the schedule
+        self.taken = 0  # lines of the body after which what was loaded is no longer asked for: the next may be read
         self.depth = 0
         self.in_order: set[tuple[str, ...]] = set()  # where a chain of ops is being evaluated from its start
 
@@ -214,6 +215,9 @@ class Tile:
         if key in self.scopes[0].values:
             return self.scopes[0].values[key]
         identity = literal({"sum": 0, "max": lowest, "min": highest}[how], dtype)
+        if columns.parts:
+            result = self._reduce_parts(name, how, columns, mask, dtype, element, identity)
+            return self.scopes[0].values.setdefault(key, result)
 
         with self.loop(columns):
             term = element(columns.index, inner)
@@ -231,11 +235,38 @@ class Tile:
         result = self.bind(name, self._collapse(how, total, dtype), frozenset({ROW}))
         return self.scopes[0].values.setdefault(key, result)
 
+    def _reduce_parts(
+        self,
+        name: str,
+        how: str,
+        columns: Range,
+        mask: Mask,
+        dtype: torch.dtype,
+        element: Callable[[Term, Mask], Term],
+        identity: str,
+    ) -> Term:
+        """The same over a row in tiles: first between them, then along both dimensions."""
+        axes, total = frozenset[str](), ""
+        height, width = columns.part
+        for index, inside in columns.parts:
+            term = element(index, tuple(m for m in mask if m.axes <= {ROW}) + ((inside,) if inside else ()))
+            axes |= term.axes & {ROW}
+            text = term.text
+            if columns.axis not in term.axes:
+                text = f"tl.broadcast_to({text}, [{height}, {width}])"
+            if inside is not None:
+                text = f"tl.where({inside.text}, {text}, {identity})"
+            if total:
+                text = f"{total} + {text}" if how == "sum" else f"tl.{how}imum({total}, {text})"
+            total = self.bind(f"{name}_so_far", text, axes | {columns.axis}).text
+        along_rows = f"tl.{how}({total}, 1, keep_dims=True)"
+        return self.bind(name, self._collapse(how, along_rows, dtype, 0), axes)
+
     def _spread(self, text: str, columns: Range) -> str:
         return f"tl.broadcast_to({text}, [ROWS, {columns.block}])"
 
-    def _collapse(self, how: str, text: str, dtype: torch.dtype) -> str:
-        result = f"tl.{how}({text}, 1, keep_dims=True)"
+    def _collapse(self, how: str, text: str, dtype: torch.dtype, dimension: int = 1) -> str:
+        result = f"tl.{how}({text}, {dimension}, keep_dims=True)"
         return result if dtype.is_floating_point else f"{result}.to({triton_type(dtype)})"
 
 

@@ -31,7 +31,11 @@ Mask = tuple[Term, ...]
 
 @dataclass
 class Range:
-    """A run of columns: its axis, length, index variable, the condition that a column exists, and its block."""
+    """A run of columns: its axis, length, index variable, the condition that a column exists, and its block.
+
+    parts: where a program takes one row as several tiles [height, width], the index and the condition of each; values
+    then have a tile's shape, and what varies by row alone has [1, 1].
+    """
 
     axis: str
     size: Size
@@ -40,17 +44,23 @@ class Range:
     looped: bool
     index: Term
     inside: Term | None
+    parts: tuple[tuple[Term, Term | None], ...] = ()
+    part: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
 class Blocks:
     """What an op asks of its kernel's launch: rows that a program takes at once, at most and at least, its warps, and
-    the most programs, which walk over all rows."""
+    the most programs, which walk over all rows.
+
+    ahead: each row is read while the one before is worked on.
+    """
 
     rows: int
     least_rows: int
     warps: int
     programs: int
+    ahead: bool = False
 
 
 @dataclass

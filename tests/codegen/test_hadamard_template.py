@@ -11,7 +11,7 @@ import torch
 from fuseline.codegen.kernel import Kernel
 from fuseline.codegen.offline import compile_kernel
 from fuseline.codegen.resources import resources
-from fuseline.codegen.templates.hadamard import LONGEST, SINGLE, layout, power_of_two
+from fuseline.codegen.templates.hadamard import LONGEST, SECOND, SINGLE, layout
 from fuseline.compiler.hadamard import factor
 from fuseline.compiler.ops import glu, hadamard, quantize
 from tests.codegen.hadamard_cases import MODELS, launcher, operands, transform
@@ -36,11 +36,12 @@ def test_kernels_compile_for_every_target(n: int, target: str) -> None:
     assert compiled.shared_bytes <= limit << 10
 
 
-@pytest.mark.parametrize("n", [64, 4096, 14336])
-def test_nothing_is_spilled_on_hopper(n: int) -> None:
+@pytest.mark.parametrize(("n", "most"), [(64, 0), (4096, 0), (14336, 32), (18944, 0)])
+def test_nothing_is_spilled_on_hopper(n: int, most: int) -> None:
+    """14336: 64 registers of the next row and 128 sums; two vectors of a row wait in memory."""
     (kernel,) = launcher(n).kernels
     found = resources(compile_kernel(contiguous(kernel, n), "sm_90"))
-    assert found.spill_bytes == 0 and found.registers is not None and found.registers <= 255
+    assert found.local_bytes is not None and found.local_bytes <= most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -53,21 +54,29 @@ def test_other_types_compile(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("n", MODELS)
 def test_each_element_is_read_once_and_written_once(n: int) -> None:
     (kernel,) = launcher(n).kernels
-    assert kernel.source.count("tl.load(arg0_ptr") == 1 and kernel.source.count("tl.store(") == 1
-    assert "barrier" not in kernel.source
-    assert kernel.constants["BLOCK"] == power_of_two(n)
+    cut = layout(n, factor(n).order)
+    parts = -(-cut.rows // cut.piece) if cut.parted else 1
     head, walk = kernel.source.split("while pid")
+    assert walk.count("tl.load(arg0_ptr") == walk.count("tl.store(") == parts
+    assert head.count("tl.load(arg0_ptr") == (parts if cut.parted else 0)  # the first row, ahead of its turn
+    assert "barrier" not in kernel.source
+    assert ("BLOCK" in kernel.constants) != cut.parted and kernel.constants.get("BLOCK", n) >= n
     assert "arg1_ptr +" not in walk  # the core is read before the walk over the rows
 
 
-@pytest.mark.parametrize("n", [4096, 14336])
-def test_butterflies_stay_inside_of_threads(n: int) -> None:
-    """Values change their places twice: on their way to the tensor cores, and on their way back to whole rows."""
+@pytest.mark.parametrize("n", [1024, 4096, 14336])
+def test_values_stay_in_their_threads(n: int) -> None:
+    """They change their places twice: on their way to the tensor cores, and as 16 bits on their way back to memory."""
     (kernel,) = launcher(n).kernels
     graph = str(compile_kernel(contiguous(kernel, n), "sm_90").asm["ttgir"])
     walk = graph[graph.index("scf.while") :]
-    assert walk.count("ttg.convert_layout") == 1 and walk.count("ttg.local_alloc") <= 2
-    assert walk.count("warp_group_dot ") == 1
+    assert walk.count("ttg.local_alloc") <= 2
+    # the accumulators become an operand where they lie, and one number a row costs nothing
+    moves = [line for line in walk.splitlines() if "ttg.convert_layout" in line]
+    (moved,) = [line for line in moves if not re.search(r"x1xf32|-> tensor<\w+, #ttg.dot_op", line)]
+    assert "bf16" in moved
+    cut = layout(n, factor(n).order)
+    assert walk.count("warp_group_dot ") == 1 + (max(1, cut.columns // SECOND) if cut.parted else 0)
 
 
 def test_the_fused_kernel_writes_codes_and_scales_alone() -> None:
@@ -95,18 +104,19 @@ def test_the_fused_kernel_writes_codes_and_scales_alone() -> None:
 def test_cuts_hold_every_channel(n: int, busy: bool, single: bool) -> None:
     cut = layout(n, factor(n).order, busy, single)
     assert cut.rows * cut.columns == n and cut.rows % cut.order == 0
-    assert cut.padded % cut.piece == 0 and cut.padded % cut.inner == 0
+    assert cut.parted or cut.padded % cut.piece == 0 and cut.padded % cut.inner == 0
     blocks = cut.blocks
     if single and cut.block > SINGLE:
         return  # refused
-    assert cut.block == power_of_two(n) <= LONGEST and blocks.rows >= blocks.least_rows
+    assert cut.block >= n and cut.block <= LONGEST and blocks.rows >= blocks.least_rows
     assert blocks.least_rows * cut.columns >= 16
     sums = -(-cut.rows // cut.piece) * cut.piece * cut.columns * blocks.rows
     assert sums <= 128 * 32 * blocks.warps
 
 
 def test_rows_of_one_program() -> None:
-    source = launcher(4096).source
+    source = launcher(2048).source
     assert "min(4, triton.next_power_of_2(max(rows, 1)))" in source and "min(264, triton.cdiv(rows, ROWS))" in source
+    assert "ROWS=1" in launcher(4096).source and "(min(660, rows),)" in launcher(4096).source
     launched = emitted(hadamard, torch.randn(3, 64).bfloat16(), dynamic={0: (0,)})
     assert "min(32, triton.next_power_of_2(max(rows, 16)))" in launched.source

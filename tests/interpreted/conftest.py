@@ -6,3 +6,13 @@ from __future__ import annotations
 import os
 
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+
+if not collect_ignore_glob:
+    from triton.runtime import interpreter
+
+    def _fused(self, x, y, z):
+        """x·y + z rounded once, as GPUs do; Triton's interpreter rounds the product, too."""
+        exact = x.data.astype("float64") * y.data.astype("float64") + z.data.astype("float64")
+        return interpreter.TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = _fused

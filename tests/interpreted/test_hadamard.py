@@ -110,6 +110,34 @@ def test_codes_come_out_of_the_same_kernel(n: int, tmp_path: Path) -> None:
     assert ((found * found_scale).double() - exact).abs().max() < 0.75 * found_scale.max()
 
 
+@pytest.mark.parametrize("n", [4096, 108 * 64, 172 * 32])
+def test_a_row_in_tiles(n: int, tmp_path: Path) -> None:
+    """One tile, two and three; rows one ahead; ends inside of a tile; scales of each row of a tile far apart."""
+    block = lambda x, *c: hadamard(x, *c)
+    others = [(torch.randn(rows, n).half(), *dense(n)) for rows in (1, 2)]
+    launcher = check(block, torch.randn(5, n).half(), *dense(n), dynamic={0: (0,)}, run=others, folder=tmp_path)
+    assert "arg0_ahead" in launcher.kernels[0].source and "ROWS=1" in launcher.source
+    # one large channel among small ones, and rows of zeros
+    spread = torch.randn(3, n).half() * torch.logspace(-6, 3, n)[torch.randperm(n)].half()
+    spread[1] = 0
+    check(block, spread, *dense(n), folder=tmp_path)
+    # with what comes before and after; what is computed beyond the row's end must not reach the transform
+    check(lambda x, s, *c: (hadamard(x.float().cos().half() * s, *c) + 1).sum(-1), torch.randn(3, n).half(),
+          torch.tensor(random_signs(n, 0), dtype=torch.float16), *dense(n), folder=tmp_path, bound=2e-2)  # fmt: skip
+
+
+def test_codes_of_a_row_in_tiles(tmp_path: Path) -> None:
+    n = 172 * 32
+
+    def rotated(gate, up, c):
+        return quantize(hadamard(glu(gate, up, "silu"), c), 8, n)
+
+    gate, up = torch.randn(3, n).half(), torch.randn(3, n).half()
+    codes, scale = loaded(emitted(rotated, gate, up, *dense(n)), tmp_path)(gate, up, *dense(n))
+    exact = hadamard(F.silu(gate.double()) * up.double(), *dense(n))
+    assert ((codes * scale).double() - exact).abs().max() < 0.6 * scale.max()
+
+
 def test_what_the_kernel_does_not_take() -> None:
     assert "float64" in refused(hadamard, torch.randn(2, 64, dtype=torch.float64))
     assert "at most 32768" in refused(hadamard, torch.randn(1, 65536).half())

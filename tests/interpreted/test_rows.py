@@ -236,3 +236,17 @@ def test_norm_of_a_mean_of_rows_reads_a_row_once(tmp_path: Path) -> None:
         check(lambda x, w: rms_norm(x, w, 1e-6), torch.randn(4, 48), torch.randn(48), folder=tmp_path).kernels[0].source
     )
     assert source.count("tl.load(") == 2
+
+
+@pytest.mark.parametrize("magnitude", [1e-42, 1e-36, 1e-30, 1.0, 1e30])
+def test_codes_at_every_magnitude(magnitude: float, tmp_path: Path) -> None:
+    """Exact ties among them: with a largest of 127 the scale is 1. Under 2^-140 codes may be zero."""
+    ties = torch.tensor([[127.0, 0.5, 1.5, 2.5, -3.5, 126.5, -127.0, 0.0]])
+    x = torch.cat([ties.repeat(1, 12), torch.randn(4, 96)]) * magnitude
+    function = lambda x: quantize(x, 8, 96)
+    codes, scale = loaded(emitted(function, x), tmp_path)(x)
+    exact = function(x)
+    if magnitude < 1e-40:
+        assert ((codes * scale).double() - x.double()).abs().max() <= 2.0**-133
+    else:
+        assert torch.equal(codes, exact[0]) and torch.equal(scale, exact[1])

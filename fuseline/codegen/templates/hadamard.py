@@ -3,9 +3,19 @@
     x [ROWS, n] ──► [A, N] ──► H_A · x on tensor cores ──► butterflies along N ──► y [ROWS, n]
 
 n = A·C, where A = K·2^a holds the core: a channel is (i, c), i < A. One product with H_A = core ⊗ H_{2^a}, whose
-entries are made in place from the core's, then log2(C) butterflies between columns in float32. The columns of one
-product are N = (c / 2, row, c % 2): in the accumulators of tensor cores the bits of `row` then lie where a thread's
-neighbours hold other columns, and every butterfly stays inside of a thread when a program has four rows.
+entries are made in place from the core's; then H_C.
+
+Long rows of 16 bits: a program takes one row as tiles [P, C] of P = 64 or 128 values of i, read and written as they
+are, and the next row is read meanwhile where nothing else is computed. H_C is a second product on tensor cores: the
+accumulators of the first are its operand where they lie. They are float32 and become float16, each row of a tile
+times the power of two that brings its largest magnitude to 2^14: 11 bits remain where the result has 8 (bfloat16);
+float16 takes the sum of two. Of C beyond 64 the high bits are butterflies in a thread's registers.
+
+    x [P, C] ──► z = H_A · x, float32 ──► float16(z · 2^e(i)) · H_C ──► · 2^-e(i) / √n ──► y [P, C]
+
+Other rows: log2(C) butterflies between columns in float32. The columns of one product are N = (c / 2, row, c % 2): in
+the accumulators the bits of `row` then lie where a thread's neighbours hold other columns, and every butterfly stays
+inside of a thread when a program has four rows.
 
 What precedes and follows the op in its region is evaluated on the same tile: SwiGLU or signs before, casts, absmax and
 codes after. The tile holds the next power of two of n; A is cut into pieces of 64, of which empty ones are not
@@ -16,10 +26,12 @@ TF32: nothing is lost but where an input is infinite, whose row becomes NaN.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from ...compiler.ops import hadamard
 from ...compiler.traits import arguments
 from ..call import Unsupported, dtype_of
 from ..dtypes import cast, compute_dtype, literal, triton_type
@@ -34,9 +46,12 @@ LEAST = 16  # the least that tl.dot takes
 GROUP = 64  # rows of the product that a group of four warps takes at once
 HALF = 32  # the same of float32: Hopper's own products of TF32 would want their operands the other way round
 WIDE = 16384  # elements of a row, padded, from which on a program has two such groups
+PARTED = 4096  # elements of a row from which on a program takes it as tiles
+SECOND = 64  # columns that the second product takes at once
 SINGLE = 8192  # elements of a row of float32, padded: its three parts take 96 KB of shared memory
 BUSY = 2048  # the same where the kernel does more than the transform
-PROGRAMS = 264  # programs that walk over all rows: two a multiprocessor of a large GPU; each makes H_A once
+MULTIPROCESSORS = 132  # of a large GPU; as many programs as it holds at once walk over all rows
+PROGRAMS = 2 * MULTIPROCESSORS  # each makes H_A once
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,7 @@ class Layout:
     """How a row of n channels is cut: A = order·2^log2 rows of C = n / A columns.
 
     piece, inner: rows and summands of one product; the padded A is a multiple of both.
+    parted: a program takes one row as tiles [piece, columns]. busy: other operations stand in the kernel.
     """
 
     n: int
@@ -52,6 +68,8 @@ class Layout:
     piece: int
     inner: int
     elements: int = WIDE  # of a program, where rows are shorter
+    parted: bool = False
+    busy: bool = False
 
     @property
     def rows(self) -> int:
@@ -77,6 +95,11 @@ class Layout:
     @property
     def blocks(self) -> Blocks:
         """2048 to 16384 elements a program, at most 128 sums in a thread; rows by fours where they are short."""
+        if self.parted:
+            warps = self.piece // 16
+            sums = -(-self.rows // self.piece) * self.piece * self.columns // (32 * warps)
+            resident = 5 if sums <= 32 else 3 if sums <= 64 and warps == 4 else 2 if warps == 4 or sums <= 64 else 1
+            return Blocks(1, 1, warps, resident * MULTIPROCESSORS, ahead=not self.busy)
         rows = min(4, self.elements // self.block) if self.block >= 512 else 2048 // self.block
         return Blocks(max(1, self.least_rows, rows), self.least_rows, 4 * max(1, self.piece // GROUP), PROGRAMS)
 
@@ -87,6 +110,8 @@ def layout(n: int, order: int, busy: bool = False, single: bool = False) -> Layo
     busy: other operations stand in the kernel and want registers, so that a thread gets fewer elements.
     single: the input is float32, of which three parts are multiplied, all of them in shared memory.
     """
+    if not single and n >= PARTED and (found := _parted(n, order, busy)):
+        return found
     padded = power_of_two(n)
     wide = padded >= (BUSY if busy else WIDE)
     piece = HALF if single else 2 * GROUP if wide else GROUP
@@ -98,6 +123,34 @@ def layout(n: int, order: int, busy: bool = False, single: bool = False) -> Layo
     if not single:
         piece = GROUP if padded <= WIDE and not busy else 2 * GROUP
     return Layout(n, order, 0, piece, GROUP, elements)
+
+
+def _parted(n: int, order: int, busy: bool) -> Layout | None:
+    """The cut into tiles of 64 rows for four warps or of 128 for eight, at most 128 sums in a thread."""
+    for piece in (GROUP, 2 * GROUP):
+        log2 = max(0, (piece // order).bit_length() - 1)
+        log2 += n // (order << log2) > (2 if busy else 4) * SECOND
+        if (n // order) % (1 << log2):
+            continue
+        cut = Layout(n, order, log2, piece, piece, parted=True, busy=busy)
+        count = -(-cut.rows // piece)
+        if LEAST <= cut.columns <= 4 * SECOND and count * cut.columns <= 4 * SECOND and count <= 3:
+            return cut
+    return None
+
+
+def part(nodes: list[torch.fx.Node], length: object) -> tuple[int, int] | None:
+    """The shape of the tiles as which a kernel over rows of this length takes each, where its transforms agree."""
+    shapes: set[tuple[int, int] | None] = set()
+    for node in nodes:
+        if node.target is hadamard.overload:
+            try:
+                cut = cut_of(node)
+            except Unsupported:
+                return None
+            whole = cut.parted and cut.n == shape(arguments(node)["x"])[-1] == length
+            shapes.add((cut.piece, cut.columns) if whole else None)
+    return shapes.pop() if len(shapes) == 1 else None
 
 
 def power_of_two(value: int) -> int:
@@ -115,6 +168,8 @@ def rule(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
     channels = shape(x)[-1]
     which, within = split(tile, index[-1], cut.n) if channels != cut.n else (None, index[-1])
     columns = tile.columns(cut.n)
+    if columns.parts:
+        return _of_parts(tile, node, cut, index, mask)
     if columns.looped or within.text != columns.index.text or any(not t.axes <= {"row"} for t in index[:-1]):
         raise Unsupported("it needs whole rows of its own block of channels")
     outer = (*index[:-1], *((which,) if which is not None else ()))
@@ -127,6 +182,28 @@ def rule(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
         axes = columns.index.axes.union(*(t.axes for t in outer))
         tile.scopes[0].values[key] = Writer(tile, node, cut, core, dtype_of(x), axes).write(value, columns.inside)
     return tile.scopes[0].values[key]
+
+
+def _of_parts(tile: Tile, node: torch.fx.Node, cut: Layout, index: Index, mask: Mask) -> Term:
+    """The same where a program takes a row as tiles: all of them are computed when the first is asked for."""
+    columns, outer = tile.columns(cut.n), index[:-1]
+    names = [place.text for place, _ in columns.parts]
+    if index[-1].text not in names or any(not t.axes <= {"row"} for t in outer):
+        raise Unsupported("it needs whole rows of its own block of channels")
+    keys = [(node, "whole row", name, *(t.text for t in outer)) for name in names]
+    values = tile.scopes[0].values
+    if keys[0] not in values:
+        given = arguments(node)
+        rows = tuple(m for m in mask if m.axes <= {"row"})
+        parts = (
+            (element(tile, given["x"], (*outer, place), rows + ((inside,) if inside else ()), torch.float32), inside)
+            for place, inside in columns.parts
+        )
+        tile.blocks = cut.blocks
+        axes = columns.index.axes.union(*(t.axes for t in outer))
+        writer = Writer(tile, node, cut, given["core"], dtype_of(given["x"]), axes)
+        values.update(zip(keys, writer.write_parts(parts), strict=True))
+    return values[keys[names.index(index[-1].text)]]
 
 
 def cut_of(node: torch.fx.Node) -> Layout:
@@ -185,6 +262,25 @@ class Writer:
             result = self.bind("only", f"tl.sum({result}, 0, keep_dims=True) if ROWS > 1 else {result}")
         scale = (cut.columns << cut.log2) * (cut.order if self._exact else 1)
         return tile.bind(self.node.name, f"{result} * {literal(scale**-0.5, torch.float32)}", self.axes)
+
+    def write_parts(self, parts: Iterable[tuple[Term, Term | None]]) -> list[Term]:
+        """[piece, columns] each, of one row, and where they hold channels → the same of the result.
+
+        Each is rounded when it is evaluated: the next one then finds registers.
+        """
+        cut, operands = self.cut, []
+        for x, inside in parts:
+            text = x.text
+            if inside is not None and arguments(self.node)["x"].op != "placeholder":
+                # what is loaded is zero beyond the row's end, what is computed may be anything
+                text = f"tl.where({inside.text}, {text}, {literal(0, torch.float32)})"
+            if not x.axes - {"row"}:
+                text = f"tl.broadcast_to({text}, [{cut.piece}, {cut.columns}])"
+            operands.append(self.bind("part", cast(f"({text})", torch.float32, self.dtype)))
+        scale = ((cut.columns << cut.log2) * (cut.order if self._exact else 1)) ** -0.5
+        self.tile.taken = len(self.lines)
+        found = [self._second(self._product(i, [operands]), scale) for i in range(len(operands))]
+        return [self.tile.bind(self.node.name, text, self.axes) for text in found]
 
     def bind(self, wish: str, text: str) -> str:
         return self.tile.bind(f"h_{wish}", text, self.axes).text
@@ -298,6 +394,38 @@ class Writer:
             if log2 > shift:
                 bits = self.constant("bits", f"{bits} ^ ({bits} >> {shift})")
         return self.constant("signs", f"(1 - 2 * ({bits} & 1)).to(tl.float32)")
+
+    def _second(self, z: str, scale: float) -> str:
+        """z · H_C · scale, z [piece, C]: butterflies between halves of the columns down to 64, then products."""
+        cut, size = self.cut, self.cut.columns
+        parts = [z]
+        while size > SECOND:
+            size //= 2
+            pairs = [self.pair(f"tl.permute(tl.reshape({p}, [{cut.piece}, 2, {size}]), [0, 2, 1])") for p in parts]
+            parts = [self.bind("sum", f"{a} {sign} {b}") for a, b in pairs for sign in "+-"]
+        with self.tile.before_rows():
+            matrix = self.constant("matrix", f"{self._signs(size.bit_length() - 1)}.to(tl.float16)")
+        parts = [self._scaled_product(p, matrix, scale) for p in parts]
+        while len(parts) > 1:
+            size *= 2
+            joined = [f"tl.permute(tl.join({a}, {b}), [0, 2, 1])" for a, b in zip(parts[::2], parts[1::2], strict=True)]
+            parts = [self.bind("joined", f"tl.reshape({j}, [{cut.piece}, {size}])") for j in joined]
+        return parts[0]
+
+    def _scaled_product(self, z: str, matrix: str, scale: float) -> str:
+        """z · matrix · scale, whose operand is float16: each row times 2^(14 − e), e the exponent of its largest."""
+        largest = self.bind("largest", f"tl.max(tl.abs({z}), 1, keep_dims=True)")
+        # biased by 127; both powers are normal numbers
+        exponent = self.bind("exponent", f"tl.maximum({largest}.to(tl.int32, bitcast=True) >> 23, 15)")
+        up = self.bind("up", f"((268 - {exponent}) << 23).to(tl.float32, bitcast=True)")
+        down = self.bind("down", f"(({exponent} - 14) << 23).to(tl.float32, bitcast=True) * {scale}")
+        lifted = self.bind("lifted", f"{z} * {up}")
+        high = self.bind("high", f"{lifted}.to(tl.float16)")
+        product = self.bind("product", f"tl.dot({high}, {matrix})")
+        if self.dtype is torch.float16:
+            rest = self.bind("rest", f"({lifted} - {high}.to(tl.float32)).to(tl.float16)")
+            product = self.bind("product", f"tl.dot({rest}, {matrix}, {product})")
+        return self.bind("turned", f"{product} * {down}")
 
     def _butterflies(self, x: str) -> str:
         """a + b, a − b between columns whose c differs in one bit, for each bit."""

@@ -13,6 +13,7 @@ import torch
 
 STEPS, NARROWEST = 80, 0.2
 CHUNK = 1 << 16  # elements that are searched at once on a CPU, so that they stay in its cache
+AT_ONCE = 1 << 25  # elements, times ranges, that are searched at once on a GPU, where each step costs a launch
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,14 @@ def least_error(groups: torch.Tensor, grid: Range) -> torch.Tensor:
 
 
 def _search(groups: torch.Tensor, grid: Range) -> torch.Tensor:
+    at_once = 1 if groups.device.type == "cpu" else max(1, AT_ONCE // max(1, groups.numel()))
+    parts = 1 - (1 - NARROWEST) / STEPS * torch.arange(STEPS, dtype=groups.dtype, device=groups.device)
     best, kept = torch.full_like(groups[:, :1], torch.inf), torch.ones_like(groups[:, :1])
-    for step in range(STEPS):
-        part = 1 - (1 - NARROWEST) * step / STEPS
-        scale, zero = grid.of(groups, part)
+    for tried in parts.view(-1, 1, 1).split(at_once):
+        scale, zero = grid.of(groups, tried)
         scale = scale.to(groups.dtype)
-        error = grid.codes(groups, scale, zero).sub_(zero).mul_(scale).sub_(groups).square_().sum(-1, keepdim=True)
+        rounded = grid.codes(groups, scale, zero).sub_(zero).mul_(scale)
+        error, which = rounded.sub_(groups).square_().sum(-1, keepdim=True).min(0)
         better = error < best
-        best, kept = torch.where(better, error, best), kept.masked_fill(better, part)
+        best, kept = torch.where(better, error, best), torch.where(better, tried.view(-1)[which], kept)
     return kept

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Interpreter, Node
 
 from ....compiler import ops
-from ....compiler.expressions import Blocks, Cast, Expression, Hadamard, Memo, Output, Planned, Quantize
+from ....compiler.expressions import Blocks, Cast, Expression, Hadamard, Output, Planned, Quantize
 from ....compiler.framework import Pass, Tier
 from ....compiler.hadamard import core, factor
 from ....compiler.program import Program
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 AGAIN = 25
 """Runs after which the narrowed ranges of a weight that changes are searched for again."""
+
+DENSE = 4096
+"""Channels up to which a Hadamard transform is one product with its matrix here."""
 
 
 class Variants:
@@ -93,6 +96,8 @@ class Trial(Interpreter):
         op = ops.find(node.target)
         if op is None:
             return super().run_node(node)
+        if op is ops.hadamard:
+            return self._transformed(*args, **kwargs)
         if op.name not in ("quantize", "quantize_affine"):
             return op.naive(*args, **kwargs)
         made = op.naive(args[0].detach(), *args[1:], **kwargs)
@@ -106,7 +111,7 @@ class Trial(Interpreter):
         if rounded is None:
             back = ops.dequantize.naive(*args)
             x = getattr(args[0], "rounded_from", None)
-            return back if x is None else x + (back - x).detach()
+            return back if x is None else x + (back - x.detach())
         varies, dtype = self._varies(rounded), node.args[-1]
         if not varies and (rounded, dtype) in self.constants:
             return self.constants[rounded, dtype]
@@ -115,7 +120,7 @@ class Trial(Interpreter):
         if rounded not in self.parts:
             self.parts[rounded] = scheme.narrowed(fixed)
         back = scheme.rounded(fixed, self.parts[rounded]).to(dtype)
-        return weight + (back - weight).detach() if varies else self.constants.setdefault((rounded, dtype), back)
+        return weight + (back - fixed) if varies else self.constants.setdefault((rounded, dtype), back)
 
     def _varies(self, expression: Expression) -> bool:
         if expression not in self.depends:
@@ -126,9 +131,9 @@ class Trial(Interpreter):
         """An expression's value; gradients flow from it to the leaves in it."""
         if not self._varies(expression):
             if expression not in self.constants:
-                memo: Memo = {}
                 with torch.no_grad():
-                    self.constants[expression] = expression.evaluate(self._parameter, memo)
+                    value = expression.evaluate(self._parameter)
+                self.constants[expression] = value.float() if value.dtype is torch.float64 else value
             return self.constants[expression]
         if expression in self.leaves:
             return self.leaves[expression]  # type: ignore[index]
@@ -140,14 +145,24 @@ class Trial(Interpreter):
             last = x.movedim(expression.dim, -1)
             return (last.unflatten(-1, (-1, by.shape[0])) @ by).flatten(-2).movedim(-1, expression.dim)
         if isinstance(expression, Hadamard):
-            x, split = (
-                values[0].movedim(expression.dim, -1),
-                factor(expression.block or values[0].shape[expression.dim]),
-            )
+            x = values[0].movedim(expression.dim, -1)
+            split = factor(expression.block or x.shape[-1])
             dense = core(split.order, x.device) if split.order > 1 else None
-            return ops.hadamard.naive(x, dense, split.n).movedim(-1, expression.dim)
+            return self._transformed(x, dense, split.n).movedim(-1, expression.dim)
         made: torch.Tensor = expression.compute(values, self._parameter)
         return made
+
+    def _transformed(
+        self, x: torch.Tensor, core: torch.Tensor | None = None, block: int = 0, signs: bool = False
+    ) -> torch.Tensor:
+        """A Hadamard transform, as one product where the matrix is small: it has some fifty steps otherwise."""
+        n = block or x.shape[-1]
+        if n > DENSE:
+            return ops.hadamard.naive(x, core, block, signs)
+        if (key := (n, x.dtype, x.device)) not in self.constants:
+            eye = torch.eye(n, dtype=torch.float64, device=x.device)
+            self.constants[key] = ops.hadamard.naive(eye, core, n, signs).to(x.dtype)
+        return (x.unflatten(-1, (-1, n)) @ self.constants[key]).flatten(-2)
 
     def _parameter(self, name: str) -> torch.Tensor:
         found: torch.Tensor = self.flat[self.program.sources[name].index].detach()

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -40,6 +40,15 @@ class Study:
     data: Sequence[Sequence[Any]]
     after: tuple[Pass, ...] = ()
     checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a pass decided from data, for people: a table of at most 80 columns, and lines below it."""
+
+    headings: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    lines: tuple[str, ...] = ()
 
 
 class Level(enum.Enum):
@@ -88,6 +97,10 @@ class Pass:
     def decide(self, study: Study) -> dict[str, SitePlan]:
         """The same for a pass whose decisions depend on the passes after it, or take long."""
         return self.analyze(study.program, study.data)
+
+    def findings(self, decisions: Mapping[str, SitePlan]) -> Findings:
+        """What `decide` found, to be read before the plan is used."""
+        return Findings(lines=(f"decided at {len(decisions)} sites",))
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         """Rewrites the program through the rewriter; `rewriter.decision(node)` is what `analyze` decided."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fuseline.cli import options
-from fuseline.cli.calibrating import Size, calibrate
+from fuseline.cli.calibrating import DEFAULTS, Size, calibrate
 from fuseline.cli.environment import choose_target, versions
 from fuseline.cli.output import Output, announce
 from fuseline.cli.render import following, megabytes, table
@@ -23,9 +23,9 @@ def analyze(
     model: options.Model,
     pipeline: options.RequiredPipeline,
     out: Annotated[str, typer.Option("--output", "-o", metavar="PLAN.json", help="The plan to write.")],
-    windows: Annotated[int, typer.Option(metavar="N", min=1, help="Windows of text.")] = Size.windows,
-    length: Annotated[int, typer.Option(metavar="T", min=2, help="Tokens of each.")] = Size.length,
-    batch: Annotated[int, typer.Option(metavar="B", min=1, help="Windows a call.")] = Size.batch,
+    windows: Annotated[int, typer.Option(metavar="N", min=1, help="Windows of text.")] = DEFAULTS.windows,
+    length: Annotated[int, typer.Option(metavar="T", min=2, help="Tokens of each.")] = DEFAULTS.length,
+    batch: Annotated[int, typer.Option(metavar="B", min=1, help="Windows a call.")] = DEFAULTS.batch,
     checkpoint: Annotated[
         str | None, typer.Option(metavar="FILE", help="Keep progress here, and go on from it.")
     ] = None,

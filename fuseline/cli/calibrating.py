@@ -27,6 +27,9 @@ class Size:
     batch: int = 4
 
 
+DEFAULTS = Size()
+
+
 def passes_and_plan(
     pipeline: str, plan: str | None, model: str, calibrates: bool = False
 ) -> tuple[Pipeline, Plan | None]:
@@ -54,13 +57,13 @@ def needs_plan(passes: Pipeline, graph: str) -> UserError:
     return needs_calibration(passes, "MODEL" if stage else graph)
 
 
-def again(passes: Pipeline, plan: str | None) -> str:
+def again(passes: Pipeline | str, plan: str | None) -> str:
     """The options of the same pipeline, for the next command: a plan brings its pipeline."""
     return f'-p "{passes}"' if plan is None else f"--plan {plan}"
 
 
 def calibrate(
-    loaded: LoadedModel, passes: Pipeline, size: Size, checkpoint: str | Path | None = None
+    loaded: LoadedModel, passes: Pipeline, size: Size | None = None, checkpoint: str | Path | None = None
 ) -> tuple[Plan, str]:
     """The plan of a pipeline for a model, and what it was calibrated on, in words.
 
@@ -69,11 +72,11 @@ def calibrate(
     """
     with torch.no_grad():  # decisions are about the weights as they are
         if loaded.tokenizer is None:
-            calls = [(loaded.example_args, loaded.example_kwargs)]
+            calls: Sequence[Call] = [(loaded.example_args, loaded.example_kwargs)]
             said = "the model's example inputs, as it has no tokenizer"
             program = capture_model(loaded)
         else:
-            calls, said = _calls(loaded, size)
+            calls, said = _calls(loaded, size or DEFAULTS)
             with silent_export():
                 program = capture(loaded.model, *calls[0])
         return analyze_program(program, passes, calls, checkpoint), said

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fuseline.cli import options
-from fuseline.cli.calibrating import Size, again, calibrate, needs_plan, passes_and_plan
+from fuseline.cli.calibrating import again, calibrate, needs_plan, passes_and_plan
 from fuseline.cli.compiling import capture_model, rewrite
 from fuseline.cli.data import report_data
 from fuseline.cli.dumping import dump_observers, record_kernels
@@ -52,7 +52,7 @@ def run(
         if loaded.tokenizer is None:
             raise needs_plan(passes, model)
         announce("calibrating")
-        decided, calibrated = calibrate(loaded, passes, Size())
+        decided, calibrated = calibrate(loaded, passes)
         notes = [*notes, f"calibrated on {calibrated}, for this run only; what is next keeps the plan"]
     announce("capturing")
     proving = [Prove()] if prove else []

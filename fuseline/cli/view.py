@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fuseline.cli import options
-from fuseline.cli.calibrating import passes_and_plan
+from fuseline.cli.calibrating import again, passes_and_plan
 from fuseline.cli.dumping import describe_lowered
 from fuseline.cli.output import Output
 from fuseline.cli.render import following, megabytes
@@ -74,7 +74,8 @@ def view(
         first, second = (directory / stage["file"] for stage in stages[:2])
         following(output, f"fuseline diff {first} {second}", "what a pass changed, on the terminal")
     else:
-        following(output, f'fuseline run {source} -p "{data["pipeline"]}" --dump DIR', "the stages as files that run")
+        same = again(data["pipeline"], plan)
+        following(output, f"fuseline run {source} {same} --dump DIR", "the stages as files that run")
     output.write(data)
     if failure is not None:
         raise failure

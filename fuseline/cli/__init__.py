@@ -30,7 +30,7 @@ from fuseline.cli.view import view
 from fuseline.cli.why import why
 from fuseline.compiler.errors import FuselineError
 
-HELP = "A graph compiler for PyTorch models. VERB -h: its options; --debug: tracebacks."
+HELP = "A graph compiler for PyTorch models. VERB -h: options; --debug: tracebacks."
 VERBS = (
     run, passes, examine, analyze, opt, export, kernels, cache, compare, why, bisect, reduce, repro, diff, view, replay,
     completion,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,6 +141,24 @@ def test_a_stopped_search_goes_on(cli: Callable, monkeypatch: pytest.MonkeyPatch
     assert cli(*command).code == 0
     assert taken == [0, 1, 2, 3, 4, 5, 6, 5, 6]  # it is kept after every fifth step
     assert out.exists() and not progress.exists()
+
+
+def test_the_page_is_true(cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The commands of docs/calibration.md, one after the other, and its Python."""
+    pytest.importorskip("transformers")
+    page = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(
+        r"^(?:\$ )?fuseline (.+)$", "".join(re.findall(r"```(?:console|text)\n(.*?)```", page, re.S)), re.M
+    )
+    assert [command.split()[0] for command in commands] == ["analyze", "run", "opt"]
+    for command in commands:
+        result = cli(*shlex.split(command))
+        assert result.code == 0, result.err
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    (tmp_path / "block.py").write_text(block)
+    runpy.run_path(str(tmp_path / "block.py"))
+    assert Plan.load("plan.json").pipeline in block and not Path("progress.safetensors").exists()
 
 
 def test_what_analyze_refuses(cli: Callable, tmp_path: Path) -> None:

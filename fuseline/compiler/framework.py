@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
+
 from .algebra.axioms import Algebra
 from .errors import UserError, nearest
+from .planned import digest_of
 from .rule import Rule
 
 if TYPE_CHECKING:
@@ -40,6 +44,12 @@ class Study:
     data: Sequence[Sequence[Any]]
     after: tuple[Pass, ...] = ()
     checkpoint: Path | None = None
+
+    def digest(self) -> str:
+        """What tells the data from other data; parameters, which are among the arguments, are left out."""
+        states = {source.index for source in self.program.sources.values()}
+        given = [v for flat in self.data for i, v in enumerate(flat) if i not in states and isinstance(v, torch.Tensor)]
+        return hashlib.sha256("".join(map(digest_of, given)).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

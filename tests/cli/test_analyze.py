@@ -138,24 +138,26 @@ def test_a_stopped_search_goes_on(cli: Callable, monkeypatch: pytest.MonkeyPatch
     stopped = cli(*command)
     assert stopped.code == 130 and f"the same command goes on from {progress}" in stopped.err
     assert progress.exists() and not out.exists()
+    other = cli(*command, "--windows", "2")
+    assert other.code == 2 and "holds the progress of another search" in other.err
     assert cli(*command).code == 0
     assert taken == [0, 1, 2, 3, 4, 5, 6, 5, 6]  # it is kept after every fifth step
     assert out.exists() and not progress.exists()
 
 
+@pytest.mark.slow
 def test_the_page_is_true(cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The commands of docs/calibration.md, one after the other, and its Python."""
     pytest.importorskip("transformers")
     page = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(
-        r"^(?:\$ )?fuseline (.+)$", "".join(re.findall(r"```(?:console|text)\n(.*?)```", page, re.S)), re.M
-    )
+    blocks = "".join(re.findall(r"```(?:console|text)\n(.*?)```", page, re.DOTALL))
+    commands = re.findall(r"^(?:\$ )?fuseline (.+)$", blocks, re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["analyze", "run", "opt"]
     for command in commands:
         result = cli(*shlex.split(command))
         assert result.code == 0, result.err
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "block.py").write_text(block)
     runpy.run_path(str(tmp_path / "block.py"))
     assert Plan.load("plan.json").pipeline in block and not Path("progress.safetensors").exists()

@@ -44,9 +44,10 @@ def view(
 
     directory = Path(source) if Path(source).is_dir() else None
     if directory is not None and (pipeline or plan) is not None:
+        asked = again(pipeline or DEFAULT, plan)
         raise UserError(
             f"{source} holds a run already, of another pipeline perhaps",
-            remedy=f"fuseline run MODEL -p PIPELINE --dump {source}, then fuseline view {source}",
+            remedy=f"fuseline run MODEL {asked} --dump {source}, then fuseline view {source}",
         )
     path = _page_path(source, directory, out)
     output = Output(json)

@@ -8,6 +8,7 @@ from .compiler.errors import FuselineError, UserError
 from .compiler.framework import Level, Pass, Tier
 from .compiler.observe import prove
 from .compiler.pipeline import Pipeline
+from .compiler.plan import Plan
 from .compiler.program import Program
 from .compiler.registry import register
 from .compiler.rule import Rule
@@ -17,6 +18,6 @@ from .optimize import breaks, optimize, refresh, reports
 
 __version__ = "0.1.0"
 __all__ = [
-    "FuselineError", "Level", "Pass", "Pipeline", "Program", "Rule", "Tier", "UserError", "analyze", "breaks",
+    "FuselineError", "Level", "Pass", "Pipeline", "Plan", "Program", "Rule", "Tier", "UserError", "analyze", "breaks",
     "capture", "examine", "export", "load", "optimize", "prove", "refresh", "register", "reports", "save",
 ]  # fmt: skip

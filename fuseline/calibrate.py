@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,11 @@ from .compiler.capture import CapturedModule, capture
 from .compiler.errors import UserError
 from .compiler.pipeline import Pipeline
 from .compiler.plan import Plan
+from .compiler.program import Program
 from .compiler.reads import refuse_dropped
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call."""
 
 
 def analyze(
@@ -28,21 +32,28 @@ def analyze(
     Raises:
         UserError: no batch, or batches that are not laid out alike.
     """
-    batches = [call_arguments(batch) for batch in calibration]
-    if not batches:
+    calls = [call_arguments(batch) for batch in calibration]
+    if not calls:
         raise UserError("calibration holds no batch", remedy="calibration=[(input_ids,), …]")
-    args, kwargs = batches[0]
+    args, kwargs = calls[0]
     with torch.no_grad():  # decisions are about the weights as they are
         program = capture(model, args, kwargs)
+    return analyze_program(program, Pipeline(pipeline), calls, checkpoint)
+
+
+def analyze_program(
+    program: Program, pipeline: Pipeline, calls: Sequence[Call], checkpoint: str | Path | None = None
+) -> Plan:
+    """`analyze` of a program that was captured from the model; calls: laid out as the captured one."""
     refuse_dropped(program)
     module = program.to_module()
     assert isinstance(module, CapturedModule)
-    data = [module.arguments(*a, **k) for a, k in batches]
-    return Pipeline(pipeline).analyze(program, data, None if checkpoint is None else Path(checkpoint))
+    data = [module.arguments(*args, **kwargs) for args, kwargs in calls]
+    return pipeline.analyze(program, data, None if checkpoint is None else Path(checkpoint))
 
 
-def call_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of one call: a tensor, a tuple or a dict."""
+def call_arguments(batch: Any) -> Call:
+    """The call that a batch stands for: a tensor, a tuple or a dict."""
     if isinstance(batch, torch.Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
+from fuseline.cli.analyze import analyze
 from fuseline.cli.bisect import bisect
 from fuseline.cli.cache import cache
 from fuseline.cli.command import split_command
@@ -28,13 +30,22 @@ from fuseline.cli.view import view
 from fuseline.cli.why import why
 from fuseline.compiler.errors import FuselineError
 
-HELP = "A graph compiler for PyTorch models. --debug, anywhere: the traceback."
+HELP = "A graph compiler for PyTorch models. VERB -h: options; --debug: tracebacks."
 VERBS = (
-    run, passes, examine, opt, export, kernels, cache, compare, why, bisect, reduce, repro, diff, view, replay,
+    run, passes, examine, analyze, opt, export, kernels, cache, compare, why, bisect, reduce, repro, diff, view, replay,
     completion,
 )  # fmt: skip
 
+
+class Verbs(TyperGroup):
+    """Its help lists the verbs alone, so that it fits a screen: its one option is the one that was just typed."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        self.format_commands(ctx, formatter)
+
+
 app = typer.Typer(
+    cls=Verbs,
     help=HELP,
     no_args_is_help=True,
     add_completion=False,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fuseline.cli import options
-from fuseline.cli.checking import SECONDS, parse_bounded
+from fuseline.cli.checking import SECONDS, parse_bounded, refuse_plans
 from fuseline.cli.command import command_of, graph_or_command
 from fuseline.cli.graphs import load_program
 from fuseline.cli.output import Output
@@ -46,6 +46,7 @@ def bisect(
     else:
         assert graph is not None
         passes, wanted = Pipeline(pipeline), parse_bounded(check, Pipeline(pipeline))
+        refuse_plans(passes, "bisect")
         wanted = dataclasses.replace(wanted, seconds=timeout or wanted.seconds or SECONDS)
         run = InProcess(load_program(graph), passes, wanted)
     found = Bisection(run, runs, confidence, flaky, progress=lambda line: print(line, file=sys.stderr)).search()

@@ -46,6 +46,21 @@ def parse_bounded(text: str, pipeline: Pipeline | None = None) -> Check:
     return check
 
 
+def refuse_plans(passes: Pipeline, verb: str) -> None:
+    """Holds a verb that runs parts of pipelines to passes that need no plan, which is made for a whole one.
+
+    Raises:
+        UserError: with the way around it.
+    """
+    names = [step.name for step in passes.passes if step.needs_data]
+    if names:
+        raise UserError(
+            f"'{names[-1]}' decides from data, and '{verb}' takes no plan",
+            remedy=f"fuseline opt MODEL --plan plan.json --dump DIR, then fuseline {verb} DIR/00N_{names[-1]}.py "
+            "with the passes behind it",
+        )
+
+
 @dataclass(frozen=True)
 class Given:
     """A program, a pipeline over it and what to look for; verdict: what a reproducer recorded."""
@@ -63,9 +78,11 @@ def given(
     """GRAPH, `-p` and `--check` together; a reproducer has all three, and options take the place of its own.
 
     Raises:
-        UserError: there is no pipeline.
+        UserError: there is no pipeline, or it needs a plan.
     """
     passes = Pipeline(pipeline) if pipeline is not None else None
+    if passes is not None:
+        refuse_plans(passes, verb)
     if is_stage(graph) and is_reproducer(graph):
         read = load_reproducer(graph)
         verdict = read.verdict if passes is None and check is None else None

@@ -9,15 +9,16 @@ from typing import Annotated
 import typer
 
 from fuseline.cli import options
+from fuseline.cli.calibrating import again, passes_and_plan
 from fuseline.cli.graphs import load_program
 from fuseline.cli.output import Output
-from fuseline.cli.progress import bar
 from fuseline.cli.render import following, number, table
 from fuseline.compiler.debug.compare import compare as compare_passes
 from fuseline.compiler.debug.comparison import Comparison, RewriteError
 from fuseline.compiler.debug.edits import compare_programs
 from fuseline.compiler.errors import UserError
-from fuseline.compiler.pipeline import Pipeline
+from fuseline.compiler.pipeline import DEFAULT, Pipeline
+from fuseline.compiler.progress import bar
 from fuseline.compiler.stage import is_stage
 
 
@@ -27,6 +28,7 @@ def compare(
     pipeline: Annotated[
         str | None, typer.Option("--pipeline", "-p", metavar="PIPELINE", help="Compare GRAPH with itself after these.")
     ] = None,
+    plan: options.Plan = None,
     worst: Annotated[int, typer.Option(metavar="N", min=0, help="Rewrites to show.")] = 8,
     dtype: options.Dtype = None,
     json: options.Json = None,
@@ -36,12 +38,13 @@ def compare(
     Each node is held against float64, each rewrite by itself. Exit code 1 where
     one diverges. Example: fuseline compare demo:smollm2 -p raise,fuse
     """
-    if (other is None) == (pipeline is None):
+    rewrites = pipeline is not None or plan is not None
+    if (other is None) != rewrites:
         raise UserError(
             "a comparison needs a second program: OTHER, or -p PIPELINE, not both",
             remedy="fuseline compare demo:tiny-llama -p raise,fuse",
         )
-    passes = Pipeline(pipeline) if pipeline is not None else None
+    passes, decided = passes_and_plan(pipeline or DEFAULT, plan, graph) if rewrites else (None, None)
     output = Output(json)
     first = load_program(graph, dtype)
     second = load_program(other, dtype) if other is not None else None
@@ -50,7 +53,7 @@ def compare(
         found = (
             compare_programs(first, second, told)
             if second is not None
-            else compare_passes(first, Pipeline(passes or ""), progress=told)
+            else compare_passes(first, Pipeline(passes or ""), plan=decided, progress=told)
         )
     title = f"{graph} after {passes}" if passes is not None else f"{other} against {graph}"
     output.line(f"{title}: {len(found.nodes)} nodes of {found.dtype}, held against float64\n")
@@ -61,7 +64,7 @@ def compare(
         output.line(f"{one.name}: error {number(one.error)}, rounding noise {number(one.noise)}: {verdict}")
     _show_fault(output, found, other)
     _show_notes(output, found)
-    _next(output, found, graph, other, passes)
+    _next(output, found, graph, other or again(passes or Pipeline(), plan), reducible=rewrites and plan is None)
     output.write({"graph": graph, "other": other, "pipeline": str(passes) if passes else None, **found.to_json()})
     if not found.ok:
         raise typer.Exit(1)
@@ -161,9 +164,8 @@ def _line_in_stage(node: str, stage: str | None) -> str | None:
     return f"{stage}:{text[: found.start()].count(chr(10)) + 1}" if found else None
 
 
-def _next(output: Output, found: Comparison, graph: str, other: str | None, passes: Pipeline | None) -> None:
-    if passes is not None and not found.ok:
-        following(output, f'fuseline reduce {graph} -p "{passes}" --check error -o small.py', "the fault in few nodes")
+def _next(output: Output, found: Comparison, graph: str, second: str, reducible: bool) -> None:
+    if reducible and not found.ok:
+        following(output, f"fuseline reduce {graph} {second} --check error -o small.py", "the fault in few nodes")
     else:
-        second = f'-p "{passes}"' if passes is not None else other
         following(output, f"fuseline diff {graph} {second}", "what differs in the graphs themselves")

@@ -18,6 +18,7 @@ from fuseline.compiler.debug.check import EXACT
 from fuseline.compiler.errors import UserError, VerificationError, nearest
 from fuseline.compiler.observe import Numerics
 from fuseline.compiler.pipeline import Pipeline
+from fuseline.compiler.plan import Plan
 from fuseline.compiler.program import Program
 from fuseline.compiler.report import Report
 from fuseline.compiler.verifier import LEVELS
@@ -69,12 +70,19 @@ def _owners(loaded: LoadedModel) -> dict[str, Callable[[], torch.Tensor]]:
     return {name: functools.partial(operator.attrgetter(name), model) for name in names}
 
 
-def rewrite(captured: Program, pipeline: Pipeline, verify: str | None, observers: Sequence[Observer] = ()) -> Rewritten:
+def rewrite(
+    captured: Program,
+    pipeline: Pipeline,
+    verify: str | None,
+    observers: Sequence[Observer] = (),
+    plan: Plan | None = None,
+) -> Rewritten:
     """Runs the pipeline over a program, with the error after each pass where there are inputs to run it on.
 
     Args:
         verify: None runs the quick checks of the graph, "off" none; "quick" also holds exact passes to their bound;
             "full" recomputes all values, too.
+        plan: what passes that need data decided.
 
     Raises:
         VerificationError: an exact pass whose error is beyond rounding.
@@ -83,7 +91,7 @@ def rewrite(captured: Program, pipeline: Pipeline, verify: str | None, observers
         raise UserError(f"unknown verification {verify!r}{nearest(str(verify), LEVELS)}")
     numerics = [] if captured.examples is None or verify == "off" else [Numerics()]
     level = verify if verify in ("off", "full") else "quick"
-    program, report = pipeline.run(captured, [*numerics, *observers], verification=level)
+    program, report = pipeline.run(captured, [*numerics, *observers], verification=level, plan=plan)
     if verify in ("quick", "full"):
         if not numerics:
             raise UserError(

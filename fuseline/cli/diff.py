@@ -9,11 +9,12 @@ import typer
 from rich.text import Text
 
 from fuseline.cli import options
+from fuseline.cli.calibrating import again, passes_and_plan
 from fuseline.cli.graphs import load_program
 from fuseline.cli.output import Output
 from fuseline.cli.render import following, table
 from fuseline.compiler.errors import UserError
-from fuseline.compiler.pipeline import Pipeline
+from fuseline.compiler.pipeline import DEFAULT
 
 STYLES = {"hunk": "cyan", "removed": "red", "added": "green", "note": "yellow", "context": ""}
 
@@ -27,6 +28,7 @@ def diff(
     context: Annotated[int, typer.Option(metavar="N", min=0, help="Unchanged nodes around a change.")] = 2,
     stat: Annotated[bool, typer.Option("--stat", help="Only counts, by op and module.")] = False,
     provenance: Annotated[bool, typer.Option("--provenance", help="Also what moved in module, line or maker.")] = False,
+    plan: options.Plan = None,
     html: Annotated[str | None, typer.Option(metavar="FILE", help="Write both side by side as a page.")] = None,
     dtype: options.Dtype = None,
     json: options.Json = None,
@@ -40,15 +42,16 @@ def diff(
     from fuseline.compiler.debug.diff_text import lines, region_lines, summary
     from fuseline.compiler.debug.diff_text import stat as counted
 
-    if (after is None) == (pipeline is None):
+    rewrites = pipeline is not None or plan is not None
+    if (after is None) != rewrites:
         raise UserError("a comparison needs a second program: B, or -p PIPELINE, not both", remedy="fuseline diff A B")
     target = Path(html) if html is not None else None
     if target is not None and not target.parent.is_dir():
         raise UserError(f"no such folder: {target.parent}")
-    passes = Pipeline(pipeline) if pipeline is not None else None
+    passes, decided = passes_and_plan(pipeline or DEFAULT, plan, before) if rewrites else (None, None)
     output = Output(json)
     first = load_program(before, dtype)
-    second = passes.run(first)[0] if passes is not None else load_program(str(after), dtype)
+    second = passes.run(first, plan=decided)[0] if passes is not None else load_program(str(after), dtype)
     names = (before, after or f"{before} after {passes}")
     difference = compare(first, second)
     if stat:
@@ -72,7 +75,7 @@ def diff(
         target.write_text(page(difference, *names), encoding="utf-8")
         data["html"] = str(target)
         output.line(f"written to {target}")
-    other = f'-p "{passes}"' if passes is not None else str(after)
+    other = again(passes, plan) if passes is not None else str(after)
     if difference.same and passes is not None:
         following(output, f"fuseline why {passes.passes[0].name} {before}", "what came closest to a rewrite")
     elif difference.same:

@@ -8,19 +8,22 @@ from typing import Annotated, Any
 import typer
 
 from fuseline.cli import options
+from fuseline.cli.calibrating import needs_plan
 from fuseline.cli.compiling import capture_model
 from fuseline.cli.data import pass_data
 from fuseline.cli.environment import versions
 from fuseline.cli.output import Output
-from fuseline.cli.progress import bar
 from fuseline.cli.render import following, number, table
 from fuseline.compiler.pipeline import Pipeline
+from fuseline.compiler.plan import Plan
+from fuseline.compiler.progress import bar
 
 
 def export(
     model: options.Model,
-    pipeline: Annotated[str, typer.Option("--pipeline", "-p", metavar="PIPELINE", help="Passes, or a .toml file.")],
+    pipeline: options.RequiredPipeline,
     out: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder.")],
+    plan: options.Plan = None,
     format: Annotated[str, typer.Option(metavar="FORMAT", help="hf: what transformers loads.")] = "hf",
     check: Annotated[bool, typer.Option("--check/--no-check", help="Load it again and compare.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint.")] = False,
@@ -32,6 +35,9 @@ def export(
     from fuseline.models import load, parse_dtype
 
     passes = Pipeline(pipeline)
+    decided = None if plan is None else Plan.load(plan)  # may be a longer pipeline's, as rounding is not exported
+    if passes.needs_data and decided is None:
+        raise needs_plan(passes, model)
     check_target(out, format, force)
     output = Output(json)
     loaded = load(model, parse_dtype(dtype))
@@ -43,7 +49,16 @@ def export(
             progress.update(progress.task_ids[0], completed=done, total=total or None, description=what)
 
         written = export_program(
-            loaded.model, captured, inputs, out, passes, format=format, check=check, force=force, progress=show
+            loaded.model,
+            captured,
+            inputs,
+            out,
+            passes,
+            plan=decided,
+            format=format,
+            check=check,
+            force=force,
+            progress=show,
         )
     data: dict[str, Any] = {
         "model": model,

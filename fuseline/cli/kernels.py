@@ -10,6 +10,7 @@ import typer
 
 from fuseline import schemas
 from fuseline.cli import options
+from fuseline.cli.calibrating import again, passes_and_plan
 from fuseline.cli.environment import choose_target, versions
 from fuseline.cli.graphs import load_program
 from fuseline.cli.offline import compile_all, summarise
@@ -17,7 +18,7 @@ from fuseline.cli.output import Output
 from fuseline.cli.render import following, show_kernels, table
 from fuseline.codegen.lower import Lowered
 from fuseline.compiler.errors import UserError, nearest
-from fuseline.compiler.pipeline import DEFAULT, Pipeline
+from fuseline.compiler.pipeline import DEFAULT
 from fuseline.runtime.kernel_store import KernelStore
 from fuseline.runtime.location import cache_root
 
@@ -33,6 +34,7 @@ def _print_schema(asked: bool) -> None:
 def kernels(
     model: options.Model,
     pipeline: options.PipelineText = DEFAULT,
+    plan: options.Plan = None,
     dtype: options.Dtype = None,
     only: Annotated[str | None, typer.Option("--kernel", metavar="GLOB", help="Only kernels of such names.")] = None,
     resources: Annotated[bool, typer.Option("--resources", help="Registers and the like, for each GPU.")] = False,
@@ -52,10 +54,10 @@ def kernels(
 
     if show is None and (asm is not None or target is not None):
         raise UserError("--asm and --for print one kernel's code", remedy="--show KERNEL --asm ptx --for sm_90")
-    passes = Pipeline(pipeline)
+    passes, decided = passes_and_plan(pipeline, plan, model)
     _, notes = choose_target(None, "cpu")
     output = Output(json)
-    program, _ = passes.run(load_program(model, dtype))
+    program, _ = passes.run(load_program(model, dtype), plan=decided)
     lowered = lower(program)
     if show is not None:
         output.write(_show(lowered, show, asm, target, output))
@@ -93,7 +95,7 @@ def kernels(
         output.line(f"note: {note}")
     if data["kernels"]:
         example = data["kernels"][0]["name"]
-        following(output, f'fuseline kernels {model} -p "{passes}" --show {example}', "one kernel's source")
+        following(output, f"fuseline kernels {model} {again(passes, plan)} --show {example}", "one kernel's source")
     output.write(data)
 
 

@@ -8,10 +8,10 @@ from collections.abc import Collection
 from typing import Any
 
 from fuseline.cli.environment import has
-from fuseline.cli.progress import bar, step
 from fuseline.codegen.lower import Lowered
 from fuseline.codegen.offline import TARGETS, CompileError, compile_kernel
 from fuseline.codegen.resources import resources
+from fuseline.compiler.progress import bar, step
 from fuseline.runtime.kernel_store import KernelStore
 
 Targets = dict[str, dict[str, Any]]  # target → what is known of one kernel there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import torch.utils._pytree as pytree
 import typer
 
 from fuseline.cli import options
+from fuseline.cli.calibrating import again, passes_and_plan
 from fuseline.cli.compiling import rewrite
 from fuseline.cli.data import report_data
 from fuseline.cli.dumping import dump_observers, record_kernels
@@ -24,7 +26,7 @@ from fuseline.compiler.errors import FuselineError, UserError
 from fuseline.compiler.observe import Prove, Statistics
 from fuseline.compiler.observe.printing import Print, stop_after
 from fuseline.compiler.outline import inline
-from fuseline.compiler.pipeline import DEFAULT, Pipeline
+from fuseline.compiler.pipeline import DEFAULT
 from fuseline.compiler.program import Program
 from fuseline.compiler.stage import Recipe, render, save_examples
 from fuseline.models import LoadedModel
@@ -33,6 +35,7 @@ from fuseline.models import LoadedModel
 def opt(
     graph: options.Graph,
     pipeline: options.PipelineText = DEFAULT,
+    plan: options.Plan = None,
     out: Annotated[
         str | None, typer.Option("--output", "-o", metavar="OUT", help="A .pt2 file, or a .py stage.")
     ] = None,
@@ -53,16 +56,19 @@ def opt(
     from fuseline.codegen.lower import lower
 
     path = None if out is None else check_path(out)
-    passes, observers = Pipeline(pipeline), dump_observers(dump)
+    passes, decided = passes_and_plan(pipeline, plan, graph)
+    observers = dump_observers(dump)
     if stop is not None:
         passes, ending = stop_after(passes, stop)
+        if decided is not None:
+            decided = dataclasses.replace(decided, pipeline=str(passes))  # the first passes of what it was made for
         observers += ending
     output = Output(json)
     if show is not None:
         observers.append(Print(show, lambda text: output.console.print(text + "\n", soft_wrap=True)))
     captured, loaded = load_graph(graph, dtype)
     counted, proving = Statistics(), [Prove()] if prove else []
-    rewritten = rewrite(captured, passes, verify, [*observers, counted, *proving])
+    rewritten = rewrite(captured, passes, verify, [*observers, counted, *proving], decided)
     data: dict[str, Any] = {"model": graph, "versions": versions(), **report_data(rewritten), "path": out}
     data["statistics"] = statistics_data(counted)
     show_passes(output, data)
@@ -81,7 +87,7 @@ def opt(
         record_kernels(dump, lower(rewritten.program))
         following(output, f"fuseline view {dump}", "the stages as a page")
     else:
-        following(output, f'fuseline compare {graph} -p "{passes}"', "the error of each rewrite")
+        following(output, f"fuseline compare {graph} {again(passes, plan)}", "the error of each rewrite")
     output.write(data)
 
 

@@ -35,6 +35,12 @@ class Output:
             Path(self._json_path).write_text(text + "\n", encoding="utf-8")
 
 
+def announce(what: str) -> None:
+    """A line on a terminal, where a minute of silence would look like a fault; nothing in a log."""
+    if sys.stderr.isatty():
+        print(f"{what} …", file=sys.stderr)
+
+
 def finite(value: Any) -> Any:
     """JSON has neither NaN nor infinity: they become the strings "nan", "inf" and "-inf"."""
     if isinstance(value, float) and not math.isfinite(value):

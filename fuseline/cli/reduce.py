@@ -12,7 +12,6 @@ from fuseline.cli import options
 from fuseline.cli.checking import Given, given, parse_check
 from fuseline.cli.command import command_of
 from fuseline.cli.output import Output
-from fuseline.cli.progress import bar, step
 from fuseline.cli.render import following, table
 from fuseline.cli.repro import SOURCES, proved, writable
 from fuseline.compiler.debug.check import Verdict
@@ -23,6 +22,7 @@ from fuseline.compiler.debug.reproducer import describe
 from fuseline.compiler.debug.search import Case, Search
 from fuseline.compiler.debug.settle import settle, write_case
 from fuseline.compiler.errors import FuselineError, UserError
+from fuseline.compiler.progress import bar, step
 from fuseline.compiler.stage import read_table
 from fuseline.compiler.stage.render import code
 

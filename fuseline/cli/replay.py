@@ -13,9 +13,9 @@ import typer
 
 from fuseline.cli import options
 from fuseline.cli.output import Output
-from fuseline.cli.progress import bar, step
 from fuseline.cli.render import following, table
 from fuseline.compiler.errors import UserError
+from fuseline.compiler.progress import bar, step
 from fuseline.replay.against import checkout, commit_of, here, record_in_process
 from fuseline.replay.compare import ERROR, INDEX, KERNEL, MANIFEST, Change, Difference, Recording, compare, read
 from fuseline.replay.corpus import Case, corpus

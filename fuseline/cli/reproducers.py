@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from fuseline.cli.output import announce
 from fuseline.compiler.action import Observer
 from fuseline.compiler.errors import UserError, VerificationError
 from fuseline.compiler.framework import Tier
@@ -25,7 +25,7 @@ def reproducers(arguments: Sequence[str]) -> Iterator[None]:
     made: list[Repro] = []
 
     def attach() -> list[Observer]:
-        made.append(Repro(directory, _say))
+        made.append(Repro(directory, announce))
         return [made[-1]]
 
     wanted = arguments[:1] and arguments[0] in VERBS and directory != OFF
@@ -74,9 +74,3 @@ def _of_results(last: Repro) -> str | None:
             if verdict:
                 return last.write(step.name, "error", verdict, [("local", case)])
     return None
-
-
-def _say(line: str) -> None:
-    """A line on a terminal, where half a minute of silence would look like a fault."""
-    if sys.stderr.isatty():
-        print(f"{line} …", file=sys.stderr)

@@ -9,14 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from fuseline.cli import options
+from fuseline.cli.calibrating import again, passes_and_plan
 from fuseline.cli.dumping import describe_lowered
 from fuseline.cli.output import Output
-from fuseline.cli.progress import bar, step
 from fuseline.cli.render import following, megabytes
 from fuseline.compiler.errors import FuselineError, UserError
 from fuseline.compiler.observe import Record
 from fuseline.compiler.observe.record import finite, read_record
 from fuseline.compiler.pipeline import DEFAULT, Pipeline
+from fuseline.compiler.plan import Plan
+from fuseline.compiler.progress import bar, step
 
 INDEX = "index.html"
 
@@ -26,6 +28,7 @@ def view(
     pipeline: Annotated[
         str | None, typer.Option("--pipeline", "-p", metavar="PIPELINE", help="The passes to run over GRAPH.")
     ] = None,
+    plan: options.Plan = None,
     out: Annotated[
         str | None, typer.Option("--output", "-o", metavar="FILE", help="The page; DIR/index.html by default.")
     ] = None,
@@ -40,10 +43,11 @@ def view(
     from fuseline.view import page_data, render, steps
 
     directory = Path(source) if Path(source).is_dir() else None
-    if directory is not None and pipeline is not None:
+    if directory is not None and (pipeline or plan) is not None:
+        asked = again(pipeline or DEFAULT, plan)
         raise UserError(
             f"{source} holds a run already, of another pipeline perhaps",
-            remedy=f'fuseline run MODEL -p "{pipeline}" --dump {source}, then fuseline view {source}',
+            remedy=f"fuseline run MODEL {asked} --dump {source}, then fuseline view {source}",
         )
     path = _page_path(source, directory, out)
     output = Output(json)
@@ -51,7 +55,7 @@ def view(
     if directory is not None:
         record, title = read_record(directory), directory.resolve().name
     else:
-        record, failure = _run(source, Pipeline(pipeline or DEFAULT), dtype)
+        record, failure = _run(source, *passes_and_plan(pipeline or DEFAULT, plan, source), dtype)
         title = source
     where = None if directory is None else str(directory)
     with bar("layout", steps(record)) as progress:
@@ -71,7 +75,8 @@ def view(
         first, second = (directory / stage["file"] for stage in stages[:2])
         following(output, f"fuseline diff {first} {second}", "what a pass changed, on the terminal")
     else:
-        following(output, f'fuseline run {source} -p "{data["pipeline"]}" --dump DIR', "the stages as files that run")
+        same = again(data["pipeline"], plan)
+        following(output, f"fuseline run {source} {same} --dump DIR", "the stages as files that run")
     output.write(data)
     if failure is not None:
         raise failure
@@ -93,7 +98,9 @@ def _page_path(source: str, directory: Path | None, out: str | None) -> Path:
     return path
 
 
-def _run(graph: str, pipeline: Pipeline, dtype: str | None) -> tuple[dict[str, Any], FuselineError | None]:
+def _run(
+    graph: str, pipeline: Pipeline, plan: Plan | None, dtype: str | None
+) -> tuple[dict[str, Any], FuselineError | None]:
     """The record of a pipeline over a graph, kernels among it; and the error it ended with."""
     from fuseline.cli.compiling import rewrite
     from fuseline.cli.graphs import load_graph
@@ -102,7 +109,7 @@ def _run(graph: str, pipeline: Pipeline, dtype: str | None) -> tuple[dict[str, A
     record = Record()
     captured, _ = load_graph(graph, dtype)
     try:
-        rewritten = rewrite(captured, pipeline, None, [record])
+        rewritten = rewrite(captured, pipeline, None, [record], plan)
     except FuselineError as error:
         if not record.data:
             raise

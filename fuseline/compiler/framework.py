@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
+
 from .algebra.axioms import Algebra
 from .errors import UserError, nearest
+from .planned import digest_of
 from .rule import Rule
 
 if TYPE_CHECKING:
@@ -40,6 +44,21 @@ class Study:
     data: Sequence[Sequence[Any]]
     after: tuple[Pass, ...] = ()
     checkpoint: Path | None = None
+
+    def digest(self) -> str:
+        """What tells the data from other data; parameters, which are among the arguments, are left out."""
+        states = {source.index for source in self.program.sources.values()}
+        given = [v for flat in self.data for i, v in enumerate(flat) if i not in states and isinstance(v, torch.Tensor)]
+        return hashlib.sha256("".join(map(digest_of, given)).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a pass decided from data, for people: a table of at most 80 columns, and lines below it."""
+
+    headings: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    lines: tuple[str, ...] = ()
 
 
 class Level(enum.Enum):
@@ -88,6 +107,10 @@ class Pass:
     def decide(self, study: Study) -> dict[str, SitePlan]:
         """The same for a pass whose decisions depend on the passes after it, or take long."""
         return self.analyze(study.program, study.data)
+
+    def findings(self, decisions: Mapping[str, SitePlan]) -> Findings:
+        """What `decide` found, to be read before the plan is used."""
+        return Findings(lines=(f"decided at {len(decisions)} sites",))
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         """Rewrites the program through the rewriter; `rewriter.decision(node)` is what `analyze` decided."""

@@ -191,12 +191,13 @@ class Pipeline:
                 )
 
 
-def needs_calibration(pipeline: Pipeline) -> UserError:
-    """The error for a pipeline that needs data and was given none."""
+def needs_calibration(pipeline: Pipeline, model: str = "MODEL") -> UserError:
+    """The error for a pipeline that needs data and was given none; model: its name on the command line."""
     names = ", ".join(f"'{p.name}'" for p in pipeline.passes if p.needs_data)
     return UserError(
         f"{names} decides from data, and there is none",
-        remedy=f'fuseline.optimize(model, "{pipeline}", calibration=batches), or plan=PATH',
+        [f'in Python: fuseline.optimize(model, "{pipeline}", calibration=batches), or plan=PATH'],
+        f'fuseline analyze {model} -p "{pipeline}" -o plan.json, then --plan plan.json',
     )
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
 
 VERSION = 1
+AGAIN = "fuseline.analyze(model, pipeline, calibration=batches), or the command fuseline analyze"
 
 
 @dataclass
@@ -73,18 +74,13 @@ class Plan:
         Raises:
             UserError: naming the pipelines, or the first parameter that differs.
         """
-        if str(pipeline) != self.pipeline:
-            raise UserError(
-                "the plan was made for another pipeline",
-                [f"plan: {self.pipeline}", f"here: {pipeline}"],
-                "use the plan's pipeline, or analyse again with fuseline.analyze",
-            )
+        self.check_pipeline(pipeline)
         for step in pipeline.passes:
             then, now = self.passes.get(step.name), identity(step)
             if then is not None and now is not None and then != now:
                 warnings.warn(
                     f"the plan's decisions for '{step.name}' were made by other code ({then}, now {now}); "
-                    "if it decides otherwise, analyse again: fuseline.analyze(model, pipeline, calibration=batches)",
+                    f"if it decides otherwise, analyse again: {AGAIN}",
                     stacklevel=4,
                 )
         for source in program.sources.values():
@@ -93,8 +89,17 @@ class Plan:
                 name = source.name
                 raise UserError(
                     f"the plan was made for another model: '{name}' is {here} here and {there or 'absent'} there",
-                    remedy="analyse this model: fuseline.analyze(model, pipeline, calibration=batches)",
+                    remedy=f"analyse this model: {AGAIN}",
                 )
+
+    def check_pipeline(self, pipeline: Pipeline) -> None:
+        """The part of `check` that needs no model."""
+        if str(pipeline) != self.pipeline:
+            raise UserError(
+                "the plan was made for another pipeline",
+                [f"plan: {self.pipeline}", f"here: {pipeline}"],
+                f"use the plan's pipeline, or analyse again: {AGAIN}",
+            )
 
     def save(self, path: str | Path) -> Path:
         """Writes `path` (a .json file) and the tensors beside it; returns the path."""

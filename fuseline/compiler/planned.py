@@ -18,10 +18,16 @@ _KEPT: dict[str, torch.Tensor] = {}
 def keep(tensor: torch.Tensor) -> str:
     """Keeps a tensor, on the CPU; returns its digest."""
     held = tensor.detach().cpu().contiguous()
-    contents = held.reshape(-1).view(torch.uint8).numpy().tobytes()
-    digest = hashlib.sha256(f"{held.dtype} {tuple(held.shape)} ".encode() + contents).hexdigest()[:20]
+    digest = digest_of(held)
     _KEPT.setdefault(digest, held)
     return digest
+
+
+def digest_of(tensor: torch.Tensor) -> str:
+    """What tells a tensor from others of another dtype, of other sizes or with other values."""
+    held = tensor.detach().cpu().contiguous()
+    contents = held.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{held.dtype} {tuple(held.shape)} ".encode() + contents).hexdigest()[:20]
 
 
 def kept(digest: str) -> torch.Tensor:

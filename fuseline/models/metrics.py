@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
+
+from fuseline.compiler.progress import steps
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 ROWS = 64  # positions evaluated at a time in float64: 64 rows of a vocabulary of 128k are 67 MB
@@ -43,7 +44,7 @@ def compare(reference: Logits, candidate: Logits, windows: Sequence[torch.Tensor
         raise ValueError("no window of text to compare on")
     likelihood = torch.zeros(2, dtype=torch.float64)
     divergence, agreed, predicted, positions = 0.0, 0, 0, 0
-    for ids in _progress(windows):
+    for ids in steps(windows, "comparing on held-out text"):
         before, after = reference(ids)[0], candidate(ids)[0]
         if before.shape != after.shape:
             raise ValueError(f"logits differ in shape: {list(before.shape)} and {list(after.shape)}")
@@ -65,13 +66,3 @@ def compare(reference: Logits, candidate: Logits, windows: Sequence[torch.Tensor
 def _exp(value: float) -> float:
     """exp without an OverflowError: a model that predicts nothing right has an infinite perplexity."""
     return math.exp(value) if value < 700 else math.inf
-
-
-def _progress(windows: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The windows, with a progress bar on stderr if that is a terminal."""
-    if not sys.stderr.isatty():
-        return windows
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(windows, "comparing on held-out text", console=Console(stderr=True), transient=True)  # type: ignore[return-value]

@@ -91,6 +91,7 @@ def test_a_calibrated_model_behaves_the_same_at_every_size():
     plan = fuseline.analyze(net, [Threshold()], BATCHES)
     expected = torch.cat(BATCHES).abs().quantile(0.5)
     assert bounds_of(plan)[0] == pytest.approx(float(expected))
+    assert Threshold().findings(plan.of("threshold")).lines == ("decided at 2 sites",)
     optimized = fuseline.optimize(net, [Threshold()], calibration=BATCHES, dynamic=False)
     for rows in (1, 3, 16):
         x = torch.randn(rows, 8)
@@ -125,6 +126,7 @@ def test_data_that_is_missing_is_asked_for_with_the_line_to_write():
         fuseline.optimize(Net(), [Threshold()])
     assert "'threshold' decides from data, and there is none" in str(caught.value)
     assert 'fuseline.optimize(model, "threshold", calibration=batches), or plan=PATH' in str(caught.value)
+    assert 'fuseline analyze MODEL -p "threshold" -o plan.json' in str(caught.value)
     program = fuseline.capture(Net(), (BATCHES[0],))
     with pytest.raises(fuseline.UserError, match="decides from data"):
         Pipeline([Threshold()]).run(program)

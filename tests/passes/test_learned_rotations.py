@@ -12,10 +12,12 @@ from torch import nn
 import fuseline
 from fuseline.compiler.errors import PassError, UserError
 from fuseline.compiler.expressions import Planned
-from fuseline.compiler.plan import Plan
+from fuseline.compiler.plan import Plan, SitePlan
 from fuseline.compiler.rewriter import Rewriter
+from fuseline.passes import Rotate
 from fuseline.passes.rotation.learning import matrices
 from fuseline.passes.rotation.learning.cayley import Cayley, nearest_orthogonal
+from fuseline.passes.rotation.rotations import Kind
 from tests.passes.rotated_models import VOCABULARY, Decoder, Shape
 
 QUANTIZE = "quantize{weights=int4:sym,activations=int4:token}"
@@ -141,6 +143,28 @@ def test_rotations_that_pay_are_kept_and_the_others_named() -> None:
     assert "r3: it does not pay" in reasons and "R4 online" in report["rotate"].rules
     kept = f"raise,rotate{{{','.join(decided['keep'])}}},{QUANTIZE}"
     assert divergence(model, CHOOSE, plan) == pytest.approx(divergence(model, kept), rel=1e-5)
+
+
+def test_findings_say_what_each_rotation_brought() -> None:
+    step = Rotate(r1=True, r2=True, r4=True, kind=Kind.LEARNED, choose=True)
+    measured = {"start": 4.0, "learned": 3.0, "none": 8.0, "r1": 9.0, "r2": 8.0, "r4": 4.0, "r1+r4": 3.0, "r2+r4": 4.0}
+    measured["r1+r2+r4"] = 3.0
+    decided = {"keep": ["r1", "r4"], "why": {"r2": "…"}, "loss": "divergence", "measured": measured}
+    tensors = {"R1": torch.eye(2), "R2": torch.eye(2)}
+    found = step.findings({"": SitePlan(decided), "a/linear#0": SitePlan(tensors=tensors)})
+    assert found.headings == ("rotations", "divergence", "change", "found")
+    assert found.rows == (
+        ("r1+r2+r4 at the start", "4", "", ""),
+        ("r1+r2+r4 learned", "3", "-25.0%", "kept"),
+        ("none", "8", "", ""),
+        ("r1", "9", "+12.5%", ""),
+        ("r2", "8", "+0.0%", ""),
+        ("r4", "4", "-50.0%", "kept"),
+        ("r1+r4", "3", "-25.0%", "kept"),
+        ("r2+r4", "4", "+0.0%", ""),
+        ("r1+r2+r4", "3", "+0.0%", "does not pay"),
+    )
+    assert found.lines == ("learned R1 at 1 site", "learned R2 at 1 site", "kept: r1, r4")
 
 
 def test_other_losses() -> None:

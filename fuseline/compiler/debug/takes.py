@@ -96,8 +96,8 @@ def takes(program: Program, steps: Sequence[Pass]) -> tuple[Program, list[Takes]
 def _one(program: Program, step: Pass) -> tuple[Program, Takes]:
     result = Takes(step.name, str(step), step.tier.value, len(program), len(program))
     if step.needs_data:
-        error = needs_calibration(Pipeline([step]))
-        result.failure, result.remedy = error.headline, error.remedy
+        result.failure = needs_calibration(Pipeline([step])).headline
+        result.remedy = "fuseline run MODEL -p PIPELINE, which calibrates and reports the sites"
         return program, result
     lines = {site: source_line(node) for node, site in sites(program.graph).items()}
     lines = {site: line for site, line in lines.items() if line is not None and not is_ours(line)}

@@ -30,7 +30,7 @@ Exact: logits agree within 1e-5 in float32. Sources: QuaRot (Ashkboos et al., 20
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ from typing import Any
 from torch.fx import Node
 
 from ...compiler.errors import UserError
-from ...compiler.framework import Pass, Study, Tier
+from ...compiler.framework import Findings, Pass, Study, Tier
 from ...compiler.plan import SitePlan
 from ...compiler.program import Program
 from ...compiler.registry import register
@@ -49,7 +49,7 @@ from .centring import centre
 from .folds import Folds
 from .inputs import rotate_inputs
 from .keys import rotate_keys
-from .learning import LEARNT, MODEL, Loss, decide
+from .learning import LEARNT, MODEL, Loss, decide, findings
 from .prepare import prepare
 from .rotations import Kind, Rotation, no_blocks
 from .stream import Stream, flood, is_norm
@@ -106,6 +106,9 @@ class Rotate(Pass):
 
     def decide(self, study: Study) -> dict[str, SitePlan]:
         return decide(self, study)
+
+    def findings(self, decisions: Mapping[str, SitePlan]) -> Findings:
+        return findings(self, decisions)
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         if not self.needs_data:

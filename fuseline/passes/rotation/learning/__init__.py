@@ -12,6 +12,7 @@ from ....compiler.errors import UserError
 from ....compiler.framework import Study
 from ....compiler.plan import SitePlan
 from .choose import choose
+from .findings import MODEL, findings
 from .losses import Loss, criterion
 from .matrices import LEARNT, learn
 from .trial import Trial, Variants
@@ -19,10 +20,7 @@ from .trial import Trial, Variants
 if TYPE_CHECKING:
     from .. import Rotate
 
-MODEL = ""
-"""The site in a plan for what holds for the whole model."""
-
-__all__ = ["LEARNT", "MODEL", "Loss", "Trial", "Variants", "decide"]
+__all__ = ["LEARNT", "MODEL", "Loss", "Trial", "Variants", "decide", "findings"]
 
 
 def decide(step: Rotate, study: Study) -> dict[str, SitePlan]:

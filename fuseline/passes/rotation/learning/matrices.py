@@ -51,7 +51,8 @@ def learn(
     trial = Trial(program, {device[expressions[key]]: leaf for key, leaf in leaves.items()})
     original = Trial(variants.program)
     optimizer = Cayley(leaves.values(), step.rate)
-    journal = Journal(study.checkpoint, f"{step} before {', '.join(map(str, variants.after))}", leaves, optimizer)
+    search = f"{step} before {', '.join(map(str, variants.after))}, on data {study.digest()}"
+    journal = Journal(study.checkpoint, search, leaves, optimizer)
     order = random.Random(step.seed)
     batches = [order.randrange(len(study.data)) for _ in range(step.steps)]
     first = journal.resume()

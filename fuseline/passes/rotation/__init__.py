@@ -21,6 +21,9 @@ read. What needs single channels (a norm whose result is added, a gate, a cache 
 r2 is refused there, and so is r1 where more than two operations would be left at run time. Each fold is a rewrite of
 its own that keeps the program's results. Embeddings are not centred.
 
+Under training, frozen weights fold. What a gradient should reach is rotated at each call where it is thin (the matrices
+of a low-rank adapter), and the gradient passes through that; other trained weights are boundaries.
+
 Exact: logits agree within 1e-5 in float32. Sources: QuaRot (Ashkboos et al., 2024), SpinQuant (Liu et al., 2024).
 """
 
@@ -101,7 +104,7 @@ class Rotate(Pass):
             if reason:
                 rewriter.refuse(norm, f"R1: {reason}")
                 continue
-            turn = Turn(program, rewriter, self._rotation("R1", stream.block), stream)
+            turn = Turn(program, rewriter, self._rotation("R1", stream.block), stream, folds)
             turn.apply()
             seen |= turn.turned.keys() | {turned.node for turned in turn.turned.values()}
 
@@ -114,7 +117,7 @@ class Rotate(Pass):
             if reason:
                 rewriter.refuse(node, f"R2: {reason}")
             else:
-                Turn(program, rewriter, self._rotation("R2", size), stream).apply()
+                Turn(program, rewriter, self._rotation("R2", size), stream, folds).apply()
 
 
 def _refuse_stream(stream: Stream) -> str | None:

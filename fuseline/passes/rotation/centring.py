@@ -88,7 +88,8 @@ def _centred(x: Expression, value: torch.Tensor, dim: int) -> Expression:
 def _replace(rewriter: Rewriter, norm: Node, twins: _Twins, folds: Folds) -> None:
     x, scale, shift, eps = norm.args
     readers = readers_of(norm, folds) if shift is not None else None
-    into = readers if readers and all(_takes_bias(r) for r in readers) else None
+    trained = shift is not None and folds.trained(shift.meta["weight"])
+    into = readers if readers and not trained and all(_takes_bias(r, folds) for r in readers) else None
 
     def build(new: Builder) -> Node | dict[Node, Node]:
         dtype = norm.meta["val"].dtype
@@ -103,8 +104,9 @@ def _replace(rewriter: Rewriter, norm: Node, twins: _Twins, folds: Folds) -> Non
     rewriter.rewrite(norm, [norm, *(reader.node for reader in into or ())], build, rule)
 
 
-def _takes_bias(reader: Product) -> bool:
-    return reader.node.target in (aten.linear.default, aten.addmm.default)
+def _takes_bias(reader: Product, folds: Folds) -> bool:
+    trained = reader.bias is not None and folds.trained(reader.bias.meta["weight"])
+    return reader.node.target in (aten.linear.default, aten.addmm.default) and not trained
 
 
 def _biased(new: Builder, reader: Product, copies: dict[Node, Node], shift: Node) -> Node:

@@ -54,6 +54,7 @@ CASES = {
         "r1,r2,r3,r4",
         (("inner", 16), ("inner", 1 / 16), ("values", 4), ("keys", 4), ("norms", 16)),
     ),
+    "W4A8 inner": Case("weights=int4:g64,activations=int8:token", "r4", (("inner", 128),)),
     "W8A8 inner": Case(INT8, "r4", (("inner", 256),)),
     "KV4 values": Case(KV4, "r2", (("values", 32),)),
     "KV4 keys": Case(KV4, "r3", (("keys", 32),)),
@@ -91,11 +92,11 @@ class Benchmark:
             plant(changed, case.pairs, self.options.channels, self.options.seed)
         return changed
 
-    def reference(self, case: Case) -> Any:
-        """What the case's outliers are planted into: for the stream, a model whose norms have no scales."""
+    def reference(self, case: Case, model: Any) -> Any:
+        """What the case's outliers are planted into: the model; for the stream, a copy whose norms have no scales."""
         if case.pairs:
-            return self.original
-        folded = copy.deepcopy(self.original)
+            return model
+        folded = copy.deepcopy(model)
         reflect(folded, None)
         return folded
 
@@ -125,7 +126,7 @@ class Benchmark:
     def fill(self, row: dict[str, Any], case: Case) -> None:
         planted = ", ".join(f"{kind} {factor:g}" for kind, factor in case.pairs)
         row |= {"outliers": planted or "stream", "quantize": case.quantize, "rotate": case.rotate}
-        reference = self.reference(case)
+        reference = self.reference(case, self.original)
         changed = self.planted(case, reference)
         row["original"] = self.log_perplexity(reference)
         row["planted_original"] = self.log_perplexity(changed)
@@ -140,10 +141,10 @@ class Benchmark:
 
     def check(self, row: dict[str, Any]) -> None:
         """The error of the logits in float64 on a short text, and the tails of what is quantized."""
-        ids = self.texts[0][:, :32]
+        ids, original = self.texts[0][:, :32], copy.deepcopy(self.original).double()
         row["errors"], row["tails"] = {}, {}
         for name, case in CASES.items():
-            before = self.reference(case)
+            before = self.reference(case, original)
             after = self.planted(case, before)
             tails = []
             for model in (before, after):
@@ -151,12 +152,12 @@ class Benchmark:
                     model(ids, use_cache=False)
                 tails.append(spread.summary())
             row["tails"][name] = {kind: {"before": tails[0][kind], "after": tails[1][kind]} for kind in tails[0]}
-            row["errors"][name] = difference(copy.deepcopy(before), after, ids)
+            row["errors"][name] = difference(before, after, ids)
         row["error"] = max(row["errors"].values())
 
 
 def difference(before: Any, after: Any, ids: torch.Tensor) -> float:
-    """The error of `after` in float64, also where the models' own code casts to float32. Both are converted."""
+    """The error of `after`'s logits in float64, also where the models' code casts to float32. Both are converted."""
     programs = [fuseline.capture(model.double(), (ids,), {"use_cache": False}) for model in (before, after)]
     with torch.no_grad():
         results = [floats(run_promoted(program, program.examples)) for program in programs]

@@ -73,7 +73,8 @@ class Benchmark:
 
     def quantized(self, model: Any, before: str = "") -> float:
         """Quantizes the model in place, behind the passes `before`."""
-        found = self.log_perplexity(fuseline.optimize(model, f"raise,{before}quantize{{{self.options.quantize}}}"))
+        pipeline = f"raise,{before}quantize{{{self.options.quantize}}}"
+        found = self.log_perplexity(fuseline.optimize(model, pipeline, target="eager"))
         release(self.device)
         return found
 

@@ -12,6 +12,7 @@ import torch
 from planting import KINDS, Spread, plant, reflect
 
 pytest.importorskip("transformers")
+SMALL = ["--device", "cpu", "--model", "demo:tiny-llama", "--windows", "1", "--length", "48", "--channels", "2"]
 IDS = torch.arange(24).unsqueeze(0) * 7 % 512
 
 
@@ -89,10 +90,16 @@ def test_what_is_recovered() -> None:
 
 @pytest.mark.parametrize("name", ["W4A4KV4", "W8A8 stream"])
 def test_a_row_of_a_tiny_model(name: str) -> None:
-    words = ["--device", "cpu", "--model", "demo:tiny-llama", "--windows", "1", "--length", "48", "--channels", "2"]
-    benchmark = outliers.Benchmark(outliers.parse(words))
+    benchmark = outliers.Benchmark(outliers.parse(SMALL))
     row: dict[str, Any] = {}
     benchmark.fill(row, outliers.CASES[name])
     assert row["planted_original"] == pytest.approx(row["original"], rel=1e-6)
     assert row["quantized"] != row["planted"] and row["planted"] != row["planted_rotated"]
     assert row["recovered"] == 1 - (row["planted_rotated"] - row["quantized"]) / (row["planted"] - row["quantized"])
+
+
+def test_every_case_is_checked_in_float64() -> None:
+    row: dict[str, Any] = {}
+    outliers.Benchmark(outliers.parse(SMALL)).check(row)
+    assert row["errors"].keys() == outliers.CASES.keys() and row["error"] < 1e-12
+    assert row["tails"]["KV4 keys"]["keys"]["after"]["peak"] > 1.3 * row["tails"]["KV4 keys"]["keys"]["before"]["peak"]

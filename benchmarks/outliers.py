@@ -60,6 +60,7 @@ CASES = {
     "KV4 keys": Case(KV4, "r3", (("keys", 32),)),
     "W8A8 norms": Case(INT8, "r1", (("norms", 64),)),
     "W8A8 stream": Case(INT8, "r1,untie"),
+    "A4 stream": Case("activations=int4:token:asym", "r1,untie"),
 }
 
 

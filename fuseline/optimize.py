@@ -148,6 +148,8 @@ def optimize(
         settings["plan"] = analyze(model, chosen, calibration)
     if chosen.needs_data and settings["plan"] is None:
         raise needs_calibration(chosen)
+    # What another pipeline derived would stay beside it; and adapters are merged by edits of `.data`, unversioned ones.
+    STORE.forget([*model.parameters(), *model.buffers()])
     return _compile_in_place(model, chosen, settings)
 
 
@@ -198,7 +200,6 @@ def _compile_in_place(model: torch.nn.Module, pipeline: Pipeline, settings: dict
 
 def _drop_after_calls(model: torch.nn.Module, state: Optimized) -> None:
     """Drops originals at the end of each call that compiled something: by then all graphs of the call are known."""
-    STORE.forget([*model.parameters(), *model.buffers()])  # what another pipeline derived would stay beside it
     compiled, weak, known = model._compiled_call_impl, weakref.ref(model), 0
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -70,6 +70,14 @@ def test_the_blocks_of_the_readme_run(tmp_path: Path) -> None:
     assert "aten.silu.default" in printed and "aten.sigmoid" not in printed  # the pass of one's own
 
 
+@pytest.mark.skipif(find_spec("peft") is None, reason="the block trains adapters: pip install --no-deps peft")
+def test_the_block_on_adapters_runs(tmp_path: Path) -> None:
+    (block,) = [path for path in write_blocks("docs/quantization.md", tmp_path) if path.name == "adapters.py"]
+    assert "torch.Size([1, 32, 512])" in python(
+        tmp_path, str(block), PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path])
+    )
+
+
 def test_a_pass_of_ones_own_takes_twenty_lines() -> None:
     (block,) = [text for text in blocks("README.md", "python") if "fuseline.Pass" in text]
     assert len([line for line in block.splitlines() if line.strip()]) <= 20

@@ -63,6 +63,19 @@ def compare(reference: Logits, candidate: Logits, windows: Sequence[torch.Tensor
     return Metrics(mean[0], mean[1], divergence / positions, agreed / positions, positions)
 
 
+def log_perplexity(model: Logits, windows: Sequence[torch.Tensor]) -> float:
+    """The mean negative log-likelihood of the next token, in nats, of one model over the windows: see `compare`."""
+    total, predicted = 0.0, 0
+    for ids in steps(windows, "running on held-out text"):
+        logits, following = model(ids)[0, :-1], ids[0, 1:]
+        for rows, target in zip(logits.split(ROWS), following.split(ROWS), strict=True):
+            total += F.cross_entropy(rows.double(), target, reduction="sum").item()
+        predicted += len(following)
+    if not predicted:
+        raise ValueError("no window of text to predict")
+    return total / predicted
+
+
 def _exp(value: float) -> float:
     """exp without an OverflowError: a model that predicts nothing right has an infinite perplexity."""
     return math.exp(value) if value < 700 else math.inf

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from fuseline.models.metrics import ROWS, compare
+from fuseline.models.metrics import ROWS, compare, log_perplexity
 from fuseline.models.text import calibration_text, evaluation_text, windows
 from fuseline.models.tokens import ByteTokenizer
 
@@ -30,6 +30,8 @@ def test_metrics_are_their_definitions() -> None:
     for probabilities, perplexity in ((p, found.perplexity_before), (q, found.perplexity_after)):
         assert perplexity == pytest.approx(numpy.exp(-numpy.log(probabilities[rows, targets]).mean()), rel=1e-12)
     assert found.tokens == 2 * length
+    mean = log_perplexity(lambda w: before[index[id(w)]], ids)
+    assert mean == pytest.approx(numpy.log(found.perplexity_before), rel=1e-12)
 
 
 def test_the_same_model_has_no_divergence() -> None:

@@ -93,7 +93,8 @@ def _centred(x: Expression, value: torch.Tensor, dim: int) -> Expression:
 def _replace(rewriter: Rewriter, norm: Node, twins: _Twins, folds: Folds) -> None:
     x, scale, shift, eps = norm.args
     readers = readers_of(norm, folds) if shift is not None else None
-    into = readers if readers and all(_takes_bias(r) for r in readers) else None
+    trained = shift is not None and folds.trained(shift.meta["weight"])
+    into = readers if readers and not trained and all(_takes_bias(r, folds) for r in readers) else None
 
     def build(new: Builder) -> Node | dict[Node, Node]:
         dtype = norm.meta["val"].dtype
@@ -108,8 +109,10 @@ def _replace(rewriter: Rewriter, norm: Node, twins: _Twins, folds: Folds) -> Non
     rewriter.rewrite(norm, [norm, *(reader.node for reader in into or ())], build, rule)
 
 
-def _takes_bias(reader: Product) -> bool:
-    """Whether a product has a bias, or is a linear but for the spelling."""
+def _takes_bias(reader: Product, folds: Folds) -> bool:
+    """Whether a product has a bias that may be replaced, or is a linear but for the spelling."""
+    if reader.bias is not None and folds.trained(reader.bias.meta["weight"]):
+        return False
     known = reader.node.target in (aten.linear.default, aten.addmm.default)
     return known or (reader.weight.meta["val"].dim() == 2 and all(is_transpose(view) for view in reader.path))
 

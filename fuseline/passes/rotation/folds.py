@@ -1,14 +1,16 @@
-"""Which weights may be replaced by rotated ones."""
+"""Which weights may be replaced by rotated ones: once and for all, or at run time."""
 
 from __future__ import annotations
 
 import torch
 from torch.fx import Node
 
-from ...compiler.expressions import Expression
+from ...compiler.expressions import Expression, Param
 from ...compiler.program import Program
 
 _LOOKUP = torch.ops.aten.embedding.default
+THIN = 4
+"""How many times longer than wide a weight is that may be rotated at every call."""
 
 
 class Folds:
@@ -25,8 +27,21 @@ class Folds:
         self._tied = set() if untie else {weight for weight, looked_up in uses.items() if looked_up == {True, False}}
 
     def __call__(self, weight: Expression) -> bool:
-        trainable = any(self._sources[n].trainable for n in weight.parameters() if n in self._sources)
-        return weight not in self._tied and not trainable
+        return weight not in self._tied and not self.trained(weight)
+
+    def trained(self, weight: Expression) -> bool:
+        """Whether a gradient should reach it."""
+        return any(self._sources[n].trainable for n in weight.parameters() if n in self._sources)
+
+    def turns(self, weight: Expression) -> bool:
+        """Whether it folds, or is one that a gradient should reach and that is cheap to rotate at every call: thin, as
+        the matrices of a low-rank adapter are. The gradient then passes through the rotation."""
+        if self(weight):
+            return True
+        if not isinstance(weight, Param) or weight in self._tied:
+            return False
+        shape = self._sources[weight.name].tensor.shape
+        return len(shape) == 2 and max(shape) >= THIN * min(shape)
 
 
 def _is_lookup(user: Node, table: Node) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Node
@@ -24,7 +24,9 @@ aten = torch.ops.aten
 _GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 
 
-Fold = Callable[[Expression, torch.Tensor, int], Expression]
+Weight: TypeAlias = Expression | Node
+"""A weight's expression, or a node that computes it at run time."""
+Fold = Callable[[Expression, torch.Tensor, int], Weight]
 """A weight, its fake value and a dimension → the weight with that dimension's channels rotated, or centred."""
 
 
@@ -55,9 +57,9 @@ class Product:
         """The weight, and the bias."""
         return (self.expression, *(() if self.bias is None else (self.bias.meta["weight"],)))
 
-    def rebuilt(self, new: Builder, x: Node, weight: Expression, bias: Expression | None = None) -> Node:
+    def rebuilt(self, new: Builder, x: Node, weight: Weight, bias: Weight | None = None) -> Node:
         """The same product of another input with other weights."""
-        table = new.weight(weight)
+        table = _weight(new, weight)
         for view in self.path:
             args = [table if a is view.args[0] else a for a in view.args]
             table = new(view.target, *args, **view.kwargs)
@@ -65,7 +67,7 @@ class Product:
         arguments[self.position] = table
         arguments[next(i for i, a in enumerate(arguments) if a is self.x and i != self.position)] = x
         if bias is not None:
-            arguments[self.bias_position : self.bias_position + 1] = [new.weight(bias)]
+            arguments[self.bias_position : self.bias_position + 1] = [_weight(new, bias)]
         return new(self.node.target, *arguments, **self.node.kwargs)
 
     def with_rows(self, new: Builder, fold: Fold) -> Node:
@@ -75,13 +77,17 @@ class Product:
         return self.rebuilt(new, self.x, weight, bias)
 
 
+def _weight(new: Builder, weight: Weight) -> Node:
+    return weight if isinstance(weight, Node) else new.weight(weight)
+
+
 def with_rows(new: Builder, node: Node, fold: Fold) -> Node:
     """What a product or a table writes, with `fold` applied along its channels."""
     made = product(node)
     if made is not None:
         return made.with_rows(new, fold)
     table, *rest = node.args
-    folded = new.weight(fold(table.meta["weight"], table.meta["val"], 1))  # type: ignore[union-attr]
+    folded = _weight(new, fold(table.meta["weight"], table.meta["val"], 1))  # type: ignore[union-attr]
     return new(node.target, folded, *rest, **node.kwargs)
 
 

@@ -89,6 +89,17 @@ class Rotation:
         one = Signs(self.block, self.seed, dtype, device)
         return one if size == self.block else Concat((one,) * (size // self.block), 0)
 
+    def fold_at_run_time(self, new: Builder, weight: Node, dim: int, scale: Expression | None = None) -> Node:
+        """What `fold` makes of a weight, computed in the graph, so that a gradient reaches the weight."""
+        value = weight.meta["val"]
+        last = value.dim() - 1
+        flips = dim % value.dim() != last
+        turned = new(aten.transpose.int, weight, dim, last) if flips else weight
+        if scale is not None:
+            turned = new(aten.mul.Tensor, turned, new.weight(Cast(scale, value.dtype)))
+        turned = self.online(new, turned)
+        return new(aten.transpose.int, turned, dim, last) if flips else turned
+
     def online(self, new: Builder, x: Node, inverse: bool = False) -> Node:
         """x·R, or x·Rᵀ, computed at run time."""
         value = x.meta["val"]

@@ -7,12 +7,13 @@ met by something that cares for single channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
 
+from ...compiler.expressions import Expression
 from ...compiler.ops import layer_norm, rms_norm
 from ...compiler.order import touches_written
 from ..raising.nodes import op_name, same_size
@@ -22,6 +23,7 @@ from .parts import SPLITS, part
 from .products import Product, product
 
 aten = torch.ops.aten
+Allowed = Callable[[Expression], bool]
 
 
 @dataclass
@@ -65,7 +67,7 @@ def flood(start: Node, block: int, folds: Folds, centring: bool = False) -> Stre
         node = pending.pop()
         if node in stream.before:
             continue
-        before = sources(node, block, folds)
+        before = sources(node, block, folds, folds if centring else folds.turns)
         moves = not touches_written(node)  # as centring does: twins are made further down
         whole = part(node) is None and all(_is_wide(n, block) for n in before or ())
         if centring and (is_norm(node) or not whole or not moves):
@@ -99,9 +101,9 @@ def _is_wide(node: Node, width: int) -> bool:
     return same_size(node.meta["val"].shape[-1], width)
 
 
-def sources(node: Node, block: int, folds: Folds) -> tuple[Node, ...] | None:
+def sources(node: Node, block: int, folds: Folds, turns: Allowed) -> tuple[Node, ...] | None:
     """What a member's basis comes from: other members; nothing for a weight, a product or a table that R folds into;
-    None where R has to be applied to it at run time."""
+    None where R has to be applied to it at run time. `turns` says whether a product's weight may be rotated."""
     weight = node.meta.get("weight")
     if weight is not None:
         return () if folds(weight) else None
@@ -112,7 +114,7 @@ def sources(node: Node, block: int, folds: Folds) -> tuple[Node, ...] | None:
         return () if all(folds(w) for w in found.product.weights()) else None
     made = product(node)
     if made is not None:
-        return () if all(folds(w) for w in made.weights()) else None
+        return () if all(turns(w) for w in made.weights()) else None
     if node.target is aten.embedding.default:
         table = node.args[0].meta.get("weight")  # type: ignore[union-attr]
         return () if table is not None and folds(table) else None
@@ -126,7 +128,7 @@ def _reads(user: Node, node: Node, stream: Stream, folds: Folds) -> str:
         return "carries" if commutes(user, folds) and not touches_written(user) else "leaves"
     made = product(user)
     if made is not None:
-        reads = made.x is node and folds(made.expression) and _contracts(made, stream.block)
+        reads = made.x is node and folds.turns(made.expression) and _contracts(made, stream.block)
         if reads:
             stream.readers[user] = made
         return "reads" if reads else "leaves"
@@ -152,10 +154,12 @@ def scaled_readers(norm: Node, folds: Folds) -> list[Product] | None:
     """The products that read a norm's result, when nothing else does and its scale folds into them."""
     scale = norm.args[1]
     known = isinstance(scale, Node) and "weight" in scale.meta and scale.meta["val"].dim() == 1
-    return readers_of(norm, folds) if known else None
+    if not known or folds.trained(scale.meta["weight"]):
+        return None
+    return readers_of(norm, folds.turns)
 
 
-def readers_of(norm: Node, folds: Folds) -> list[Product] | None:
+def readers_of(norm: Node, folds: Allowed) -> list[Product] | None:
     """The products that read a value channel by channel as it is, when nothing else does and their weights fold."""
     width, found, pending = norm.meta["val"].shape[-1], [], [norm]
     while pending:

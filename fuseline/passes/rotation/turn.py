@@ -26,8 +26,9 @@ from ...compiler.expressions import Concat, Expression, Offset, Slice
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder, Rewriter
 from .carriers import carriers
+from .folds import Folds
 from .parts import Part, part
-from .products import carried_over, product, with_rows
+from .products import Weight, carried_over, product, with_rows
 from .rotations import Rotation
 from .stream import Stream, is_norm
 
@@ -45,8 +46,9 @@ class Turned:
 class Turn:
     """Turns the members and readers of a stream, in the graph's order."""
 
-    def __init__(self, program: Program, rewriter: Rewriter, rotation: Rotation, stream: Stream):
-        self.program, self.rewriter, self.rotation, self.stream = program, rewriter, rotation, stream
+    def __init__(self, program: Program, rewriter: Rewriter, rotation: Rotation, stream: Stream, folds: Folds):
+        self.program, self.rewriter, self.rotation = program, rewriter, rotation
+        self.stream, self.folds = stream, folds
         self.turned: dict[Node, Turned] = {}
 
     def apply(self) -> None:
@@ -78,9 +80,19 @@ class Turn:
         elif carriers(node, self.rotation.block) == ():
             self.turned[node] = Turned(node)  # zeros
         else:
-            self._rewrite(
-                "into rows", node, lambda new: self._standing(new, node, with_rows(new, node, self.rotation.fold))
-            )
+            self._writer(node)
+
+    def _fold(self, new: Builder, weight: Expression, value: torch.Tensor, dim: int, scale: Any = None) -> Weight:
+        """A weight with R in it: folded, or at run time where a gradient should reach it."""
+        if self.folds.trained(weight):
+            return self.rotation.fold_at_run_time(new, new.weight(weight), dim, scale)
+        return self.rotation.fold(weight, value, dim, scale)
+
+    def _writer(self, node: Node) -> None:
+        def build(new: Builder) -> Node:
+            return self._standing(new, node, with_rows(new, node, lambda *weight: self._fold(new, *weight)))
+
+        self._rewrite("into rows", node, build)
 
     def _standing(self, new: Builder, root: Node, turned: Node, scale: Expression | None = None) -> Node:
         """What replaces a member: the turned value, turned back."""
@@ -173,7 +185,7 @@ class Turn:
 
         def build(new: Builder) -> Node:
             value = made.weight.meta["val"]
-            weight = self.rotation.fold(made.expression, value, made.inputs, found.scale)
+            weight = self._fold(new, made.expression, value, made.inputs, found.scale)
             return made.rebuilt(new, found.node, weight)
 
         self._rewrite("into columns", node, build)

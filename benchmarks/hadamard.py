@@ -32,6 +32,7 @@ from fuseline.codegen.emitter import emit_region
 from fuseline.codegen.kernel import Refusal
 from fuseline.codegen.module_file import load_module, write_module
 from fuseline.codegen.templates import hadamard as template
+from fuseline.codegen.templates.hadamard_layout import Layout, layout, power_of_two
 from fuseline.codegen.values import Blocks
 from fuseline.compiler.compat import trace
 from fuseline.compiler.expressions import online_core
@@ -43,7 +44,7 @@ COLUMNS = ("name", "copy_us", "kernel_us", "peer_us", "ratio", "over_us", "gb_s"
 Host = Callable[..., Any]
 
 
-class Tile(template.Layout):
+class Tile(Layout):
     """A layout with blocks of its own, for the sweep."""
 
     chosen: Blocks
@@ -53,7 +54,7 @@ class Tile(template.Layout):
         return self.chosen
 
 
-def tile(cut: template.Layout, blocks: Blocks) -> Tile:
+def tile(cut: Layout, blocks: Blocks) -> Tile:
     made = Tile(**asdict(cut))
     object.__setattr__(made, "chosen", blocks)
     return made
@@ -61,7 +62,7 @@ def tile(cut: template.Layout, blocks: Blocks) -> Tile:
 
 def tiles(n: int, order: int, rows: int) -> Iterator[Tile]:
     """The template's own tile, then others: products of 64 or 128 rows, rows at once, programs that walk or do not."""
-    own = template.layout(n, order)
+    own = layout(n, order)
     yield tile(own, own.blocks)
     if own.parted:
         for programs in (132, 264, 396, 528, 660, 792):
@@ -71,10 +72,10 @@ def tiles(n: int, order: int, rows: int) -> Iterator[Tile]:
     for piece in (64, 128):
         fits = [a for a in range((n // order).bit_length()) if order << a <= piece]
         if fits:
-            whole = template.power_of_two(order << fits[-1])
-            cuts.add(template.Layout(n, order, fits[-1], whole, whole))
-        elif template.power_of_two(order) >= piece:
-            cuts.add(template.Layout(n, order, 0, piece, 64))
+            whole = power_of_two(order << fits[-1])
+            cuts.add(Layout(n, order, fits[-1], whole, whole))
+        elif power_of_two(order) >= piece:
+            cuts.add(Layout(n, order, 0, piece, 64))
     for cut in sorted(cuts, key=asdict_values):
         for at_once in (1, 2, 4, 8):
             if at_once < cut.least_rows or at_once > max(rows, cut.least_rows):
@@ -89,11 +90,11 @@ def tiles(n: int, order: int, rows: int) -> Iterator[Tile]:
                     yield tile(cut, blocks)
 
 
-def asdict_values(cut: template.Layout) -> tuple[int, ...]:
+def asdict_values(cut: Layout) -> tuple[int, ...]:
     return tuple(asdict(cut).values())
 
 
-def build(function: Host, given: list[torch.Tensor], folder: Path, cut: template.Layout | None = None) -> Host:
+def build(function: Host, given: list[torch.Tensor], folder: Path, cut: Layout | None = None) -> Host:
     """The host function of `function` for inputs of these shapes, cut as `cut` says or as the template does."""
     mode = FakeTensorMode()
     region = trace(function, [mode.from_tensor(t) for t in given], mode)
@@ -187,7 +188,7 @@ def codes(row: dict[str, Any], n: int, rows: int, run: Run, folder: Path) -> Non
     row["error"] = ((found.double() * scale - exact).abs() / scale).max().item()  # in steps of a code
     row["copy_us"] = timed(lambda i: without(gates[i], ups[i]), copies, device).median * 1e6
     row["kernel_us"] = timed(lambda i: with_it(gates[i], ups[i], *core), copies, device).median * 1e6
-    row["tile"] = describe(template.layout(n, factor(n).order, True))
+    row["tile"] = describe(layout(n, factor(n).order, True))
     conclude(row)
 
 
@@ -196,7 +197,7 @@ def conclude(row: dict[str, Any]) -> None:
     row["gb_s"] = row["bytes"] / row["kernel_us"] / 1e3
 
 
-def describe(cut: template.Layout) -> str:
+def describe(cut: Layout) -> str:
     blocks = cut.blocks
     shape = f"[{cut.piece}, {cut.columns}]" if cut.parted else f"{cut.piece}x{cut.inner} rows {blocks.rows}"
     return f"{shape} warps {blocks.warps} programs {blocks.programs}{' ahead' if blocks.ahead else ''}"

@@ -11,7 +11,7 @@ import torch
 from fuseline.codegen.kernel import Kernel
 from fuseline.codegen.offline import compile_kernel
 from fuseline.codegen.resources import resources
-from fuseline.codegen.templates.hadamard import LONGEST, SECOND, SINGLE, layout
+from fuseline.codegen.templates.hadamard_layout import LONGEST, SECOND, SINGLE, layout
 from fuseline.compiler.hadamard import factor
 from fuseline.compiler.ops import glu, hadamard, quantize
 from tests.codegen.hadamard_cases import MODELS, launcher, operands, transform

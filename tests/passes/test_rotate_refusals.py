@@ -223,7 +223,7 @@ def test_what_one_graph_turns_in_a_cache_another_reads_wrong(which: int) -> None
 
 def test_rotating_a_cache_at_run_time_costs_all_of_it_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     before = program(Step(), *STEP)
-    monkeypatch.setattr(keys, "_cached", lambda _: None)
+    monkeypatch.setattr(keys, "cached", lambda _: None)
     after, _ = rotated(before, "r3")
     sizes = {n.meta["val"].shape[2] for n in after.graph.nodes if n.target is ops.hadamard.overload}
     assert sizes == {1, 6}, "one query, and the keys of all positions"

@@ -8,18 +8,16 @@ the page.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import platform
 import time
-import warnings
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import transformers
 
+from .choosing import chosen
 from .measure import BOUND, PASSES, Outcome, measure
 from .registry import RECORDS, ROWS, records
 from .rows import Row
@@ -62,19 +60,8 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="parts of the names of the rows to measure")
-    parser.add_argument("--missing", action="store_true", help="only rows without a record")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    transformers.logging.set_verbosity_error()
-    for name, row in ROWS.items():
-        if options.rows and not any(part.lower() in name.lower() for part in options.rows):
-            continue
+    for name, row in chosen(ROWS, lambda: records()["rows"], __doc__):
         before = records()["rows"].get(name)
-        if options.missing and before is not None:
-            continue
         started = time.perf_counter()
         record = measured(row, before or {})
         write(name, record)

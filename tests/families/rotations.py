@@ -6,13 +6,10 @@ they are. Then `python docs/generate.py` writes the page.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import platform
 import re
 import time
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from fuseline.compiler.program import Program
 from fuseline.compiler.provenance import makers
 from fuseline.models.demo import smollm2
 
+from .choosing import chosen
 from .promoted import captured, precision
 from .registry import ROWS
 from .rows import Row, tokens
@@ -125,18 +123,7 @@ def write(name: str, record: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="parts of the names of the rows to measure")
-    parser.add_argument("--missing", action="store_true", help="only rows without a record")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.CRITICAL)
-    transformers.logging.set_verbosity_error()
-    for name, row in ORDER.items():
-        if options.rows and not any(part.lower() in name.lower() for part in options.rows):
-            continue
-        if options.missing and name in records()["rows"]:
-            continue
+    for name, row in chosen(ORDER, lambda: records()["rows"], __doc__):
         started = time.perf_counter()
         record = measured(row)
         write(name, record)

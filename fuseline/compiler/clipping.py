@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .compat import is_real
+
 STEPS, NARROWEST = 80, 0.2
 CHUNK = 1 << 16  # elements that are searched at once on a CPU, so that they stay in its cache
 AT_ONCE = 1 << 25  # elements, times ranges, that are searched at once on a GPU, where each step costs a launch
@@ -55,6 +57,8 @@ class Range:
 
 def least_error(groups: torch.Tensor, grid: Range) -> torch.Tensor:
     """The best of the parts of the range, [..., 1], for each of groups [..., g]."""
+    if not is_real(groups) or groups.is_meta:
+        return torch.ones_like(groups[..., :1])  # the shape alone is asked for
     flat = groups.reshape(-1, groups.shape[-1])
     rows = max(1, CHUNK // flat.shape[-1]) if flat.device.type == "cpu" else max(1, len(flat))
     return torch.cat([_search(part, grid) for part in flat.split(rows)]).view(*groups.shape[:-1], 1)

@@ -75,10 +75,10 @@ def dynamo_fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]
     mode = context.fake_mode if context is not None else None
     if context is None or mode is None:
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        return mode, [mode.from_tensor(x, static_shapes=True) if _is_real(x) else x for x in inputs]
+        return mode, [mode.from_tensor(x, static_shapes=True) if is_real(x) else x for x in inputs]
     fakes = []
     for x in inputs:
-        if not _is_real(x):
+        if not is_real(x):
             fakes.append(x)
             continue
         symbols = context.tensor_to_context.get(x)
@@ -127,7 +127,8 @@ def capture_reader() -> Callable[[], bool]:
     return _CAPTURING if _CAPTURING is not None else torch.cuda.is_current_stream_capturing
 
 
-def _is_real(x: Any) -> bool:
+def is_real(x: Any) -> bool:
+    """Whether a value is a tensor with elements, not a fake one."""
     return isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)
 
 

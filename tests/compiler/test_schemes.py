@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fuseline.compiler import ops
+from fuseline.compiler import clipping, ops
 from fuseline.compiler.errors import UserError
 from fuseline.compiler.schemes import Scheme
 from tests.strategies import schemes
@@ -130,3 +131,18 @@ def test_bytes_per_weight_count_scales_and_zero_points() -> None:
         stored = [scheme.pack(parts["codes"]), parts["scale"], *([parts["zero"]] if "zero" in parts else [])]
         measured = sum(t.numel() * t.element_size() for t in stored) / (16 * 128)
         assert scheme.bytes_per_weight(128) == pytest.approx(measured)
+
+
+def test_shapes_are_asked_for_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing evaluates expressions on fake tensors; a search would take as many steps there as on real ones."""
+
+    def search(*args):
+        raise AssertionError("searched")
+
+    monkeypatch.setattr(clipping, "_search", search)
+    scheme = Scheme(4, 16, symmetric=True, mse=True)
+    with FakeTensorMode():
+        parts = scheme.quantize(torch.empty(8, 64))
+    assert parts["codes"].shape == (8, 64) and parts["scale"].shape == (8, 4)
+    with pytest.raises(AssertionError, match="searched"):
+        scheme.quantize(torch.randn(8, 64))

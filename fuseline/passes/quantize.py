@@ -9,8 +9,9 @@ Before                                  after  quantize{weights=int4:g64,activat
                 what costs the least error.
 `activations`   int8:token, or fewer bits down to int2: inputs of the products, symmetric unless `:asym` is given, one
                 scale a token or, with `:gN`, a group of N channels, computed at run time.
-`keys`, `values`  the same for what attention reads, one scale a head and token. Each token's codes depend on that token
-                alone, as in a cache of them; keys and values that come from a cache are refused.
+`keys`, `values`  the same for those that a call makes for attention, one scale a head and token, before they go into a
+                cache, which holds them rounded. Each token's codes depend on that token alone: step by step is as all
+                at once. The cache itself keeps its type.
 `only`, `skip`  module paths to take or to leave, with `*`, separated by `|`: `only=*.mlp.*|*.o_proj`.
 
 Every linear whose weight is a parameter is a site, and so is a product with a parameter of the transposed layout

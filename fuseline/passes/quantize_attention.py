@@ -1,4 +1,10 @@
-"""Keys and values rounded before attention reads them, as a cache of codes would hold them."""
+"""Keys and values rounded where a call makes them, so that a cache and attention hold the same.
+
+    k ──► round ──► cat(past, ·) ──► attention
+                              └───► the caller's cache
+
+Where a rotation left a pair R·Rᵀ around what a call adds to a cache, they are rounded between the two.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +18,45 @@ from ..compiler.provenance import module_path
 from ..compiler.rewriter import Builder, Rewriter
 from ..compiler.schemes import Scheme
 from .quantize_values import round_trip
+from .rotation.caches import added, between
 from .rotation.carriers import is_attention
-from .rotation.keys import cached
 
 
 def rounded_attention(
     program: Program, rewriter: Rewriter, keys: Scheme | None, values: Scheme | None, left_out: Callable[[str], bool]
 ) -> None:
-    """Rounds the keys and values of every attention that makes them itself, one scale a head and token.
+    """Rounds the keys and values of every attention, those of the call's own tokens, one scale a head and token.
 
     left_out: says of a module's path whether its attention is left as it is.
     """
+    rounded: dict[Node, Scheme] = {}
     for node in [n for n in program.graph.nodes if is_attention(n)]:
         if left_out(module_path(node)):
             continue
-        given: Any = node.args
-        wanted = {1: keys, 2: values}
-        reason = next((r for at, scheme in wanted.items() if scheme and (r := _refuse(given[at], scheme))), None)
-        if reason:
-            rewriter.refuse(node, reason)
+        for at, what, scheme in ((1, "keys", keys), (2, "values", values)):
+            if scheme is not None:
+                reason = _round(rewriter, node.args[at], scheme, what, rounded)
+                if reason:
+                    rewriter.refuse(node, f"{what}: {reason}", what)
+
+
+def _round(rewriter: Rewriter, operand: Any, scheme: Scheme, what: str, rounded: dict[Node, Scheme]) -> str | None:
+    """Rounds what a call adds to an operand of attention; `rounded` holds what was rounded so far."""
+    reason = scheme.refuse_group(int(operand.meta["val"].shape[-1]))
+    held = added(operand)
+    if reason or isinstance(held, str) or held.also:
+        return reason or (held if isinstance(held, str) else held.also)
+    if any(rounded.get(node, scheme) != scheme for node in held.nodes):
+        return "keys and values are one tensor, and their schemes differ"
+    for node in held.nodes:
+        if node in rounded:
             continue
+        place = between(node) or node
 
-        def build(new: Builder, node: Node = node, wanted: dict[int, Scheme | None] = wanted) -> Node:
-            arguments = list(node.args)
-            for at, scheme in wanted.items():
-                if scheme is not None:
-                    arguments[at] = round_trip(new, node.args[at], scheme)  # type: ignore[arg-type]
-            return new(node.target, *arguments, **node.kwargs)
+        def build(new: Builder, node: Node = node, place: Node = place) -> Node:
+            made = round_trip(new, new(place.target, *place.args, **place.kwargs), scheme)
+            rounded[made if place is node else node] = scheme
+            return made
 
-        rewriter.rewrite(node, [node], build, "attention")
-
-
-def _refuse(value: Node, scheme: Scheme) -> str | None:
-    reason = cached(value)
-    if reason:
-        return f"a cache of codes is not written yet, and its keys or values {reason}"
-    return scheme.refuse_group(int(value.meta["val"].shape[-1]))
+        rewriter.rewrite(place, [place], build, what)
+    return None

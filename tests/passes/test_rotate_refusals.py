@@ -21,7 +21,7 @@ from fuseline.compiler.hadamard import hadamard_matrix
 from fuseline.compiler.precision import error
 from fuseline.compiler.provenance import makers
 from fuseline.passes import rotation
-from fuseline.passes.rotation import centring, folds, keys
+from fuseline.passes.rotation import centring, folds
 from tests.passes.rotated_models import VOCABULARY, Decoder, Shape
 from tests.passes.test_rotate import IDS, change, counts, program, rotated
 
@@ -204,10 +204,18 @@ def cache() -> tuple[torch.Tensor, ...]:
 STEP = (torch.tensor([[4]]), *cache(), torch.tensor([3]))
 
 
-@pytest.mark.parametrize(("options", "reason"), [("r2", "R2: "), ("r3", "R3: keys come from outside")])
-def test_a_cache_is_left_alone(options: str, reason: str) -> None:
-    report = rotated(program(Step(), *STEP), options)[1]["rotate"]
-    assert not report.matched and all(r.startswith(reason) for r in report.refused.values()) and report.refused
+@pytest.mark.parametrize("label", ["R2", "R3"])
+def test_what_goes_into_a_cache_keeps_its_basis(label: str) -> None:
+    """A pair around this token's keys or values, and nothing that touches those of all positions."""
+    before = program(Step(), *STEP)
+    after, report = rotated(before, label.lower())
+    assert report["rotate"].rules == {f"{label} pair": 1}
+    assert {n.meta["val"].shape[2] for n in after.graph.nodes if n.target is ops.hadamard.overload} == {1}
+    kept, rotated_kept = ([c.clone() for c in STEP[1:3]] for _ in range(2))
+    expected = before.to_module()(STEP[0], *kept, STEP[3])
+    assert error(after.to_module()(STEP[0], *rotated_kept, STEP[3]), expected) <= EXACT
+    assert all(error(b, a) <= EXACT for a, b in zip(kept, rotated_kept, strict=True))
+    assert not torch.equal(kept[0], STEP[1]), "the step has written"
 
 
 @torch.no_grad()
@@ -221,12 +229,48 @@ def test_what_one_graph_turns_in_a_cache_another_reads_wrong(which: int) -> None
     assert error(model(ids, *turned, at), expected) > WRONG
 
 
-def test_rotating_a_cache_at_run_time_costs_all_of_it_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = program(Step(), *STEP)
-    monkeypatch.setattr(keys, "cached", lambda _: None)
-    after, _ = rotated(before, "r3")
-    sizes = {n.meta["val"].shape[2] for n in after.graph.nodes if n.target is ops.hadamard.overload}
-    assert sizes == {1, 6}, "one query, and the keys of all positions"
+class Recall(Head):
+    """Attends to keys and values of another call alone."""
+
+    def forward(self, ids: torch.Tensor, kept: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        q = self.qkv[0](self.embed(ids))[:, None]
+        return self.out(F.scaled_dot_product_attention(q, kept, values)[:, 0])
+
+
+def test_keys_of_another_call_alone_are_left() -> None:
+    """Rotated at run time they cost all positions at every call; beside rotated queries they are wrong as they are."""
+    model, args = Recall(), (torch.tensor([[4]]), *cache())
+    assert "this call adds none of its own" in refusals(program(model, *args), "r3")
+    q, k = torch.randn(3, 8).double(), torch.randn(5, 8).double()
+    assert error(q @ hadamard_matrix(8).double() @ k.T, q @ k.T) > WRONG
+
+
+class Both(Head):
+    """What goes into the cache is read by a product, too."""
+
+    def forward(self, ids: torch.Tensor, kept: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        q, k, v = (made(self.embed(ids))[:, None] for made in self.qkv)
+        y = F.scaled_dot_product_attention(q, torch.cat((kept, k), 2), torch.cat((values, v), 2))[:, 0]
+        return self.out(y) + k.sum(-1) @ q[:, 0]
+
+
+def test_keys_that_others_read_are_left() -> None:
+    args = (torch.tensor([[4]]), *cache())
+    assert "reads what this call adds to them as well" in refusals(program(Both(), *args), "r3")
+    k = torch.randn(1, 8).double()
+    assert error((k @ hadamard_matrix(8).double()).sum(-1), k.sum(-1)) > WRONG, "what a rounding between would see"
+
+
+def test_keys_that_others_read_and_no_cache_are_rotated_for_attention_alone() -> None:
+    class Read(Head):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            q, k, v = (made(self.embed(ids))[:, None] for made in self.qkv)
+            return self.out(F.scaled_dot_product_attention(q, k, v)[:, 0]) + k.sum(-1) @ q[:, 0]
+
+    before = program(Read())
+    after, report = rotated(before, "r3")
+    assert report["rotate"].rules == {"R3 online": 1}
+    assert error(after.to_module()(IDS), before.to_module()(IDS)) <= EXACT
 
 
 class Tied(nn.Module):
@@ -287,7 +331,8 @@ REASONS = (
     *(reason for reason, _, _ in R1_REFUSALS.values()),
     *(reason for reason, _ in R2_REFUSALS.values()),
     "reads it as well, mean and all",
-    "keys come from outside",
+    "this call adds none of its own",
+    "reads what this call adds to them as well",
     "its weight wants a gradient, or is tied to an embedding",
     "no number of blocks",
 )

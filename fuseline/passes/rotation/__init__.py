@@ -9,7 +9,8 @@ Before                                  after  rotate{r2,r4}
 `r1`      the residual stream, by one rotation of the model's width, folded into all that writes and reads it, with the
           scales of the norms between.
 `r2`      values and what attention makes of them, by one of the head's size a layer, folded.
-`r3`      queries and keys, at run time, where they meet: their products stay the same.
+`r3`      queries and keys, at run time, where they meet: their products stay the same. What goes into a cache, or to
+          the caller, keeps its basis: a pair R·Rᵀ around it lets `quantize{keys,values}` round between the two.
 `r4`      the input of the last linear of an MLP, at run time, folded into that linear's columns.
 `kind`    hadamard; random-hadamard and orthogonal take `seed`; learned starts r1 and each r2 from a random Hadamard
           matrix and turns them, over `steps` of calibration batches, to where the passes behind this one cost least.
@@ -47,6 +48,7 @@ from ...compiler.program import Program
 from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
 from .axioms import ALGEBRA
+from .caches import Added, added, pair_around
 from .carriers import is_attention, values_of
 from .centring import centre
 from .folds import Folds
@@ -179,7 +181,11 @@ class Rotate(Pass):
             size = int(values.meta["val"].shape[-1])
             stream = flood(values, size, folds)
             reason = _refuse_values(stream)
-            if reason:
+            held = added(values) if is_attention(node) else ""
+            if reason and isinstance(held, Added) and held.shared and not held.also:
+                if (turned := rotation("R2", node, size)) is not None:
+                    pair_around(rewriter, held, turned, "R2 pair")
+            elif reason:
                 rewriter.refuse(node, f"R2: {reason}", "values")
             elif (turned := rotation("R2", node, size)) is not None:
                 Turn(program, rewriter, turned, stream, folds).apply()

@@ -1,7 +1,7 @@
 """R3: queries and keys, rotated alike where attention multiplies them; q·R·Rᵀ·kᵀ = q·kᵀ.
 
-It pays where the keys are quantized behind it. Keys that come from a cache are left alone: the whole cache would be
-rotated at every step.
+It pays where the keys are quantized behind it. Where keys go into a cache, or are the caller's as well, they keep their
+basis there: a pair R·Rᵀ is put around those of the call's own tokens, for the quantization to round between the two.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from torch.fx import Node
 
-from ...compiler.order import touches_written
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder, Rewriter
-from .carriers import carriers, in_blocks, is_attention
+from .caches import Added, added, pair_around
+from .carriers import is_attention
 from .rotations import Rotation
 
 
@@ -24,33 +24,19 @@ def rotate_keys(program: Program, rewriter: Rewriter, rotation: Callable[[Node, 
     """
     for node in [n for n in program.graph.nodes if is_attention(n)]:
         q, k, *rest = node.args
-        reason = cached(k)  # type: ignore[arg-type]
-        if reason:
-            rewriter.refuse(node, f"R3: keys {reason}", "keys")
+        held = added(k)  # type: ignore[arg-type]
+        reason = held if isinstance(held, str) else held.also if held.shared else None
+        if reason is not None:
+            rewriter.refuse(node, f"R3: the keys: {reason}", "keys")
             continue
         turn = rotation(node, int(q.meta["val"].shape[-1]))  # type: ignore[union-attr]
         if turn is None:
+            continue
+        if isinstance(held, Added) and held.shared:
+            pair_around(rewriter, held, turn, "R3 pair")
             continue
 
         def build(new: Builder, node: Node = node, q=q, k=k, rest=rest, turn: Rotation = turn) -> Node:
             return new(node.target, turn.online(new, q), turn.online(new, k), *rest, **node.kwargs)
 
         rewriter.rewrite(node, [node], build, "R3 online")
-
-
-def cached(keys: Node) -> str | None:
-    """Why keys, or values, are not this call's alone: some are an input's."""
-    size, pending, seen = int(keys.meta["val"].shape[-1]), [keys], set()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.op == "placeholder":
-            return f"come from outside ({node.name}), from a cache perhaps"
-        if touches_written(node):  # whatever is written there, and into other views of it
-            pending += [n for n in node.all_input_nodes if in_blocks(n, 1)]
-            pending += [user for user in node.users if user.meta.get("written")]
-        else:
-            pending += carriers(node, size) or ()
-    return None

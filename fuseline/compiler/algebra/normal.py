@@ -62,10 +62,16 @@ class Normal:
     def __init__(self, axioms: frozenset[Axiom]):
         self.axioms = axioms
         self.used: Counter[Axiom] = Counter()
+        self._normal: set[sympy.Expr] = set()
 
     def __call__(self, value: sympy.Expr) -> sympy.Expr:
-        terms = sympy.Add.make_args(sympy.expand(value))
-        return sympy.expand(sympy.Add(*map(self._term, terms)))
+        while value not in self._normal:
+            terms = sympy.Add.make_args(sympy.expand(value))
+            made = sympy.expand(sympy.Add(*map(self._term, terms)))
+            if made == value:
+                self._normal.add(value)
+            value = made
+        return value
 
     def _term(self, term: sympy.Expr) -> sympy.Expr:
         commuting, rest = term.args_cnc()
@@ -84,7 +90,7 @@ class Normal:
 
     def _pair(self, a: sympy.Expr, b: sympy.Expr) -> list[sympy.Expr] | None:
         (first, turned), (second, back) = meaning(a), meaning(b)
-        if isinstance(first, Rotation) and sympy.transpose(a) == b:
+        if isinstance(first, Rotation) and sympy.transpose(a) == b and first.is_orthogonal:
             return self._use(ORTHOGONAL, [])
         if isinstance(first, Pick) and isinstance(second, Pick):
             return self._picks(first, second, turned, back)
@@ -115,7 +121,7 @@ class Normal:
             whole = isinstance(what, Rotation) and all(_divides(what.block, sizes[-1]) for sizes in means.sizes)
             allowed = means.sizes[0][-1] == "*" or whole
         else:
-            allowed = means.axiom is not NORM or isinstance(what, Rotation)
+            allowed = means.axiom is not NORM or (isinstance(what, Rotation) and what.is_orthogonal)
         if not allowed:
             return None
         operands = [x * by if i in means.carried else x for i, x in enumerate(f.args)]

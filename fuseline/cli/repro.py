@@ -13,7 +13,6 @@ from fuseline.cli.output import Output
 from fuseline.cli.render import following, table
 from fuseline.compiler.debug.check import Verdict
 from fuseline.compiler.debug.culprit import Judge
-from fuseline.compiler.debug.rerun import SECONDS, rerun
 from fuseline.compiler.debug.reproducer import (
     Reproducer,
     alike,
@@ -21,6 +20,7 @@ from fuseline.compiler.debug.reproducer import (
     load_reproducer,
     versions,
 )
+from fuseline.compiler.debug.rerun import SECONDS, rerun
 from fuseline.compiler.errors import FuselineError, UserError
 from fuseline.compiler.stage.tensors import example_bytes
 

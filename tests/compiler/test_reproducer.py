@@ -14,7 +14,6 @@ from fuseline import FuselineError, Pass, Pipeline, Program, UserError
 from fuseline.compiler.debug import rerun as rerunning
 from fuseline.compiler.debug.check import Check, Verdict
 from fuseline.compiler.debug.needs import Unimportable, needs
-from fuseline.compiler.debug.rerun import Rerun, rerun
 from fuseline.compiler.debug.reduce import failing
 from fuseline.compiler.debug.reproducer import (
     alike,
@@ -23,6 +22,7 @@ from fuseline.compiler.debug.reproducer import (
     versions,
     write_reproducer,
 )
+from fuseline.compiler.debug.rerun import Rerun, rerun
 from fuseline.compiler.debug.search import Case
 from fuseline.compiler.debug.settle import recipes, settle
 from fuseline.compiler.observe import ambient, repro

@@ -17,8 +17,8 @@ from fuseline import Pipeline, Program
 from fuseline.compiler.debug.bisect import Bisection, Culprit
 from fuseline.compiler.debug.check import Check
 from fuseline.compiler.debug.in_process import InProcess
-from fuseline.compiler.debug.rerun import rerun
 from fuseline.compiler.debug.reduce import reduce
+from fuseline.compiler.debug.rerun import rerun
 from fuseline.compiler.debug.settle import settle
 from tests.debugging.faults import FAULTS
 from tests.debugging.models import noting

@@ -15,7 +15,8 @@ from torch.fx import Node
 
 from .letters import centre, letter, ones, pick
 from .matrices import joined, number
-from .normal import view
+from .normal import Meaning, function, view
+from .region import EMPTY, is_zero
 
 if TYPE_CHECKING:
     from .values import Call
@@ -30,9 +31,13 @@ _SPLITS = ("split", "chunk", "split_with_sizes")
 def linear(call: Call) -> sympy.Expr | None:
     """A call's value, where linear algebra has it; else None."""
     name, args = call.name, call.args
+    if is_zero(call.node):
+        return sympy.S.Zero
+    if name in (*EMPTY, "ones", "new_ones"):
+        made = call.node.meta["val"]
+        return function(f"{name.removeprefix('new_')}[{','.join(call.shape())},{made.dtype}]", [], Meaning())
     if name in SAME:
-        val = args[0].meta["val"]
-        return call.value(0) if val.is_floating_point() and call.node.meta["val"].is_floating_point() else None
+        return _cast(call)
     if name in _VIEWS and args[0].meta["val"].dtype == call.node.meta["val"].dtype:
         return view(call.value(0), call.shape(args[0]), call.shape())
     if (order := order_of(call)) is not None:
@@ -59,6 +64,13 @@ def linear(call: Call) -> sympy.Expr | None:
     if name == "cat":
         return _joined(call)
     return None
+
+
+def _cast(call: Call) -> sympy.Expr:
+    before, after = (node.meta["val"] for node in (call.args[0], call.node))
+    if before.dtype == after.dtype or (before.is_floating_point() and after.is_floating_point()):
+        return call.value(0)
+    return function(f"cast[{before.dtype}→{after.dtype}]", [call.value(0)], Meaning())
 
 
 def order_of(call: Call) -> list[int] | None:
@@ -161,10 +173,15 @@ def _item(call: Call) -> sympy.Expr | None:
     dim = int(rest[-1] if known else cut.kwargs.get("dim", 0)) % rank
     pieces = split.meta["val"]
     if cut.name == "unbind":
-        return None if dim == rank - 1 else call.rows([x], [dim, position], picks=True, name="select")
+        return (
+            None
+            if dim == rank - 1
+            else call.rows([x], [dim, position], moves=lambda x: x.select(dim, position), name="select")
+        )
     sizes = [piece.shape[dim] for piece in pieces]
     if dim != rank - 1 and not call.values.is_weight(x):
-        return call.rows([x], [dim, sizes, position], picks=True, name="split")
+        moves = lambda x: x.split([int(size) for size in sizes], dim)[position]
+        return call.rows([x], [dim, sizes, position], moves=moves, name="split")
     start = sum(sizes[:position])
     return call.values.matrices.sliced(call.value(x), tuple(x.meta["val"].shape), dim, start, start + sizes[position])
 

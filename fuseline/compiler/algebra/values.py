@@ -18,7 +18,7 @@ from .axioms import ROWS, Algebra, Axiom
 from .letters import letter
 from .linear import SAME, linear, order_of
 from .matrices import Matrices
-from .normal import Meaning, function
+from .normal import Meaning, Moves, function
 from .region import Definition, NotTranslated, Region, Side, is_zero, operands
 
 
@@ -129,19 +129,23 @@ class Call:
         carried: Sequence[Any],
         rest: Sequence[Any],
         others: Sequence[sympy.Expr] = (),
-        picks: bool = False,
+        moves: Moves | bool = False,
         first: Axiom | None = None,
         name: str = "",
     ) -> sympy.Expr:
         """f(others…, carried…), linear in `carried`: it mixes or moves their rows.
 
-        rest: the other arguments, which belong to its name; picks: each row of the result is a row of theirs;
-        first: the axiom that the first of the others is written by; name: the op's, where it is another's than this.
+        rest: the other arguments, which belong to its name; moves: each row of the result is a row of
+        theirs, by this function where it takes no tensor besides; first: the axiom that the first of the others is written by; name: the op's, where it is another's than this.
         """
         operands = [*others, *map(self.value, carried)]
         name = f"{name or self.name}[{','.join(map(self.text, rest))}]"
         positions = tuple(range(len(others), len(operands)))
-        return function(name, operands, Meaning(ROWS, positions, True, picks, first=first))
+        return function(
+            name,
+            operands,
+            Meaning(ROWS, positions, True, bool(moves), first=first, moves=None if moves is True else moves or None),
+        )
 
     def opaque(self) -> sympy.Expr:
         """A function of which nothing is known but that equal operands give equal results."""

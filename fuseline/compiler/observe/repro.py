@@ -100,8 +100,8 @@ class Repro(Observer):
         return _written[key]
 
     def _reproduced(self, stem: str, check: str, verdict: Verdict, cases: list[tuple[str, Case]]) -> str:
-        from ..debug.rerun import rerun
         from ..debug.reproducer import write_reproducer
+        from ..debug.rerun import rerun
         from ..debug.settle import discard, recipes
 
         path, why = self.directory / f"{stem}.py", "it has no values"

@@ -96,24 +96,27 @@ def _along(
             return None
         rest = [a for a in call.args if not any(a is c for c in carried) and not isinstance(a, (list, tuple))]
         listed = [a for a in call.args if isinstance(a, (list, tuple)) and not any(c in a for c in carried)]
-        return call.rows(carried, [*rest, *listed, *sorted(call.kwargs.items())], picks=picks)
+        alone = picks and not any(isinstance(a, Node) for a in call.args[1:])
+        moves = (lambda x: call.node.target(x, *call.args[1:])) if alone else picks
+        return call.rows(carried, [*rest, *listed, *sorted(call.kwargs.items())], moves=moves)
 
     return translated
 
 
 def permute(call: Call) -> sympy.Expr | None:
     x, order = call.args
-    return call.rows([x], [order], picks=True) if order[-1] % call.rank() == call.rank() - 1 else None
+    moves = lambda x: x.permute(order)
+    return call.rows([x], [order], moves=moves) if order[-1] % call.rank() == call.rank() - 1 else None
 
 
 def expand(call: Call) -> sympy.Expr | None:
     x = call.args[0]
-    return call.rows([x], call.shape()[:-1], picks=True) if call.shape(x)[-1:] == call.shape()[-1:] else None
+    return call.rows([x], call.shape()[:-1], moves=True) if call.shape(x)[-1:] == call.shape()[-1:] else None
 
 
 def repeat(call: Call) -> sympy.Expr | None:
     x, times = call.args
-    return call.rows([x], [times], picks=True) if times[-1] == 1 else None
+    return call.rows([x], [times], moves=True) if times[-1] == 1 else None
 
 
 def index(call: Call) -> sympy.Expr | None:
@@ -124,10 +127,10 @@ def index(call: Call) -> sympy.Expr | None:
     if isinstance(number, Constant) and number.shape == (1,) and not any(before):
         start = int(number.values[0])
         if len(before) < call.rank(x) - 1:
-            return call.rows([x], [len(before), start, start + 1 or None], picks=True, name="slice")
+            return call.rows([x], [len(before), start, start + 1 or None], moves=True, name="slice")
         width = call.width(x)
         return call.value(x) * letters.pick(width, start % width, start % width + 1)
-    return call.rows([x], indices, picks=True) if _picks_rows(call, x, indices) else None
+    return call.rows([x], indices, moves=True) if _picks_rows(call, x, indices) else None
 
 
 def sliced(call: Call) -> sympy.Expr | None:
@@ -138,7 +141,9 @@ def sliced(call: Call) -> sympy.Expr | None:
     if dim % rank == rank - 1:
         return None
     rest = [dim % rank, start or 0, None if end == sys.maxsize else end, *([] if step == 1 else [step])]
-    return call.rows([x], rest, picks=True)
+    fixed = not any(isinstance(a, Node) for a in given[1:])
+    moves = (lambda x: torch.ops.aten.slice.Tensor(x, *given[1:])) if fixed else True
+    return call.rows([x], rest, moves=moves)
 
 
 def _picks_rows(call: Call, x: Any, indices: Sequence[Any]) -> bool:

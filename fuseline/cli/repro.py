@@ -13,7 +13,6 @@ from fuseline.cli.output import Output
 from fuseline.cli.render import following, table
 from fuseline.compiler.debug.check import Verdict
 from fuseline.compiler.debug.culprit import Judge
-from fuseline.compiler.debug.proof import SECONDS, prove
 from fuseline.compiler.debug.reproducer import (
     Reproducer,
     alike,
@@ -21,6 +20,7 @@ from fuseline.compiler.debug.reproducer import (
     load_reproducer,
     versions,
 )
+from fuseline.compiler.debug.rerun import SECONDS, rerun
 from fuseline.compiler.errors import FuselineError, UserError
 from fuseline.compiler.stage.tensors import example_bytes
 
@@ -104,12 +104,12 @@ def _run(read: Reproducer, check: Judge, repeat: int) -> tuple[Verdict, str]:
 def _fresh(path: Path, seconds: float) -> dict[str, Any]:
     """Runs a reproducer in a fresh process."""
     read = _read(path)
-    proof = prove(path, seconds)
-    if proof.found is not None:
-        return proof.found
-    if proof.status == "unusable":
-        raise UserError(f"a fresh process cannot run {path}: {proof.reason}", remedy=f"fuseline repro {path} --here")
-    return _data(read, Verdict("hang" if "not done" in proof.reason else "crash", proof.reason), proof.status)
+    again = rerun(path, seconds)
+    if again.found is not None:
+        return again.found
+    if again.status == "unusable":
+        raise UserError(f"a fresh process cannot run {path}: {again.reason}", remedy=f"fuseline repro {path} --here")
+    return _data(read, Verdict("hang" if "not done" in again.reason else "crash", again.reason), again.status)
 
 
 def _data(read: Reproducer, found: Verdict, status: str) -> dict[str, Any]:
@@ -201,14 +201,14 @@ def proved(path: Path, seconds: float = SECONDS) -> dict[str, Any]:
     Raises:
         FuselineError: it does not fail alike there; the file stays, for a look.
     """
-    proof = prove(path, seconds)
-    if not proof.reproduced or proof.found is None:
+    again = rerun(path, seconds)
+    if not again.reproduced or again.found is None:
         raise FuselineError(
-            f"{path} fails here, and not in a fresh process: {proof.reason or SAID.get(proof.status, proof.status)}",
+            f"{path} fails here, and not in a fresh process: {again.reason or SAID.get(again.status, again.status)}",
             ["something of this process is part of the fault, or it does not show at every run"],
             f"fuseline repro {path} --repeat 10",
         )
-    return proof.found
+    return again.found
 
 
 def writable(path: Path) -> None:

@@ -11,10 +11,9 @@ import torch
 
 import fuseline
 from fuseline import FuselineError, Pass, Pipeline, Program, UserError
-from fuseline.compiler.debug import proof
+from fuseline.compiler.debug import rerun as rerunning
 from fuseline.compiler.debug.check import Check, Verdict
 from fuseline.compiler.debug.needs import Unimportable, needs
-from fuseline.compiler.debug.proof import Proof, prove
 from fuseline.compiler.debug.reduce import failing
 from fuseline.compiler.debug.reproducer import (
     alike,
@@ -23,6 +22,7 @@ from fuseline.compiler.debug.reproducer import (
     versions,
     write_reproducer,
 )
+from fuseline.compiler.debug.rerun import Rerun, rerun
 from fuseline.compiler.debug.search import Case
 from fuseline.compiler.debug.settle import recipes, settle
 from fuseline.compiler.observe import ambient, repro
@@ -49,19 +49,19 @@ def nothing_written_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Proofs are made in this process, and listed: a process a proof is what the slow tests do."""
+    """Reproducers are run in this process, and listed: a process for each is what the slow tests do."""
     tried: list[Path] = []
 
-    def prove_here(path: Path, seconds: float = 0) -> Proof:
+    def rerun_here(path: Path, seconds: float = 0) -> Rerun:
         tried.append(path)
         read = load_reproducer(path)
         with monkeypatch.context() as alone, reproducing(list):
             alone.setattr(ambient, "_attached", [])
             found = Check.parse(read.check)(read.program, read.pipeline)
         status = "reproduces" if alike(found, read.verdict) else "different" if found else "passes"
-        return Proof(status, found.message)
+        return Rerun(status, found.message)
 
-    monkeypatch.setattr(proof, "prove", prove_here)
+    monkeypatch.setattr(rerunning, "rerun", rerun_here)
     return tried
 
 
@@ -156,13 +156,13 @@ BROKEN = True
 def test_what_does_not_fail_again_is_not_told(
     mlp: Program, tmp_path: Path, here: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = proof.prove
+    known = rerunning.rerun
 
-    def mended(path: Path, seconds: float = 0) -> Proof:
+    def mended(path: Path, seconds: float = 0) -> Rerun:
         monkeypatch.setattr(sys.modules[__name__], "BROKEN", False)
         return known(path)
 
-    monkeypatch.setattr(proof, "prove", mended)
+    monkeypatch.setattr(rerunning, "rerun", mended)
     error = fails(Pipeline([OnlyHere()]), mlp, tmp_path)
     assert error.details[-1].startswith("reproducer: none that fails alike in a fresh process")
     assert not list(tmp_path.iterdir()) and here
@@ -174,10 +174,10 @@ def test_mistakes_of_the_user_leave_none(mlp: Program, tmp_path: Path, here: lis
 
 
 def test_the_first_error_is_what_one_hears_of(mlp: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(path: Path) -> Proof:
+    def broken(path: Path) -> Rerun:
         raise RuntimeError("no more processes")
 
-    monkeypatch.setattr(proof, "prove", broken)
+    monkeypatch.setattr(rerunning, "rerun", broken)
     error = fails("crash-at-add", mlp, tmp_path)
     assert "no such sum" in error.headline and error.details[-1] == "reproducer: none: RuntimeError: no more processes"
 
@@ -306,7 +306,7 @@ def test_one_in_a_fresh_process(mlp: Program, tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.py")
     assert error.details[-1] == f"reproducer: {path} (fails alike in a fresh process)"
     path.write_text(path.read_text().replace("no such sum", "no such product"))  # what was recorded is another fault
-    assert prove(path).status == "different"
+    assert rerun(path).status == "different"
 
 
 @pytest.mark.slow
@@ -323,8 +323,8 @@ def test_what_a_fresh_process_says(mlp: Program, tmp_path: Path, change, status:
     check, pipeline = Check.parse("crash"), Pipeline("crash-at-add")
     write_reproducer(path, mlp, pipeline, "crash", check(mlp, pipeline), Recipe())
     path.write_text(path.read_text().replace(*change))
-    proof = prove(path)
-    assert proof.status == status and reason in proof.reason
+    again = rerun(path)
+    assert again.status == status and reason in again.reason
 
 
 @pytest.mark.slow
@@ -336,7 +336,7 @@ def test_a_failing_compile_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         model(torch.randn(4, 8))
     (path,) = tmp_path.glob("*.py")
     assert f"reproducer: {path} (fails alike in a fresh process)" in str(raised.value)
-    assert prove(path).reproduced
+    assert rerun(path).reproduced
 
 
 @pytest.mark.slow

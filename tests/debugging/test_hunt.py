@@ -17,8 +17,8 @@ from fuseline import Pipeline, Program
 from fuseline.compiler.debug.bisect import Bisection, Culprit
 from fuseline.compiler.debug.check import Check
 from fuseline.compiler.debug.in_process import InProcess
-from fuseline.compiler.debug.proof import prove
 from fuseline.compiler.debug.reduce import reduce
+from fuseline.compiler.debug.rerun import rerun
 from fuseline.compiler.debug.settle import settle
 from tests.debugging.faults import FAULTS
 from tests.debugging.models import noting
@@ -62,8 +62,8 @@ def hunted(model: str, fault: str, layer: int, seconds: float, folder: Path) -> 
     path = folder / f"{fault}.py"
     recipe = settle(path, reduced.after, reduced.check, reduced.verdict, "reduced", repeat=repeat)
     assert recipe is not None, f"{fault}: what was reduced does not fail once it is read back"
-    proof = prove(path)
-    assert proof.reproduced, f"{fault}: {proof}"
+    again = rerun(path)
+    assert again.reproduced, f"{fault}: {again}"
     return found, reduced.after.nodes
 
 

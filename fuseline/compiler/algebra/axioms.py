@@ -29,10 +29,11 @@ ROWS = Axiom("f(x·M) = f(x)·M: f mixes or moves rows")
 LINEAR = Axiom("f(x + y) = f(x) + f(y)")
 CONSTANT = Axiom("f(w) = w: f picks rows, w is all of them")
 VIEWS = Axiom("view(x·R) = view(x)·R, whole blocks")
+HEADS = Axiom("view(x) = Σ headᵢ(x·Pᵢ), Pᵢ the channels of head i")
 NORM = Axiom("rms(x·R) = rms(x)·R")
 SCORES = Axiom("attention reads q and k as q·kᵀ")
 
-ALL = frozenset({ORTHOGONAL, PARTS, BLOCKS, ROWS, LINEAR, CONSTANT, VIEWS, NORM, SCORES})
+ALL = frozenset({ORTHOGONAL, PARTS, BLOCKS, ROWS, LINEAR, CONSTANT, VIEWS, HEADS, NORM, SCORES})
 
 Translator = Callable[["Call"], sympy.Expr | None]
 """A call → its value in terms of its operands' (`Call.value`); None: by an opaque function of them."""

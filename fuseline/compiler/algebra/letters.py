@@ -3,12 +3,15 @@
     x1, x2    values, rows of channels          W1, w1   parameters: matrices, vectors; E1: stacks of matrices
     H6 S6 Q6  orthogonal, on runs of 6 channels C12      takes the mean of 12 channels away
     P2:5/9    picks channels 2 to 5 of 9        diag(w)  multiplies each channel by its own number
+    1s12      12 ones                           K…       a tensor of constants
 
-Letters of one name are equal in every statement but for x, W, w and E, which each statement numbers for itself.
+Letters of one name are equal in every statement but for x, W, w and E, which each statement numbers for itself. Q6 is
+drawn (from a seed, Q6/seed1) or a plan's (Q6/1f0c…, by its contents): taken for orthogonal where it is, as measured.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +20,8 @@ from typing import Any
 import sympy
 import torch
 
-from ..expressions import Expression, Hadamard, Orthogonal, Param, Signs
+from ..expressions import Constant, Expression, Hadamard, Orthogonal, Param, Signs
+from ..planned import kept
 
 
 class Symmetric(sympy.Symbol):
@@ -27,12 +31,21 @@ class Symmetric(sympy.Symbol):
         return self
 
 
+ORTHOGONAL = 1e-12
+"""Of max|R·Rᵀ − 1|, up to which R is taken for orthogonal."""
+
+
 @dataclass(frozen=True)
 class Rotation:
-    """An orthogonal matrix on runs of `block` channels; matrix: how it is computed, [block, block] in float64."""
+    """A matrix on runs of `block` channels, meant to be orthogonal; matrix: how it is computed, [block, block] in
+    float64."""
 
     block: int
     matrix: Callable[[], torch.Tensor]
+
+    @property
+    def is_orthogonal(self) -> bool:
+        return residual(self) <= ORTHOGONAL
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ def letter(name: str, symmetric: bool = False, meaning: Rotation | Pick | str | 
     """The letter of a name."""
     made: Any = (Symmetric if symmetric else sympy.Symbol)(name, commutative=False)
     if meaning is not None:
-        MEANING[made] = meaning
+        MEANING.setdefault(made, meaning)
     return made
 
 
@@ -70,6 +83,11 @@ def orthogonal(n: int, seed: int) -> sympy.Symbol:
     return letter(f"Q{n}{_seed(seed)}", False, Rotation(n, cache(lambda: _value(made))))
 
 
+def planned(n: int, digest: str) -> sympy.Symbol:
+    """A plan's matrix."""
+    return letter(f"Q{n}/{digest[:8]}", False, Rotation(n, cache(lambda: kept(digest).double())))
+
+
 def signs(n: int, seed: int) -> sympy.Symbol:
     made = Signs(n, seed, torch.float64, "cpu")
     return letter(f"S{n}{_seed(seed)}", True, Rotation(n, cache(lambda: torch.diag(_value(made)))))
@@ -77,6 +95,15 @@ def signs(n: int, seed: int) -> sympy.Symbol:
 
 def centre(width: int) -> sympy.Symbol:
     return letter(f"C{width}", True)
+
+
+def ones(width: int) -> sympy.Symbol:
+    return letter(f"1s{width}", meaning="vector")
+
+
+def constant(e: Constant) -> sympy.Symbol:
+    name = hashlib.sha256(repr(e).encode()).hexdigest()[:8]
+    return letter(f"K{name}", meaning="vector" if len(e.shape) == 1 else None)
 
 
 def pick(width: int, start: int, end: int) -> sympy.Expr:
@@ -97,6 +124,7 @@ def meaning(factor: sympy.Expr) -> tuple[Rotation | Pick | str | None, bool]:
     return MEANING.get(factor.args[0] if turned else factor), turned
 
 
+@cache
 def residual(rotation: Rotation) -> float:
     """max|R·Rᵀ − 1|."""
     matrix = rotation.matrix()

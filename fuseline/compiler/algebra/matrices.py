@@ -24,6 +24,7 @@ from ..expressions import (
     Offset,
     Orthogonal,
     Param,
+    Planned,
     Reshape,
     Scale,
     Signs,
@@ -77,7 +78,13 @@ class Matrices:
             case Centre(x, dim):
                 return _times(self(x), letters.centre(shape[dim]), dim, shape)
             case Slice(x, dim, start, end):
-                return _times(self(x), letters.pick(self.shape(x)[dim], start, end), dim, shape)
+                return self.sliced(self(x), self.shape(x), dim, start, end)
+            case Offset(x, by):
+                return self(x) + number(by) * letters.ones(shape[-1])
+            case Planned(digest, (n, m)) if n == m:
+                return letters.planned(n, digest)
+            case Constant():
+                return letters.constant(e)
             case Concat(xs, dim):
                 return joined([(self(x), self.shape(x)[dim]) for x in xs], dim, shape)
         raise NotTranslated(f"weight expression {type(e).__name__.lower()}")
@@ -100,7 +107,7 @@ class Matrices:
         match e:
             case Param(name):
                 return self._shapes[name]
-            case Constant(_, shape) | Reshape(_, shape):
+            case Constant(_, shape) | Reshape(_, shape) | Planned(_, shape):
                 return shape
             case Signs(length):
                 return (length,)
@@ -128,9 +135,16 @@ class Matrices:
             self._letters[name] = letters.letter(f"{kind}{count + 1}", meaning={1: "vector", 2: None}.get(rank, "row"))
         return self._letters[name]
 
-    def stacks(self) -> list[sympy.Symbol]:
-        """The letters of stacks of matrices."""
-        return [made for name, made in self._letters.items() if len(self._shapes[name]) > 2]
+    def sliced(self, made: sympy.Expr, shape: Shape, dim: int, start: int, end: int) -> sympy.Expr:
+        """Some rows or columns of a matrix of this shape, or some matrices of a stack."""
+        if len(shape) == 3 and dim % 3 == 0:
+            return self.chosen(made, f"[{start}:{end}]")
+        return _times(made, letters.pick(shape[dim], start, end), dim, shape)
+
+    def chosen(self, made: sympy.Expr, which: str) -> sympy.Expr:
+        """Some matrices of stacks, for the stacks: what multiplies them all is the same for each."""
+        stacks = [symbol for name, symbol in self._letters.items() if len(self._shapes[name]) > 2]
+        return made.xreplace({stack: letters.letter(f"{stack}{which}", meaning="row") for stack in stacks})
 
 
 def joined(parts: Sequence[tuple[sympy.Expr, int]], dim: int, shape: Shape) -> sympy.Expr:

@@ -7,15 +7,19 @@ their transposes. Two values are equal where the normal form of their difference
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 from sympy.core.function import AppliedUndef, UndefinedFunction
 
-from .axioms import BLOCKS, CONSTANT, LINEAR, NORM, ORTHOGONAL, PARTS, VIEWS, Axiom
+from .axioms import BLOCKS, CONSTANT, HEADS, LINEAR, NORM, ORTHOGONAL, PARTS, VIEWS, Axiom
 from .letters import Pick, Rotation, meaning, of_row, pick
+
+Moves = Callable[[torch.Tensor], torch.Tensor]
+Sizes = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -24,15 +28,17 @@ class Meaning:
 
     axiom: f(…, x·M, …) = f(…, x, …)·M for the operands at `carried` together; linear: and f(x + y) = f(x) + f(y) for
     them; picks: each row of the result is a row of an operand; sizes: of a view, before and after, with a last "*"
-    where it leaves the last dimension alone; first: what its first operand is written by, where that is an axiom.
+    where it leaves the last dimension alone; first: what its first operand is written by, where that is an axiom;
+    moves: for a function that moves rows, it itself on a tensor.
     """
 
     axiom: Axiom | None = None
     carried: tuple[int, ...] = ()
     linear: bool = False
     picks: bool = False
-    sizes: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    sizes: Sizes | None = None
     first: Axiom | None = None
+    moves: Moves | None = None
 
 
 MEANING: dict[str, Meaning] = {}
@@ -57,15 +63,24 @@ def view(x: sympy.Expr, before: tuple[str, ...], after: tuple[str, ...]) -> symp
 
 
 class Normal:
-    """Brings values into their normal form; used: how often each axiom was."""
+    """Brings values into their normal form; used: how often each axiom was.
 
-    def __init__(self, axioms: frozenset[Axiom]):
-        self.axioms = axioms
+    heads: also writes views that cut channels into heads as sums over the heads, of which a slice or a split keeps some.
+    """
+
+    def __init__(self, axioms: frozenset[Axiom], heads: bool = False):
+        self.axioms, self.heads = axioms, heads and HEADS in axioms
         self.used: Counter[Axiom] = Counter()
+        self._normal: set[sympy.Expr] = set()
 
     def __call__(self, value: sympy.Expr) -> sympy.Expr:
-        terms = sympy.Add.make_args(sympy.expand(value))
-        return sympy.expand(sympy.Add(*map(self._term, terms)))
+        while value not in self._normal:
+            terms = sympy.Add.make_args(sympy.expand(value))
+            made = sympy.expand(sympy.Add(*map(self._term, terms)))
+            if made == value:
+                self._normal.add(value)
+            value = made
+        return value
 
     def _term(self, term: sympy.Expr) -> sympy.Expr:
         commuting, rest = term.args_cnc()
@@ -84,7 +99,7 @@ class Normal:
 
     def _pair(self, a: sympy.Expr, b: sympy.Expr) -> list[sympy.Expr] | None:
         (first, turned), (second, back) = meaning(a), meaning(b)
-        if isinstance(first, Rotation) and sympy.transpose(a) == b:
+        if isinstance(first, Rotation) and sympy.transpose(a) == b and first.is_orthogonal:
             return self._use(ORTHOGONAL, [])
         if isinstance(first, Pick) and isinstance(second, Pick):
             return self._picks(first, second, turned, back)
@@ -115,7 +130,7 @@ class Normal:
             whole = isinstance(what, Rotation) and all(_divides(what.block, sizes[-1]) for sizes in means.sizes)
             allowed = means.sizes[0][-1] == "*" or whole
         else:
-            allowed = means.axiom is not NORM or isinstance(what, Rotation)
+            allowed = means.axiom is not NORM or (isinstance(what, Rotation) and what.is_orthogonal)
         if not allowed:
             return None
         operands = [x * by if i in means.carried else x for i, x in enumerate(f.args)]
@@ -151,6 +166,13 @@ class Normal:
                     continue
                 alone = [sympy.S.Zero if j in means.carried else x for j, x in enumerate(operands)]
                 alone[i] = rest
+                if self.heads and means.moves is not None and _is_lost(means.moves, rest):
+                    self.used[PARTS] += 1
+                    continue
+                if self.heads and means.sizes is not None and (cut := cut_of(means.sizes)):
+                    self.used[HEADS] += 1
+                    found.append(number * _by_heads(rest, means.sizes, cut))
+                    continue
                 within = MEANING[rest.func.__name__].sizes if isinstance(rest, AppliedUndef) else None
                 if within is not None and means.sizes is not None:
                     found.append(number * _composed(rest.args[0], within, means.sizes))
@@ -165,6 +187,69 @@ class Normal:
             return None
         self.used[axiom] += 1
         return found
+
+
+def cut_of(sizes: Sizes) -> int:
+    """How many dimensions a view cuts the last one into; 0 where it does something else."""
+    before, after = sizes
+    if "*" in (before[-1], after[-1]) or not before[-1].isdecimal():
+        return 0
+    total, count = 1, 0
+    while count < len(after) and after[-1 - count].isdecimal() and total < int(before[-1]):
+        total *= int(after[-1 - count])
+        count += 1
+    return count if total == int(before[-1]) and count > 1 else 0
+
+
+def _by_heads(x: sympy.Expr, sizes: Sizes, cut: int) -> sympy.Expr:
+    """A view that cuts the last dimension, as the sum over the heads of the channels of each, put in their place."""
+    (*rows, width), after = sizes
+    lead, head = after[:-cut], int(after[-1])
+    x = view(x, (*rows, "*"), (*lead, "*"))
+    found = []
+    for i, start in enumerate(range(0, int(width), head)):
+        name = f"head{i}[{','.join(after)}]"
+        part = x * pick(int(width), start, start + head)
+        found.append(function(name, [part], Meaning(VIEWS, (0,), True, moves=_place(i, after, cut))))
+    return sympy.Add(*found)
+
+
+def _place(i: int, sizes: tuple[str, ...], cut: int) -> Moves:
+    """Where head i is: ones there, zeros elsewhere, as a function of nothing; symbolic sizes are 3."""
+
+    def placed(_: torch.Tensor) -> torch.Tensor:
+        shape = [int(size) if size.isdecimal() else 3 for size in sizes]
+        heads = torch.zeros(shape[len(shape) - cut : -1]).flatten()
+        heads[i] = 1
+        return heads.reshape(*shape[len(shape) - cut : -1], 1).expand(shape)
+
+    return placed
+
+
+def _is_lost(moves: Moves, x: sympy.Expr) -> bool:
+    """Whether a function that moves rows takes none of a head."""
+    seen = _seen(x)
+    if seen is None:
+        return False
+    try:
+        made = moves(seen)
+    except (RuntimeError, IndexError):  # of sizes that are not known
+        return False
+    return made.numel() > 0 and not made.any()
+
+
+def _seen(x: sympy.Expr) -> torch.Tensor | None:
+    """Where a head is, behind functions that move rows."""
+    means = MEANING[x.func.__name__] if isinstance(x, AppliedUndef) else None
+    if means is None or means.moves is None:
+        return None
+    if means.axiom is VIEWS:
+        return means.moves(torch.empty(0))
+    inner = _seen(x.args[0])
+    try:
+        return None if inner is None else means.moves(inner)
+    except (RuntimeError, IndexError):
+        return None
 
 
 def _flat(factor: sympy.Expr) -> list[sympy.Expr]:
@@ -187,9 +272,6 @@ def _whole(channels: Pick, block: int) -> bool:
 
 def _divides(block: int, size: str) -> bool:
     return size.isdecimal() and int(size) % block == 0
-
-
-Sizes = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def _composed(x: sympy.Expr, inner: Sizes, outer: Sizes) -> sympy.Expr:

@@ -16,7 +16,7 @@ from ..compat import real_tensors, size_hint
 from ..expressions import Expression, HadamardCore
 from ..precision import error
 from ..program import Program
-from .region import Region, Side, is_zero, operands
+from .region import EMPTY, Region, Side, is_zero, operands
 
 BOUND = 1e-12
 """Of max|Δ|/max|before|."""
@@ -54,6 +54,8 @@ def _run(side: Side, known: dict[Node, Any]) -> Any:
         args, kwargs = torch.fx.node.map_arg(definition, values.__getitem__)
         args, kwargs = torch.utils._pytree.tree_map(_wide, (args, kwargs))
         values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        if getattr(node.target, "_opname", "") in EMPTY:
+            values[node].zero_()  # any values, but the same on both sides
         for used in operands(definition):
             if last[used] == i and used is not side.root:
                 values.pop(used, None)

@@ -22,6 +22,9 @@ from ..structure import describe_value
 LARGEST = 5000
 """Nodes on one side, beyond which a region is not read."""
 
+EMPTY = ("empty", "new_empty")
+"""Ops whose result has no values yet."""
+
 Definition = tuple[tuple[Any, ...], dict[str, Any]]
 """A node's args and kwargs; an erased node has lost its own."""
 
@@ -108,7 +111,7 @@ def _region(old: Node, new: Node, seen: Snapshot, rank: dict[Node, int]) -> Regi
         definition = seen.definitions[node] if which == 0 else (node.args, node.kwargs)
         inner[which][node] = definition
         fronts[which].remove(node)
-        fronts[which] |= set(operands(definition))
+        fronts[which] |= set(_values_read(node, definition))
         if len(inner[which]) > LARGEST:
             raise NotTranslated(f"more than {LARGEST} nodes between {old.name} and what it has in common")
     ordered = [{n: found[n] for n in sorted(found, key=rank.__getitem__)} for found in inner]
@@ -132,7 +135,7 @@ def _refuse_writes(region: Region, seen: Snapshot) -> None:
     times: list[int] = []
     for side in region.sides:
         for node, definition in side.inner.items():
-            if not any(n.meta.get("written") for n in (node, *operands(definition))):
+            if not any(n.meta.get("written") for n in (node, *_values_read(node, definition))):
                 continue
             if writes(node):
                 raise NotTranslated(f"{node.name} writes to its operand")
@@ -150,6 +153,13 @@ def operands(definition: Definition) -> list[Node]:
     found: list[Node] = []
     torch.fx.node.map_arg(definition, found.append)
     return found
+
+
+def _values_read(node: Node, definition: Definition) -> list[Node]:
+    """The operands of which more is read than their dtype and device."""
+    name = getattr(node.target, "_opname", "")
+    found = operands(definition)
+    return [] if name.startswith("new_") else found[:1] if name == "type_as" else found
 
 
 def describe(node: Node) -> str:

@@ -14,7 +14,7 @@ from .axioms import Algebra
 from .letters import MEANING, Rotation
 from .matrices import Matrices
 from .normal import MEANING as FUNCTIONS
-from .normal import Normal
+from .normal import Meaning, Normal, cut_of
 from .region import NotTranslated, Region
 from .values import Values
 
@@ -77,15 +77,23 @@ def _judge(made: Statement, region: Region, program: Program, algebra: Algebra) 
     symbols = before.free_symbols | after.free_symbols
     made.rotations = tuple(sorted(str(s) for s in symbols if isinstance(MEANING.get(s), Rotation)))
     left = normal(before - after)
+    if left != 0 and any(f.sizes is not None and cut_of(f.sizes) for f in _meanings(left)):
+        by_heads = Normal(algebra.axioms, heads=True)
+        if by_heads(left) == 0:
+            left, normal.used = sympy.S.Zero, normal.used + by_heads.used
     made.axioms = {axiom.text: count for axiom, count in normal.used.items()}
     if left == 0:
         made.status = PROVED
         return
     made.left = show(left)
-    functions = {f.func.__name__ for f in left.atoms(AppliedUndef)}
-    unknown = {name.partition("(")[0] for name in functions if FUNCTIONS[name].axiom is None}
+    names = {f.func.__name__ for f in left.atoms(AppliedUndef)}
+    unknown = {name.partition("(")[0] for name in names if FUNCTIONS[name].axiom is None}
     if unknown:
         made.status = f"not translated: op {', '.join(sorted(unknown))}"
+
+
+def _meanings(value: sympy.Expr) -> list[Meaning]:
+    return [FUNCTIONS[f.func.__name__] for f in value.atoms(AppliedUndef)]
 
 
 def show(value: sympy.Expr) -> str:

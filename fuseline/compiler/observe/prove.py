@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..action import Action, Observer
-from ..algebra.letters import MEANING, Rotation, residual
+from ..algebra.letters import MEANING, ORTHOGONAL, Rotation, residual
 from ..algebra.numeric import BOUND
 from ..algebra.region import NotTranslated, Region, Snapshot, regions
 from ..algebra.statement import Statement, state
@@ -63,7 +63,7 @@ class Proof:
     @property
     def is_complete(self) -> bool:
         """Whether there are statements, all proved, and every rotation is orthogonal."""
-        return 0 < self.proved == self.count and all(r <= BOUND for r in self.rotations.values())
+        return 0 < self.proved == self.count and all(r <= ORTHOGONAL for r in self.rotations.values())
 
     def check(self) -> None:
         """Nothing, where the proof is complete.
@@ -83,7 +83,7 @@ class Proof:
                 details += [f"{s.rule}: {s.status} ({off}), {s.count} times, first at {s.sites[0]}"]
                 details += [f"  {s.text}"] if s.text else []
                 details += [f"  left: {s.left}"] if s.left else []
-        bent = {name: r for name, r in self.rotations.items() if r > BOUND}
+        bent = {name: r for name, r in self.rotations.items() if r > ORTHOGONAL}
         details += [f"{name} is not orthogonal: max|R·Rᵀ − 1| = {r:.1e}" for name, r in bent.items()]
         if details:
             raise VerificationError(

@@ -42,7 +42,7 @@ class Repro(Observer):
     The program is copied before each pass: a pass that fails has half rewritten it.
 
     Args:
-        say: told what is being done, since a proof takes seconds.
+        say: told what is being done, since a rerun takes seconds.
     """
 
     def __init__(self, directory: str | Path, say: Callable[[str], None] = lambda line: None):
@@ -96,12 +96,12 @@ class Repro(Observer):
         if key not in _written:
             if len(_written) >= MOST:
                 return f"reproducer: none, since this process has written {MOST} already"
-            _written[key] = self._prove_one(f"{name}_{key}", check, verdict, cases)
+            _written[key] = self._reproduced(f"{name}_{key}", check, verdict, cases)
         return _written[key]
 
-    def _prove_one(self, stem: str, check: str, verdict: Verdict, cases: list[tuple[str, Case]]) -> str:
-        from ..debug.proof import prove
+    def _reproduced(self, stem: str, check: str, verdict: Verdict, cases: list[tuple[str, Case]]) -> str:
         from ..debug.reproducer import write_reproducer
+        from ..debug.rerun import rerun
         from ..debug.settle import discard, recipes
 
         path, why = self.directory / f"{stem}.py", "it has no values"
@@ -111,10 +111,10 @@ class Repro(Observer):
                 for recipe in recipes(case, verdict, path):
                     self.say(f"trying whether a {scope} reproducer fails alike in a fresh process")
                     write_reproducer(path, case.program, case.pipeline, check, verdict, recipe, scope)
-                    proof = prove(path)
-                    if proof.reproduced:
+                    again = rerun(path)
+                    if again.reproduced:
                         return f"reproducer: {path} (fails alike in a fresh process)"
-                    why = proof.reason or f"a fresh process finds that it {proof.status}"
+                    why = again.reason or f"a fresh process finds that it {again.status}"
                     discard(path, recipe)
         except (FuselineError, OSError) as error:  # a pass that no other process has; a folder that can't be written
             path.unlink(missing_ok=True)

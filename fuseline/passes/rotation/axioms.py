@@ -5,11 +5,13 @@ Said anew, op by op, and not asked of `carriers.py`: what a proof takes over fro
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 import torch
+from torch.fx import Node
 
 from ...compiler import ops
 from ...compiler.algebra import letters
@@ -17,6 +19,7 @@ from ...compiler.algebra.axioms import ALL, NORM, SCORES, Algebra, Translator
 from ...compiler.algebra.normal import Meaning, function
 from ...compiler.algebra.region import NotTranslated
 from ...compiler.algebra.values import Call
+from ...compiler.expressions import Constant
 
 
 def rms_norm(call: Call) -> sympy.Expr:
@@ -78,14 +81,6 @@ def dropout(call: Call) -> sympy.Expr | None:
     return call.value(0) if p == 0.0 or train is False else None
 
 
-def mixed(call: Call) -> sympy.Expr | None:
-    """a @ b of two values: a mixes the rows of b."""
-    a, b = call.args[:2]
-    if call.values.is_weight(b) or not (call.is_tensor(a) and call.is_tensor(b)) or call.rank(b) < 2:
-        return None
-    return call.rows([b], [], others=[call.value(a)])
-
-
 def _along(
     *positions: int, picks: bool = False, operands: Callable[[Call], Sequence[Any]] = lambda call: call.args[:1]
 ) -> Translator:
@@ -93,7 +88,7 @@ def _along(
 
     def translated(call: Call) -> sympy.Expr | None:
         carried, rank = operands(call), call.rank(call.args[0]) if call.is_tensor(call.args[0]) else call.rank()
-        if len(call.args) <= max(positions) and call.name not in ("cat", "stack", "slice"):
+        if len(call.args) <= max(positions) and call.name not in ("cat", "stack"):
             return None  # along all dimensions
         dims = [(*call.args, *[0] * max(positions))[p] for p in positions]
         flat = [d for dim in dims for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
@@ -101,32 +96,64 @@ def _along(
             return None
         rest = [a for a in call.args if not any(a is c for c in carried) and not isinstance(a, (list, tuple))]
         listed = [a for a in call.args if isinstance(a, (list, tuple)) and not any(c in a for c in carried)]
-        return call.rows(carried, [*rest, *listed, *sorted(call.kwargs.items())], picks=picks)
+        alone = picks and not any(isinstance(a, Node) for a in call.args[1:])
+        moves = (lambda x: call.node.target(x, *call.args[1:])) if alone else picks
+        return call.rows(carried, [*rest, *listed, *sorted(call.kwargs.items())], moves=moves)
 
     return translated
 
 
 def permute(call: Call) -> sympy.Expr | None:
     x, order = call.args
-    return call.rows([x], [order], picks=True) if order[-1] % call.rank() == call.rank() - 1 else None
+    moves = lambda x: x.permute(order)
+    return call.rows([x], [order], moves=moves) if order[-1] % call.rank() == call.rank() - 1 else None
 
 
 def expand(call: Call) -> sympy.Expr | None:
     x = call.args[0]
-    return call.rows([x], call.shape()[:-1], picks=True) if call.shape(x)[-1:] == call.shape()[-1:] else None
+    return call.rows([x], call.shape()[:-1], moves=True) if call.shape(x)[-1:] == call.shape()[-1:] else None
+
+
+def repeat(call: Call) -> sympy.Expr | None:
+    x, times = call.args
+    return call.rows([x], [times], moves=True) if times[-1] == 1 else None
 
 
 def index(call: Call) -> sympy.Expr | None:
-    """Rows by their numbers."""
+    """Rows by their numbers; one of a constant as a slice."""
     x, indices = call.args[:2]
-    return call.rows([x], indices, picks=True) if _picks_rows(call, x, indices) else None
+    *before, last = indices
+    number = last.meta.get("weight") if call.is_tensor(last) and not _is_mask(last) else None
+    if isinstance(number, Constant) and number.shape == (1,) and not any(before):
+        start = int(number.values[0])
+        if len(before) < call.rank(x) - 1:
+            return call.rows([x], [len(before), start, start + 1 or None], moves=True, name="slice")
+        width = call.width(x)
+        return call.value(x) * letters.pick(width, start % width, start % width + 1)
+    return call.rows([x], indices, moves=True) if _picks_rows(call, x, indices) else None
+
+
+def sliced(call: Call) -> sympy.Expr | None:
+    """Rows from one to another."""
+    given: list[Any] = [*call.args, *[0, None, None, 1][len(call.args) - 1 :]]
+    x, dim, start, end, step = given
+    rank = call.rank(x)
+    if dim % rank == rank - 1:
+        return None
+    rest = [dim % rank, start or 0, None if end == sys.maxsize else end, *([] if step == 1 else [step])]
+    fixed = not any(isinstance(a, Node) for a in given[1:])
+    moves = (lambda x: torch.ops.aten.slice.Tensor(x, *given[1:])) if fixed else True
+    return call.rows([x], rest, moves=moves)
 
 
 def _picks_rows(call: Call, x: Any, indices: Sequence[Any]) -> bool:
     """Whether indices leave the last dimension whole; a mask stands for as many dimensions as it has."""
-    is_mask = lambda i: call.is_tensor(i) and i.meta["val"].dtype is torch.bool
-    taken = sum(call.rank(i) if is_mask(i) else 1 for i in indices)
+    taken = sum(call.rank(i) if call.is_tensor(i) and _is_mask(i) else 1 for i in indices)
     return taken < call.rank(x) or (taken == call.rank(x) and indices[-1] is None)
+
+
+def _is_mask(index: Node) -> bool:
+    return index.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 def index_put(call: Call) -> sympy.Expr | None:
@@ -163,10 +190,11 @@ _CALLS: dict[str, Translator] = {
     "hadamard": hadamard,
     **dict.fromkeys(("attention", "scaled_dot_product_attention"), attention),
     "dropout": dropout,
-    **dict.fromkeys(("matmul", "bmm"), mixed),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _along(1, 2, picks=True)),
-    **dict.fromkeys(("slice", "select", "narrow", "index_select"), _along(1, picks=True)),
+    **dict.fromkeys(("select", "narrow", "index_select"), _along(1, picks=True)),
     **dict.fromkeys(("sum", "mean", "cumsum"), _along(1)),
+    "slice": sliced,
+    "repeat": repeat,
     "repeat_interleave": _along(2, picks=True),
     **dict.fromkeys(("cat", "stack"), _along(1, operands=lambda call: call.args[0])),
     "index_add": _along(1, operands=lambda call: (call.args[0], call.args[3])),

@@ -182,8 +182,14 @@ def _slice(node: Node, block: int) -> Carriers | None:
 
 def _index(node: Node, block: int) -> Carriers | None:
     x, indices = node.args[:2]
-    rank = _value(x).dim()
-    return (x,) if len(indices) < rank or indices[-1] is None else None  # type: ignore[arg-type, index, return-value]
+    return (x,) if _leaves_channels(x, indices) else None  # type: ignore[return-value]
+
+
+def _leaves_channels(x: Any, indices: Any) -> bool:
+    """Whether indices take the last dimension as a whole. A mask takes as many dimensions as it has."""
+    masks = (torch.bool, torch.uint8)
+    taken = sum(_value(i).dim() if _is_tensor(i) and _value(i).dtype in masks else 1 for i in indices)
+    return taken < _value(x).dim() or indices[-1] is None
 
 
 def _joined(node: Node, block: int) -> Carriers | None:
@@ -199,9 +205,7 @@ def _indexed_sum(node: Node, block: int) -> Carriers | None:
 
 def _put(node: Node, block: int) -> Carriers | None:
     x, indices, values = node.args[:3]
-    rank = _value(x).dim()
-    whole = len(indices) < rank or indices[-1] is None  # type: ignore[arg-type, index]
-    return (x, values) if whole and in_blocks(values, block) else None  # type: ignore[return-value]
+    return (x, values) if _leaves_channels(x, indices) and in_blocks(values, block) else None  # type: ignore[return-value]
 
 
 def _reduced(node: Node, block: int) -> Carriers | None:

@@ -98,7 +98,8 @@ def _position(node: Node) -> tuple[int, int] | None:
         return None
     *before, index = node.args[1]  # type: ignore[misc]
     constant = index.meta.get("weight") if isinstance(index, Node) else None
-    known = isinstance(constant, Constant) and constant.shape == (1,) and not any(before)
+    is_number = isinstance(constant, Constant) and constant.dtype not in (torch.bool, torch.uint8)  # no mask
+    known = is_number and constant.shape == (1,) and not any(before)  # type: ignore[union-attr]
     return (len(before), int(constant.values[0])) if known else None  # type: ignore[union-attr]
 
 

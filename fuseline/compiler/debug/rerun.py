@@ -1,4 +1,4 @@
-"""Proof: a reproducer is run once in a fresh process before anybody is told of it."""
+"""Rerun: a reproducer is run once in a fresh process before anybody is told of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DROPPED = (
 
 
 @dataclass(frozen=True)
-class Proof:
+class Rerun:
     """What a fresh process made of a reproducer.
 
     status: "reproduces", "passes" (nothing is wrong any more), "different" (another fault), or "unusable": the file
@@ -40,9 +40,9 @@ class Proof:
         return self.status == "reproduces"
 
 
-def prove(path: str | Path, seconds: float = SECONDS) -> Proof:
+def rerun(path: str | Path, seconds: float = SECONDS) -> Rerun:
     """Runs `fuseline repro PATH` in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="fuseline-proof-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fuseline-rerun-") as folder:
         answer = Path(folder) / "answer.json"
         command = [
             sys.executable, "-P", "-m", "fuseline", "repro", str(Path(path).resolve()), "--here", "--json", str(answer),
@@ -52,20 +52,20 @@ def prove(path: str | Path, seconds: float = SECONDS) -> Proof:
                 command, env=_environment(), capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL
             )
         except subprocess.TimeoutExpired:
-            return Proof("different", f"it was not done after {seconds:g} s")
+            return Rerun("different", f"it was not done after {seconds:g} s")
         try:
             found = json.loads(answer.read_text(encoding="utf-8"))
-            return Proof(found["status"], found.get("found", {}).get("message", ""), found)
+            return Rerun(found["status"], found.get("found", {}).get("message", ""), found)
         except (OSError, ValueError, KeyError):
             return _without_answer(done)
 
 
-def _without_answer(done: subprocess.CompletedProcess[str]) -> Proof:
+def _without_answer(done: subprocess.CompletedProcess[str]) -> Rerun:
     if done.returncode < 0:
-        return Proof("different", f"the process was killed by signal {-done.returncode}")
+        return Rerun("different", f"the process was killed by signal {-done.returncode}")
     said = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
-    return Proof("unusable", (errors or said or [f"exit code {done.returncode}"])[-1])
+    return Rerun("unusable", (errors or said or [f"exit code {done.returncode}"])[-1])
 
 
 def _environment() -> dict[str, str]:

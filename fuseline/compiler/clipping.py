@@ -49,6 +49,18 @@ class Range:
         """The nearest codes, as numbers of the groups' type."""
         return torch.round(groups / scale.to(groups.dtype) + zero).clamp(*self.ends)
 
+    def fitted(
+        self, groups: torch.Tensor, codes: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scale with the least Σ(w − ŵ)² for these codes, the one there is where they say nothing of it; then the
+        zero point for that scale, rounded."""
+        signed = codes - zero
+        along, size = (signed * groups).sum(-1, keepdim=True), signed.square().sum(-1, keepdim=True)
+        scale = torch.where(along > 0, self._stored(along / size.clamp(min=1)), scale)
+        if not self.symmetric:
+            zero = (codes - groups / scale.to(groups.dtype)).mean(-1, keepdim=True).round().clamp(*self.ends)
+        return scale, zero
+
     def _stored(self, scale: torch.Tensor) -> torch.Tensor:
         """In the stored type, and 1 where a group is all zeros or its scale would underflow."""
         scale = scale.to(self.stored)

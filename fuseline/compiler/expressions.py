@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from .errors import FuselineError
+from .errors import FuselineError, UserError
 from .hadamard import core, factor, random_orthogonal, random_signs
+from .half_quadratic import half_quadratic
 from .ops import dequantize, hadamard
-from .planned import keep, kept
+from .planned import keep, kept, probe, same_weight
 from .schemes import Scheme
 
 Lookup = Callable[[str], torch.Tensor]
@@ -345,6 +346,41 @@ class Quantize(Expression):
 
 
 @dataclass(frozen=True)
+class HalfQuadratic(Quantize):
+    """The same by half-quadratic splitting (`half_quadratic.py`)."""
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        groups, grid = self.scheme.grid(values[0])
+        scale, zero = half_quadratic(groups, grid, self.scheme.narrowed(values[0]))
+        return self.scheme.stored(grid.codes(groups, scale, zero), scale, zero)
+
+
+@dataclass(frozen=True)
+class Decided(Expression):
+    """What `Quantize` returns, chosen by a plan for the weight x alone; another weight is refused.
+
+    probe: `probe(x)` of the weight that the codes were chosen for.
+    """
+
+    x: Expression
+    codes: Planned
+    scale: Planned
+    zero: Planned | None
+    probe: tuple[float, float]
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        x, *found = values
+        if type(x) is torch.Tensor and x.device.type != "meta" and not same_weight(self.probe, probe(x)):
+            name = next(iter(self.parameters()), "a constant")
+            raise UserError(
+                f"the plan's codes were chosen for other values of '{name}'",
+                ["it was trained or replaced since, or this is another model of the same sizes"],
+                "analyse this model: fuseline.analyze(model, pipeline, calibration=batches)",
+            )
+        return dict(zip(("codes", "scale", "zero"), found, strict=False))
+
+
+@dataclass(frozen=True)
 class Output(Expression):
     """One of several tensors."""
 
@@ -386,7 +422,8 @@ GRAMMAR: dict[str, type[Expression]] = {
     kind.__name__.lower(): kind
     for kind in (
         Param, Constant, Cast, Matmul, Scale, Add, Offset, Centre, Slice, Concat, Transpose, Reshape, HadamardCore,
-        Signs, Hadamard, Orthogonal, Planned, Blocks, Quantize, Output, Pack, Dequantize,
+        Signs, Hadamard, Orthogonal, Planned, Blocks, Quantize,
+        HalfQuadratic, Decided, Output, Pack, Dequantize,
     )
 }  # fmt: skip
 

@@ -12,6 +12,9 @@ import torch
 
 from .errors import UserError
 
+SAME = 1e-4
+"""What part of its norm a weight may differ by and count as the same."""
+
 _KEPT: dict[str, torch.Tensor] = {}
 
 
@@ -42,3 +45,16 @@ def kept(digest: str) -> torch.Tensor:
             remedy="load the plan first: fuseline.compiler.plan.Plan.load(PATH)",
         )
     return _KEPT[digest]
+
+
+def probe(weight: torch.Tensor) -> tuple[float, float]:
+    """Two numbers that tell a weight from others, and change as little as its values do: ‖w‖ and Σ w·cos(n mod 2²⁰)."""
+    pieces = weight.detach().reshape(-1).split(1 << 20)
+    waves = torch.arange(len(pieces[0]), dtype=torch.float64, device=weight.device).cos_()
+    sums = [(piece.double().square().sum(), torch.dot(piece.double(), waves[: len(piece)])) for piece in pieces]
+    return sum(float(square) for square, _ in sums) ** 0.5, sum(float(along) for _, along in sums)
+
+
+def same_weight(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two probes are one weight's, folded on machines that round differently."""
+    return all(abs(a - b) <= SAME * max(one[0], other[0]) for a, b in zip(one, other, strict=True))

@@ -94,9 +94,12 @@ class Scheme:
         multiplied back. Symmetric: scale = max|w| / (2^(b−1) − 1) over the codes' positive end for 8 bits;
         for 4 bits max|w| / 7 with codes −8…7. Asymmetric: scale = (max(w, 0) − min(w, 0)) / (2^b − 1).
         """
-        groups, grid = self._groups(weight)
+        groups, grid = self.grid(weight)
         scale, zero = grid.of(groups, self.narrowed(weight))
-        codes = grid.codes(groups, scale, zero)
+        return self.stored(grid.codes(groups, scale, zero), scale, zero)
+
+    def stored(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Codes [..., n/group, group], scale and zero [..., n/group, 1] as numbers → what `quantize` returns."""
         if self.symmetric:
             codes = (codes + 8).to(torch.uint8) if self.bits == 4 else codes.to(torch.int8)
             return {"codes": codes.flatten(-2), "scale": scale.squeeze(-1)}
@@ -108,15 +111,15 @@ class Scheme:
 
     def narrowed(self, weight: torch.Tensor) -> torch.Tensor | float:
         """The part of each group's range that costs the least, [..., n/group, 1]; 1 without `mse`."""
-        return least_error(*self._groups(weight)) if self.mse else 1.0
+        return least_error(*self.grid(weight)) if self.mse else 1.0
 
     def rounded(self, weight: torch.Tensor, part: torch.Tensor | float) -> torch.Tensor:
         """The weight [..., n] as its codes stand for it, for `part` of each group's range."""
-        groups, grid = self._groups(weight)
+        groups, grid = self.grid(weight)
         scale, zero = grid.of(groups, part)
         return ((grid.codes(groups, scale, zero) - zero) * scale.to(groups.dtype)).flatten(-2).to(weight.dtype)
 
-    def _groups(self, weight: torch.Tensor) -> tuple[torch.Tensor, Range]:
+    def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, Range]:
         """The weight in groups, and their grid."""
         compute = torch.promote_types(weight.dtype, torch.float32)
         groups = weight.to(compute).unflatten(-1, (-1, self.group_of(weight.shape[-1])))

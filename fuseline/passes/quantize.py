@@ -12,6 +12,15 @@ Before                                  after  quantize{weights=int4:g64,activat
 `keys`, `values`  the same for those that a call makes for attention, one scale a head and token, before they go into a
                 cache, which holds them rounded. Each token's codes depend on that token alone: step by step is as all
                 at once. The cache itself keeps its type.
+`method`        how codes are chosen; all but rtn and hqq need calibration data (docs/calibration.md):
+                rtn     to the nearest code
+                hqq     ranges fitted to Σ|error|^0.7, with no data
+                gptq    column by column, each making up for what those before it lost, by what the site reads in this
+                        very program; `static` takes scales from the weight as it was, `order` rounds the columns
+                        that matter most first (it needs `static`), `damp` is the share of the Hessian's mean diagonal
+                        that is added to it, `offload` keeps the values between layers on the CPU
+                awq     to nearest, input channels scaled up first by |x|^α, α searched; scaled back where x is made
+                smooth  the same with max|x|^α / max|w|^(1−α), `alpha` given, for activations that are rounded
 `only`, `skip`  module paths to take or to leave, with `*`, separated by `|`: `only=*.mlp.*|*.o_proj`.
 
 Every linear whose weight is a parameter is a site, and so is a product with a parameter of the transposed layout
@@ -19,16 +28,21 @@ Every linear whose weight is a parameter is a site, and so is a product with a p
 `activations` refuses it. Refused too are experts stacked in one tensor, recurrent layers and transposed convolutions.
 The head, a linear over the vocabulary of an embedding of the same program, is quantized only when `only` names it, and
 so are embeddings. Codes, scales and zero points are weight expressions: computed once, shared by all graphs of the
-model, again when the parameter changes.
+model, again when the parameter changes; those that gptq chose are the plan's, and refused for another weight.
+
+awq and smooth scale where it is exact: in the scale of a norm, or the rows of a product, whose result nothing else
+reads; everywhere else the site is rounded as it is, with the reason. A weight of several uses is refused by gptq.
 
 Lossy. Sources: ZeroQuant (Yao et al., 2022), group-wise weights and token-wise activations; LLM-QAT (Liu et al., 2023),
-token-wise keys and values.
+token-wise keys and values; HQQ (Badri and Shaji, 2023); GPTQ (Frantar et al., 2023); AWQ (Lin et al., 2024);
+SmoothQuant (Xiao et al., 2023).
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,24 +50,28 @@ from torch.fx import Node
 
 from ..compiler import ops
 from ..compiler.errors import UserError
-from ..compiler.expressions import Expression, Output, Pack, Param
+from ..compiler.expressions import Decided, Expression, HalfQuadratic, Output, Pack, Param, Planned
 from ..compiler.expressions import Quantize as QuantizeExpression
-from ..compiler.framework import Pass, Tier
+from ..compiler.framework import Findings, Pass, Study, Tier
+from ..compiler.plan import SitePlan
 from ..compiler.program import Program
 from ..compiler.registry import register
 from ..compiler.rewriter import Builder, Rewriter
 from ..compiler.schemes import Scheme
+from .calibrated import CALIBRATED, Method, decide, findings, fold_scales
 from .quantize_attention import rounded_attention
 from .quantize_sites import Site, heads, out_of_reach, path_of, sites
 from .quantize_values import round_trip
 
 aten = torch.ops.aten
+Codes = Callable[[Site], Expression | None]
+"""The expression whose outputs are a site's codes, scales and zero points; None to leave the site, which is refused."""
 
 
 @register
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Integer weights and activations, rounded to nearest."""
+    """Integer weights and activations."""
 
     name = "quantize"
     tier = Tier.LOSSY
@@ -65,6 +83,12 @@ class Quantize(Pass):
     values: str | None = None  # the same, of attention
     only: tuple[str, ...] = ()  # module paths to take
     skip: tuple[str, ...] = ()  # module paths to leave
+    method: Method = Method.RTN  # how codes are chosen
+    static: bool = False  # gptq: scales of the weight as it was
+    order: bool = False  # gptq: the columns that matter most first
+    damp: float = 0.01  # gptq: share of the mean diagonal that is added to the Hessian
+    offload: bool = False  # gptq, awq, smooth: values between layers on the CPU
+    alpha: float = 0.5  # smooth: how much of the range goes from activations to weights
 
     def __post_init__(self) -> None:
         if not any(self.asked().values()):
@@ -73,6 +97,40 @@ class Quantize(Pass):
                 remedy="quantize{weights=int8}, quantize{weights=int4:g64} or quantize{weights=int8,activations=int8}",
             )
         self.schemes()
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Options that say nothing about the method are errors."""
+        method, example = self.method, "quantize{weights=int4:g64,method=gptq}"
+        if method is Method.SMOOTH and not self.activations:
+            raise UserError(
+                "method=smooth makes activations easier to round, and none are",
+                remedy="quantize{weights=int8,activations=int8,method=smooth}",
+            )
+        if method in (Method.GPTQ, Method.AWQ, Method.HQQ) and not self.weights:
+            raise UserError(f"method={method.value} chooses the codes of weights, and none are rounded", remedy=example)
+        given = {"static": (Method.GPTQ,), "order": (Method.GPTQ,), "damp": (Method.GPTQ,), "alpha": (Method.SMOOTH,)}
+        for name, methods in {**given, "offload": CALIBRATED}.items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default and method not in methods:
+                raise UserError(f"'{name}' says nothing to method={method.value}", remedy=f"method={methods[0].value}")
+        if self.order and not self.static:
+            raise UserError(
+                "columns in another order keep their groups only where the scales are known before: 'order' needs 'static'",
+                remedy=example.replace("gptq}", "gptq,static,order}"),
+            )
+        if self.damp <= 0 or not 0 <= self.alpha <= 1:
+            raise UserError("damp is above 0, and alpha between 0 and 1")
+
+    @property
+    def needs_data(self) -> bool:  # type: ignore[override]
+        """Whether the method decides from data."""
+        return self.method in CALIBRATED
+
+    def decide(self, study: Study) -> dict[str, SitePlan]:
+        return decide(self, study)
+
+    def findings(self, decisions: Mapping[str, SitePlan]) -> Findings:
+        return findings(decisions)
 
     def asked(self) -> dict[str, str | None]:
         """The schemes' texts."""
@@ -83,31 +141,62 @@ class Quantize(Pass):
         return {name: Scheme.parse(t, weights=name == "weights") if t else None for name, t in self.asked().items()}
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
+        if self.method in (Method.AWQ, Method.SMOOTH):
+            fold_scales(self, program, rewriter)
+        weights = self.schemes()["weights"]
+        self.apply(program, rewriter, None if weights is None else lambda site: self._codes(rewriter, site, weights))
+
+    def apply(self, program: Program, rewriter: Rewriter, codes: Codes | None) -> None:
+        """Rounds all that this pass names, the weights of products by `codes`; None leaves those as they are."""
         schemes = self.schemes()
         weights, activations = schemes["weights"], schemes["activations"]
-        if weights or activations:
-            self._products(program, rewriter, weights, activations)
+        if codes or activations:
+            self._products(program, rewriter, codes, activations)
         for node in list(program.graph.nodes):
             if node.target is aten.embedding.default and self._names(path_of(node.args[0])) and weights:
                 self._embedding(program, rewriter, node, weights)
         if schemes["keys"] or schemes["values"]:
             rounded_attention(program, rewriter, schemes["keys"], schemes["values"], self._left_out)
 
-    def _products(
-        self, program: Program, rewriter: Rewriter, weights: Scheme | None, activations: Scheme | None
-    ) -> None:
+    def admitted(self, program: Program) -> Iterator[Site]:
+        """The sites that are rounded."""
+        over_vocabulary = heads(program)
+        for site in sites(program):
+            if self._refuse(program, site, site.node in over_vocabulary) is None:
+                yield site
+
+    def _codes(self, rewriter: Rewriter, site: Site, scheme: Scheme) -> Expression | None:
+        if self.method is Method.HQQ:
+            return HalfQuadratic(site.weight, scheme)
+        if self.method is not Method.GPTQ:
+            return QuantizeExpression(site.weight, scheme)
+        decision = rewriter.decision(site.node)
+        if decision is None or "reason" in decision.structure:
+            if decision is not None:
+                rewriter.refuse(site.node, decision.structure["reason"])
+            return None
+        device = str(site.node.meta["val"].device)
+        found = {name: Planned.of(tensor, device) for name, tensor in decision.tensors.items()}
+        one, other = decision.structure["probe"]
+        return Decided(site.weight, found["codes"], found["scale"], found.get("zero"), (one, other))
+
+    def _products(self, program: Program, rewriter: Rewriter, codes: Codes | None, activations: Scheme | None) -> None:
+        weights = self.schemes()["weights"]
         quantized_inputs: dict[Node, Node] = {}
         over_vocabulary = heads(program)
         for node, path, why in out_of_reach(program) if weights else ():
             if not self._left_out(path):
                 rewriter.refuse(node, why)
         for site in sites(program):  # found one by one: a rewrite changes what the next one reads
-            reason = self._refuse(program, site, weights, activations, site.node in over_vocabulary)
-            if reason is None:
+            reason = self._refuse(program, site, site.node in over_vocabulary)
+            chosen = codes(site) if codes is not None and reason is None else None
+            if reason is None and (chosen is not None or codes is None):
                 rewriter.rewrite(
                     site.node,
                     [site.node],
-                    lambda new, site=site: _quantized(new, site, weights, activations, quantized_inputs),  # type: ignore[misc]
+                    lambda new, site=site, chosen=chosen: _quantized(  # type: ignore[misc]
+                        new, site, chosen, weights, activations, quantized_inputs
+                    ),
                     "convolution" if site.kernel else "linear",
                 )
             elif reason:
@@ -128,7 +217,8 @@ class Quantize(Pass):
 
         def build(new: Builder) -> Node:
             parts = [
-                None if p is None else new(aten.embedding.default, p, indices) for p in _parts(new, expression, scheme)
+                None if p is None else new(aten.embedding.default, p, indices)
+                for p in _parts(new, QuantizeExpression(expression, scheme), scheme)
             ]
             dtype = node.meta["val"].dtype
             return new(ops.dequantize, *parts, scheme.bits, scheme.group_of(channels), dtype)
@@ -142,10 +232,9 @@ class Quantize(Pass):
         skipped = any(fnmatch.fnmatchcase(path, pattern) for pattern in self.skip)
         return skipped or bool(self.only and not self._names(path))
 
-    def _refuse(
-        self, program: Program, site: Site, weights: Scheme | None, activations: Scheme | None, head: bool
-    ) -> str | None:
+    def _refuse(self, program: Program, site: Site, head: bool) -> str | None:
         """A reason; "" for a site that the options leave out without a word; None to go ahead."""
+        weights, activations = self.schemes()["weights"], self.schemes()["activations"]
         if self._left_out(site.path):
             return ""
         if head and not self._names(site.path):
@@ -190,8 +279,7 @@ def _needs_gradient(program: Program, weight: Expression) -> str | None:
     return None
 
 
-def _parts(new: Builder, weight: Expression, scheme: Scheme) -> list[Node | None]:
-    quantized = QuantizeExpression(weight, scheme)
+def _parts(new: Builder, quantized: Expression, scheme: Scheme) -> list[Node | None]:
     return [
         new.weight(Pack(Output(quantized, "codes"), scheme)),
         new.weight(Output(quantized, "scale")),
@@ -200,7 +288,12 @@ def _parts(new: Builder, weight: Expression, scheme: Scheme) -> list[Node | None
 
 
 def _quantized(
-    new: Builder, site: Site, weights: Scheme | None, activations: Scheme | None, inputs: dict[Node, Node]
+    new: Builder,
+    site: Site,
+    codes: Expression | None,
+    weights: Scheme | None,
+    activations: Scheme | None,
+    inputs: dict[Node, Node],
 ) -> Node:
     x, (_, channels) = site.x, site.shape
     dtype = x.meta["val"].dtype
@@ -208,8 +301,8 @@ def _quantized(
         if x not in inputs:
             inputs[x] = round_trip(new, x, activations)
         x = inputs[x]
-    if weights is not None:
-        parts = _parts(new, site.weight, weights)
+    if codes is not None and weights is not None:
+        parts = _parts(new, codes, weights)
         table = new(ops.dequantize, *parts, weights.bits, weights.group_of(channels), dtype)
     else:
         table = new.weight(site.weight)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from ....compiler.errors import UserError
+from ....compiler import checkpoint
 from .cayley import Cayley
 
 EVERY = 5
@@ -41,26 +40,14 @@ class Journal:
         """
         if self.path is None or not self.path.exists():
             return 0
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.path, "pt") as file:
-                header = file.metadata() or {}
-                if header.get("search") != self.search:
-                    raise UserError(
-                        f"{self.path} holds the progress of another search",
-                        [f"there: {header.get('search')}", f"here:  {self.search}"],
-                        "name another file, or remove this one",
-                    )
-                for name, leaf in self.leaves.items():
-                    leaf.copy_(file.get_tensor(name))
-                    self.optimizer.state[leaf] = {
-                        "count": int(header["count"]),
-                        "mean": file.get_tensor(f"{name}:mean").to(leaf.device),
-                        "square": file.get_tensor(f"{name}:square").to(leaf.device),
-                    }
-        except SafetensorError as error:
-            raise UserError(f"{self.path} is damaged: {error}", remedy="remove it to begin anew") from None
+        tensors, header = checkpoint.read(self.path, self.search)
+        for name, leaf in self.leaves.items():
+            leaf.copy_(tensors[name])
+            self.optimizer.state[leaf] = {
+                "count": int(header["count"]),
+                "mean": tensors[f"{name}:mean"].to(leaf.device),
+                "square": tensors[f"{name}:square"].to(leaf.device),
+            }
         self.known = json.loads(header["measured"])
         return int(header["count"])
 
@@ -74,18 +61,12 @@ class Journal:
         """Writes the state after `count` steps, at some of them, all at once or not at all."""
         if self.path is None or count % EVERY:
             return
-        from safetensors.torch import save_file
-
         tensors: dict[str, torch.Tensor] = {}
         for name, leaf in self.leaves.items():
             state = self.optimizer.state[leaf]
-            tensors |= {name: leaf.detach().cpu(), f"{name}:mean": state["mean"].cpu()}
-            tensors[f"{name}:square"] = state["square"].cpu()
-        header = {"search": self.search, "count": str(count), "measured": json.dumps(self.known)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        save_file(tensors, scratch, header)
-        scratch.replace(self.path)
+            tensors |= {name: leaf, f"{name}:mean": state["mean"], f"{name}:square": state["square"]}
+        header = {"count": str(count), "measured": json.dumps(self.known)}
+        checkpoint.write(self.path, self.search, tensors, header)
 
     def close(self) -> None:
         """Removes the file: what was searched for is found."""

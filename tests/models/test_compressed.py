@@ -18,12 +18,13 @@ from fuseline.compiler.expressions import Param
 from fuseline.compiler.precision import error
 from fuseline.models import compressed, load
 from fuseline.models.coded import CodedLinear, Layout, StoredLinear
+from fuseline.models.packing import pack_words, unpack_words
 
 pytest.importorskip("transformers")
 
 import transformers
 
-from tests.exporting.plain import IDS, logits, model_of
+from tests.exporting.plain import IDS, logits, model_of, tensors_of
 
 needs_package = pytest.mark.skipif(
     find_spec("compressed_tensors") is None,
@@ -110,6 +111,37 @@ def test_what_compressed_tensors_wrote(preset: str, name: str, tmp_path: Path) -
         assert error(logits(ours), expected) < 1e-6
 
 
+WRITTEN = Path(__file__).parent / "llm_compressor"
+
+
+def test_what_llm_compressor_wrote() -> None:
+    """Its checkpoint, read without it: codes, and logits of a plain Llama with the weights that they stand for."""
+    stored, model = tensors_of(WRITTEN), load(f"hf:{WRITTEN}").model
+    state = {name: tensor for name, tensor in stored.items() if ".weight_" not in name}
+    linears = [name for name, module in model.named_modules() if isinstance(module, CodedLinear)]
+    assert len(linears) == 7 and model.dtype == torch.bfloat16
+    for name in linears:
+        packed, scale, zero = (stored[f"{name}.weight_{part}"] for part in ("packed", "scale", "zero_point"))
+        out, channels = stored[f"{name}.weight_shape"].tolist()
+        codes = unpack_words(packed, 4, channels).float().unflatten(-1, (-1, 16))
+        shift = unpack_words(zero, 4, out, 0).float().unsqueeze(-1)
+        state[f"{name}.weight"] = ((codes - shift) * scale.float().unsqueeze(-1)).flatten(-2).to(torch.bfloat16)
+        assert torch.equal(model.get_submodule(name).weight, state[f"{name}.weight"])
+    config = transformers.AutoConfig.from_pretrained(WRITTEN)
+    del config.quantization_config
+    plain = transformers.LlamaForCausalLM(config).eval()
+    plain.load_state_dict(state, assign=True)
+    assert error(logits(model), logits(plain)) < 1e-3
+
+
+@needs_package
+def test_transformers_reads_what_llm_compressor_wrote_alike() -> None:
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(WRITTEN).eval(), load(f"hf:{WRITTEN}").model
+    expected = logits(theirs)
+    assert error(logits(ours), expected) < 1e-3
+    assert error(logits(fuseline.optimize(ours, "raise,fuse")), expected) < 2e-2
+
+
 @needs_package
 @given(
     st.lists(
@@ -140,8 +172,6 @@ def test_targets_are_matched_as_they_do(targets: list[str], ignore: list[str]) -
 @settings(max_examples=60, deadline=None)
 def test_every_layout(stored: tuple[int, bool], group: int, symmetric: bool) -> None:
     """Against (code − zero)·scale on the signed codes."""
-    from fuseline.models.packing import pack_words
-
     (bits, packed), (out, channels) = stored, (5, 12)
     module = StoredLinear(nn.Linear(channels, out), Layout(packed, bits, group, symmetric), None)
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1

@@ -1,4 +1,4 @@
-"""`fuseline export MODEL -p PIPELINE -o DIR`: a rotated model as a checkpoint that other tools load."""
+"""`fuseline export MODEL -p PIPELINE -o DIR`: a rotated or quantized model as a checkpoint that other tools load."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ def export(
     pipeline: options.RequiredPipeline,
     out: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder.")],
     plan: options.Plan = None,
-    format: Annotated[str, typer.Option(metavar="FORMAT", help="hf: what transformers loads.")] = "hf",
+    format: Annotated[
+        str, typer.Option(metavar="FORMAT", help="hf, without quantization, or compressed-tensors.")
+    ] = "hf",
     check: Annotated[bool, typer.Option("--check/--no-check", help="Load it again and compare.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint.")] = False,
     dtype: options.Dtype = None,
     json: options.Json = None,
 ) -> None:
-    """Write a rotated model as a plain Hugging Face checkpoint."""
+    """Write a rotated or quantized model as a Hugging Face checkpoint."""
     from fuseline.exporting import check_target, export_program
     from fuseline.models import load, parse_dtype
 
     passes = Pipeline(pipeline)
-    decided = None if plan is None else Plan.load(plan)  # may be a longer pipeline's, as rounding is not exported
+    decided = None if plan is None else Plan.load(plan)  # may be a longer pipeline's
     if passes.needs_data and decided is None:
         raise needs_plan(passes, model)
     check_target(out, format, force)
@@ -94,7 +96,29 @@ def _show(output: Output, data: dict[str, Any]) -> None:
         groups = data["transforms"]["config_groups"].items()
         named = ", ".join(f"{name} ({group['type']} {group['head_dim']})" for name, group in groups)
         output.line(f"online     {named}: transform_config of compressed-tensors")
+    if data["quantization"] is not None:
+        _show_codes(output, data["quantization"])
     if data["error"] is not None:
         output.line(f"checked    loaded again, the outputs differ by {number(data['error'])} of the largest")
     else:
         output.line(f"unchecked  {data['unchecked']}")
+
+
+def _show_codes(output: Output, config: dict[str, Any]) -> None:
+    for group in config["config_groups"].values():
+        inputs = "" if group["input_activations"] is None else f", inputs {_scheme(group['input_activations'])}"
+        what = f"{group['format']}, weights {_scheme(group['weights'])}{inputs}"
+        count = "" if group["targets"] == ["Linear"] else f" of {len(group['targets'])} linears"
+        output.line(f"codes      {what}{count}")
+    if config["kv_cache_scheme"] is not None:
+        output.line(f"           keys and values {_scheme(config['kv_cache_scheme'])}")
+    if config["ignore"]:
+        more = ", …" if len(config["ignore"]) > 3 else ""
+        output.line(f"           {len(config['ignore'])} linears as they were: {', '.join(config['ignore'][:3])}{more}")
+
+
+def _scheme(arguments: dict[str, Any]) -> str:
+    """`int4:g64:asym`, as in a pipeline."""
+    group = f"g{arguments['group_size']}" if arguments["group_size"] else arguments["strategy"]
+    symmetry = "sym" if arguments["symmetric"] else "asym"
+    return f"{arguments['type']}{arguments['num_bits']}:{group}:{symmetry}"

@@ -1,4 +1,4 @@
-"""`fuseline.export`: a rotated model as a checkpoint that other tools load."""
+"""`fuseline.export`: a rotated or quantized model as a checkpoint that other tools load."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .rotations import Matrix, folded
 from .transforms import MissingPackage
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-FORMATS = ("hf",)
+FORMATS = ("hf", "compressed-tensors")
 RECORD = "fuseline_rotations.json"
 RECORD_VERSION = 1
 
@@ -44,13 +44,15 @@ class Exported:
 
     Attributes:
         path: the folder.
-        changed, neutral, copied: numbers of parameters with new values, of norm weights that were folded away, and of
-            those as they were.
+        changed, neutral, copied: numbers of parameters with new values, codes included, of norm weights that were
+            folded away, and of those as they were.
         unread: parameters that the captured graph does not read, which are copied as they were.
         rotations: as in the record file.
-        transforms: compressed-tensors' `transform_config`; None where nothing is left at run time.
+        transforms: compressed-tensors' `transform_config`; None where no rotation is left at run time.
+        quantization: the rest of its `quantization_config`; None where nothing is quantized.
         carried: files that came from the model's source.
-        error: max|Δ|/max|reference| between the outputs of the checkpoint, loaded again, and of the rewritten graph.
+        error: max|Δ|/max|reference| between the outputs of the checkpoint, loaded again, and of the rewritten graph;
+            both without the rounding of activations, keys and values, for which every reader has its own arithmetic.
         unchecked: why `error` is None.
         passes: reports of the passes.
     """
@@ -62,6 +64,7 @@ class Exported:
     unread: list[str]
     rotations: list[dict[str, Any]]
     transforms: dict[str, Any] | None
+    quantization: dict[str, Any] | None
     carried: list[str]
     error: float | None
     unchecked: str | None
@@ -84,17 +87,18 @@ def export(
     check: bool = True,
     force: bool = False,
 ) -> Exported:
-    """Writes a model, its weights changed as a pipeline changes them, as a plain Hugging Face checkpoint.
+    """Writes a model, its weights changed as a pipeline changes them, as a Hugging Face checkpoint.
 
     transformers loads the folder without Fuseline, and the logits are those of the optimized model. Rotations that are
-    left at run time are written as compressed-tensors' `transform_config`. The model itself is not changed.
+    left at run time are written as compressed-tensors' `transform_config`, and quantized weights, in the format
+    "compressed-tensors", as its codes and scales. The model itself is not changed.
 
     Args:
         model: of transformers, with its original weights.
         path: a folder that does not exist yet.
         pipeline: its passes; None: the pipeline, and the plan, that `model` was optimized with.
         plan: what passes that need data decided: a Plan, or its file's path.
-        format: "hf".
+        format: "hf", without quantization, or "compressed-tensors".
         example: a tensor, a tuple of arguments or a dict of keyword arguments to capture and compare with; a language
             model needs none.
         check: load what was written with transformers and compare the outputs before the folder gets its name.
@@ -144,11 +148,11 @@ def export_program(
     target = Path(path)
     check_target(target, format, force)
     refuse_other_models(model)
-    made = solve(model, captured, pipeline, plan)
+    made = solve(model, captured, pipeline, plan, format)
     rotations = _rotations(made)
     try:
         with torch.no_grad(), _folder(target, force) as folder:
-            carried = write(model, folder, made.assignment, made.transforms, progress)
+            carried = write(model, folder, made.assignment, made.transforms, made.quantization, progress)
             _write_record(folder, pipeline, rotations)
             if check:
                 progress(0, 0, "loading it again")
@@ -160,7 +164,7 @@ def export_program(
     copied = len(model.state_dict()) - len(values)
     return Exported(
         target, changed, len(values) - changed, copied, made.assignment.unread, rotations, made.transforms.config,
-        carried, off, unchecked, made.reports,
+        made.quantization.config, carried, off, unchecked, made.reports,
     )  # fmt: skip
 
 

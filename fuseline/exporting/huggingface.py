@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from ..models.checks import require
 from ..models.huggingface import from_pretrained, quiet
 from ..optimize import is_optimized
 from .parameters import Assignment, check_split
-from .transforms import Transforms, apply
+from .quantization import METHOD, Quantization, without_rounding
+from .transforms import MissingPackage, Transforms, apply
 
 Progress = Callable[[int, int, str], None]
 """Told of each step: how many are done, how many there are (0: unknown), what is done now."""
@@ -54,7 +57,12 @@ def refuse_other_models(model: torch.nn.Module) -> None:
 
 
 def write(
-    model: torch.nn.Module, folder: Path, assignment: Assignment, found: Transforms, progress: Progress
+    model: torch.nn.Module,
+    folder: Path,
+    assignment: Assignment,
+    found: Transforms,
+    codes: Quantization,
+    progress: Progress,
 ) -> list[str]:
     """Writes the checkpoint into an empty folder; the names of the files that came from the model's source.
 
@@ -69,6 +77,11 @@ def write(
     total = len(assignment.values) + 1
     for done, (name, value) in enumerate(assignment.values.items()):
         progress(done, total, name)
+        linear = name.removesuffix(".weight")
+        if linear in codes.linears:
+            del state[name]
+            state |= codes.tensors(assignment, linear)
+            continue
         key = id(originals[name]), value
         if key not in made:
             made[key] = assignment.evaluate(name, state[name])
@@ -79,8 +92,9 @@ def write(
     progress(total - 1, total, "writing")
     with quiet():
         shell.save_pretrained(folder, state_dict=state)
-    if found.config is not None:
-        _add_to_config(folder, found.config)
+    if found.config is not None or codes.config is not None:
+        rotated = {} if found.config is None else {"transform_config": found.config}
+        _add_to_config(folder, {"quant_method": METHOD, **(codes.config or {}), **rotated})
     return _carry(model, folder)
 
 
@@ -101,10 +115,10 @@ def _shell(model: torch.nn.Module, assignment: Assignment) -> Any:
     return shell
 
 
-def _add_to_config(folder: Path, transform_config: dict[str, Any]) -> None:
+def _add_to_config(folder: Path, quantization_config: dict[str, Any]) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "transform_config": transform_config}
+    config["quantization_config"] = quantization_config
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -117,26 +131,30 @@ def _carry(model: torch.nn.Module, folder: Path) -> list[str]:
 
 
 def reload(folder: Path, like: torch.nn.Module) -> torch.nn.Module:
-    """The model in the folder, by transformers alone, or with compressed-tensors where it has transforms.
+    """The model in the folder, by transformers; without the rounding of activations, keys and values.
 
-    transformers (5.17) takes no notice of `transform_config`, and fails on a `quantization_config` without quantized
-    modules; so the transforms are attached here, as compressed-tensors does it.
+    transformers (5.17) reads quantized weights by way of compressed-tensors. It takes no notice of `transform_config`,
+    and fails where there is nothing else; so transforms are attached here, as compressed-tensors does it.
 
     Raises:
-        UserError: it cannot be loaded; MissingPackage: it has transforms, and compressed-tensors is not installed.
+        UserError: it cannot be loaded; MissingPackage: it needs compressed-tensors, which is not installed.
     """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
+    quantization = getattr(config, "quantization_config", None) or {}
+    weights = without_rounding(quantization)
+    if weights is not None:
+        MissingPackage.check("quantized weights are read")
+        config.quantization_config = weights
+    elif quantization:
         del config.quantization_config
     for choice in ("_attn_implementation", "_experts_implementation"):
         if getattr(like.config, choice, None) is not None:
             setattr(config, choice, getattr(like.config, choice))
-    with quiet():
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars
         model = from_pretrained(folder, like.dtype, config).eval()
-        if quantization is not None:
+        if "transform_config" in quantization:
             apply(model, quantization["transform_config"], _stored(folder, quantization["transform_config"]))
     return model.to(like.device)
 

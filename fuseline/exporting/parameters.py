@@ -12,9 +12,11 @@ from ..compiler.errors import UserError
 from ..compiler.expressions import Expression, Output, Param
 from ..compiler.program import Program
 from ..compiler.weights import STORE, describe
-from .unify import Mismatch, Neutral, Use
+from .unify import Mismatch, Neutral, Unified, Use
 
 Value = Expression | Neutral
+
+ELSEWHERE = "--format compressed-tensors has codes and scales; fuseline.save keeps any model, for fuseline.load"
 
 
 @dataclass
@@ -131,8 +133,20 @@ def refuse_quantized(program: Program) -> None:
                 raise Mismatch(
                     f"'{node.meta['weight'].parameters()[0]}' is quantized ({scheme}), and a plain checkpoint has no "
                     "place for codes and scales",
-                    ["fuseline.save keeps quantized models, for fuseline.load"],
+                    [ELSEWHERE],
                 )
+
+
+def refuse_rounding(unified: Unified) -> None:
+    """Refuses values that are rounded at run time, of which format 'hf' cannot tell.
+
+    Raises:
+        Mismatch: naming a place.
+    """
+    for one in (*unified.inputs, *unified.caches):
+        raise Mismatch(
+            f"values are rounded at run time at {one.site}, of which a plain checkpoint says nothing", [ELSEWHERE]
+        )
 
 
 def check_split(model: torch.nn.Module, names: set[str]) -> None:

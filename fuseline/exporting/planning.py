@@ -15,46 +15,85 @@ from ..compiler.pipeline import Pipeline
 from ..compiler.plan import Plan
 from ..compiler.program import Program
 from ..compiler.report import PassReport
-from ..passes import Fuse, Raise, Rotate
-from .parameters import Assignment, assign, refuse_quantized
+from ..passes import Fuse, Quantize, Raise, Rotate
+from . import quantization
+from .parameters import Assignment, assign, refuse_quantized, refuse_rounding
+from .quantization import Quantization
 from .transforms import Transforms, transforms
 from .unify import Mismatch, Unified, unify
 
 
 @dataclass
 class Planned:
-    """What an export writes. rewritten: the program that the checkpoint stands for."""
+    """What an export writes.
+
+    rewritten: the program that the checkpoint stands for, without the rounding of activations, keys and values, which
+    each reader does in an arithmetic of its own.
+    """
 
     rewritten: Program
     unified: Unified
     assignment: Assignment
     transforms: Transforms
+    quantization: Quantization
     reports: list[PassReport]
 
 
-def plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline, decided: Plan | None = None) -> Planned:
+def plan(
+    model: torch.nn.Module, captured: Program, pipeline: Pipeline, decided: Plan | None = None, format: str = "hf"
+) -> Planned:
     """Runs the pipeline and solves for the model's parameters; decided: what its passes that need data decided.
 
     Raises:
         UserError: what stands in the way, and the nearest pipeline without it.
     """
     try:
-        return _plan(model, captured, pipeline, decided)
+        return _plan(model, captured, pipeline, decided, format)
     except Mismatch as error:
-        remedy = nearest_pipeline(pipeline, lambda other: _works(model, captured, other, decided))
+        remedy = nearest_pipeline(pipeline, lambda other: _works(model, captured, other, decided, format))
         raise UserError(error.headline, error.details, remedy) from error
 
 
-def _works(model: torch.nn.Module, captured: Program, pipeline: Pipeline, decided: Plan | None) -> bool:
+def _works(model: torch.nn.Module, captured: Program, pipeline: Pipeline, decided: Plan | None, format: str) -> bool:
     try:
-        _plan(model, captured, pipeline, decided)
+        _plan(model, captured, pipeline, decided, format)
     except FuselineError:
         return False
     return True
 
 
-def _plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline, decided: Plan | None) -> Planned:
-    """`raise` is how the model's own graph is read, and is run on both sides; `fuse` says only what runs together."""
+def _plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline, decided: Plan | None, format: str) -> Planned:
+    ours, theirs, reports = _both(captured, pipeline, decided)
+    if format == "hf":
+        refuse_quantized(theirs)
+    else:
+        quantization.refuse_others(model, captured, theirs)
+    unified = unify(ours, theirs)
+    if format == "hf":
+        refuse_rounding(unified)
+    assignment = assign(model, captured, unified.uses)
+    left_to_run = unified.online or unified.inputs or unified.caches
+    if not assignment.values and not left_to_run:
+        reasons = dict.fromkeys(reason for report in reports for reason in report.refused.values())
+        raise UserError(
+            f"the pipeline '{pipeline}' changes no weight, so the checkpoint would be a copy of the model's own",
+            [*reasons][:4],
+            None if reasons else '-p "raise,rotate{r1,r2,untie}"',
+        )
+    codes = quantization.describe(model, captured, unified, assignment)
+    if format != "hf" and codes.config is None:
+        raise UserError(f"the pipeline '{pipeline}' quantizes nothing", remedy="--format hf (format='hf')")
+    if unified.inputs or unified.caches:
+        theirs = _both(captured, Pipeline(_weights_only(pipeline.passes)), decided)[1]
+    online = transforms(model, captured, unified.online)
+    return Planned(theirs, unified, assignment, online, codes, reports)
+
+
+def _both(captured: Program, pipeline: Pipeline, decided: Plan | None) -> tuple[Program, Program, list[PassReport]]:
+    """The model's own graph, and the rewritten one.
+
+    `raise` is how the model's own graph is read, and is run on both sides; `fuse` says only what runs together.
+    """
     ours = theirs = captured
     reports: list[PassReport] = []
     for step in pipeline.passes:
@@ -66,22 +105,20 @@ def _plan(model: torch.nn.Module, captured: Program, pipeline: Pipeline, decided
         reports += report.passes
         if isinstance(step, Raise):
             ours = theirs if ours is before else Pipeline((step,)).run(ours)[0]
-    refuse_quantized(theirs)
-    unified = unify(ours, theirs)
-    assignment = assign(model, captured, unified.uses)
-    if not assignment.values and not unified.online:
-        reasons = dict.fromkeys(reason for report in reports for reason in report.refused.values())
-        raise UserError(
-            f"the pipeline '{pipeline}' changes no weight, so the checkpoint would be a copy of the model's own",
-            [*reasons][:4],
-            None if reasons else '-p "raise,rotate{r1,r2,untie}"',
-        )
-    return Planned(theirs, unified, assignment, transforms(model, captured, unified.online), reports)
+    return ours, theirs, reports
 
 
 def nearest_pipeline(pipeline: Pipeline, works: Callable[[Pipeline], bool]) -> str | None:
-    """The pipeline with the fewest of these changes that works: tables untied, approximations out, rotations out."""
-    changes = [_rotations(untie=True), _exact, *(_rotations(**{name: False}) for name in ("r3", "r4", "r1", "r2"))]
+    """The pipeline with the fewest of these changes that works.
+
+    The changes are: tables untied, weights alone quantized, nothing quantized, rotations left out.
+    """
+    changes = [
+        _rotations(untie=True),
+        _weights_only,
+        _exact,
+        *(_rotations(**{name: False}) for name in ("r3", "r4", "r1", "r2")),
+    ]
     tried = {pipeline}
     for count in range(1, len(changes)):
         for chosen in itertools.combinations(changes, count):
@@ -94,6 +131,13 @@ def nearest_pipeline(pipeline: Pipeline, works: Callable[[Pipeline], bool]) -> s
                 if works(candidate):
                     return f'-p "{candidate}"'
     return None
+
+
+def _weights_only(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    """Without the rounding of activations, keys and values."""
+    bare = {"activations": None, "keys": None, "values": None}
+    kept = (p for p in passes if not isinstance(p, Quantize) or p.weights)
+    return tuple(dataclasses.replace(p, **bare) if isinstance(p, Quantize) else p for p in kept)
 
 
 def _exact(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:

@@ -34,6 +34,15 @@ for each transform before it reads the stored one."""
 class MissingPackage(UserError):
     """compressed-tensors is not installed."""
 
+    @classmethod
+    def check(cls, what: str) -> None:
+        """Raises itself where the package is missing; what: "… are read", of what it does."""
+        try:
+            import compressed_tensors  # noqa: F401
+        except ImportError as error:
+            headline = f"{what} by compressed-tensors, which is not installed"
+            raise cls(headline, [str(error)], "pip install compressed-tensors") from error
+
 
 @dataclass
 class Transforms:
@@ -121,14 +130,9 @@ def apply(model: torch.nn.Module, config: dict[str, Any], stored: dict[str, torc
     Raises:
         MissingPackage: it is not installed.
     """
-    try:
-        from compressed_tensors.transform import TransformConfig, apply_transform_config
-    except ImportError as error:
-        raise MissingPackage(
-            "rotations at run time are applied by compressed-tensors, which is not installed",
-            [str(error)],
-            "pip install compressed-tensors",
-        ) from error
+    MissingPackage.check("rotations at run time are applied")
+    from compressed_tensors.transform import TransformConfig, apply_transform_config
+
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
         apply_transform_config(model, TransformConfig.model_validate(config))
     with torch.no_grad():

@@ -2,11 +2,14 @@
 
 Both graphs are walked together from what they return. Wherever the model reads a parameter, the rewritten graph has to
 read an expression of the same shape and dtype, which is then the parameter's new value; so nothing is inferred from
-names. Two differences are allowed beside that:
+names. These differences are allowed beside that:
 
     norm     rms_norm(x, γ)            rms_norm(x)                    γ was folded away: it becomes neutral
     online   linear(x, W)              linear(x·R, W')                R is left at run time, on a product's input
              attention(q, k, v)        attention(q·R, k·R, v)         or on queries and keys
+    codes    linear(x, W)              linear(x, dequantize(W'))      W' is quantized
+    rounded  linear(x, W)              linear(round(x), W')           a product's input is rounded at run time
+             attention(q, k, v)        attention(q, round(k), round(v))   or keys and values
 
 Any other is a `Mismatch`: something that no values of the parameters can express.
 """
@@ -24,9 +27,11 @@ from ..compiler.expressions import Expression
 from ..compiler.ops import rms_norm
 from ..compiler.program import Program
 from ..compiler.provenance import makers, module_path, source_line
+from ..compiler.schemes import Scheme
 from ..compiler.sites import op_name, sites
 from ..passes.rotation.carriers import is_attention
 from ..passes.rotation.products import product
+from .codes import dequantized, rounded
 from .rotations import Matrix, peel
 
 
@@ -61,10 +66,35 @@ class Online:
     weight: Expression | None
 
 
+@dataclass(frozen=True)
+class RoundedInput:
+    """The input of a product with `weight`, rounded at run time."""
+
+    site: str
+    weight: Expression
+    scheme: Scheme
+
+
+@dataclass(frozen=True)
+class RoundedCache:
+    """Keys and values of an attention, rounded at run time; channels: of a key and of a value."""
+
+    site: str
+    module: str
+    keys: Scheme | None
+    values: Scheme | None
+    channels: tuple[int, int]
+
+
 @dataclass
 class Unified:
+    """uses: what is read in the place of each weight. The rest is left at run time."""
+
     uses: list[Use] = field(default_factory=list)
     online: list[Online] = field(default_factory=list)
+    inputs: list[RoundedInput] = field(default_factory=list)
+    caches: list[RoundedCache] = field(default_factory=list)
+    attentions: int = 0
 
 
 def unify(model: Program, rewritten: Program) -> Unified:
@@ -112,9 +142,16 @@ class _Walk:
         if ours.target is rms_norm.overload:
             mine, other = self._norm(ours, mine, other)
         elif is_attention(ours):
+            self._keys_and_values(ours, other)
             self._queries(ours, theirs, other)
         elif (made := product(ours)) is not None:
+            if len(other) > len(mine):  # `quantize` writes an absent bias out
+                mine += [None] * (len(other) - len(mine))
             position = next(i for i, a in enumerate(mine) if a is made.x and i != made.position)
+            whole = rounded(other[position])
+            if whole is not None:
+                other[position] = whole.x
+                self.found.inputs.append(RoundedInput(self.sites[ours], made.expression, whole.scheme))
             found = peel(other[position])
             if found is not None and peel(mine[position]) is None:
                 other[position] = found.x
@@ -126,8 +163,9 @@ class _Walk:
 
     def _argument(self, ours: Node, theirs: Node, a: Any, b: Any) -> Iterator[tuple[Node, Node]]:
         if isinstance(a, Node) and isinstance(b, Node):
-            if "weight" in a.meta or "weight" in b.meta:
-                self._weight(ours, theirs, a, b)
+            value = b.meta.get("weight") or dequantized(b)
+            if "weight" in a.meta or value is not None:
+                self._weight(ours, theirs, a, b, value)
             else:
                 yield a, b
         elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
@@ -136,11 +174,11 @@ class _Walk:
         elif isinstance(a, Node) or isinstance(b, Node) or a != b:
             raise self._mismatch(ours, theirs)
 
-    def _weight(self, ours: Node, theirs: Node, a: Node, b: Node) -> None:
-        kinds = [(n.meta["val"].shape, n.meta["val"].dtype) if "weight" in n.meta else None for n in (a, b)]
-        if kinds[0] != kinds[1]:
+    def _weight(self, ours: Node, theirs: Node, a: Node, b: Node, value: Expression | None) -> None:
+        kinds = [(n.meta["val"].shape, n.meta["val"].dtype) for n in (a, b)]
+        if "weight" not in a.meta or value is None or kinds[0] != kinds[1]:
             raise self._mismatch(ours, theirs)
-        self._use(ours, a, b.meta["weight"])
+        self._use(ours, a, value)
 
     def _use(self, ours: Node, weight: Node, value: Expression | Neutral) -> None:
         self.found.uses.append(Use(self.sites[ours], module_path(ours), weight.meta["weight"], value))
@@ -153,6 +191,19 @@ class _Walk:
         self._use(ours, mine[1], Neutral(0.0 if full[0][3] else 1.0))
         kept = [[a for i, a in enumerate(args) if i not in (1, 3)] for args in full]
         return kept[0], kept[1]
+
+    def _keys_and_values(self, ours: Node, other: list[Any]) -> None:
+        self.found.attentions += 1
+        both = [rounded(x) for x in other[1:3]]
+        channels = [int(x.meta["val"].shape[-1]) for x in other[1:3]]
+        for at, one in enumerate(both, start=1):
+            if one is not None:
+                other[at] = one.x
+        keys, values = (None if one is None else one.scheme for one in both)
+        if keys or values:
+            self.found.caches.append(
+                RoundedCache(self.sites[ours], module_path(ours), keys, values, (channels[0], channels[1]))
+            )
 
     def _queries(self, ours: Node, theirs: Node, other: list[Any]) -> None:
         found = [peel(x) for x in other[:2]]

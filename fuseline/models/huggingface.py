@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fuseline.compiler.errors import UserError
+from fuseline.models import compressed
 from fuseline.models.checks import check_safetensors, check_weights, require
 from fuseline.models.loaded import LoadedModel, Tokenizer
 from fuseline.models.tokens import ByteTokenizer
@@ -23,6 +24,8 @@ EXAMPLE_TOKENS = 32
 def load_directory(path: Path, name: str, dtype: torch.dtype | None = None) -> LoadedModel:
     """Loads a folder written by `save_pretrained`. dtype: None keeps the checkpoint's.
 
+    Quantized weights of compressed-tensors stay codes: see `compressed.py`.
+
     Raises a UserError for a folder without config.json, a weight file that is missing, truncated or incomplete, and
     for weights that are not finite.
     """
@@ -32,10 +35,21 @@ def load_directory(path: Path, name: str, dtype: torch.dtype | None = None) -> L
         raise UserError(f"{path} has no config.json", [f"found: {found}"], "a folder written by model.save_pretrained")
     check_files(path)
     with quiet():
-        model = from_pretrained(path, dtype)
+        model = from_pretrained(path, dtype, _with_our_reader(path))
         tokenizer = load_tokenizer(path, model)
     check_weights(model, str(path))
     return as_loaded(name, model, tokenizer)
+
+
+def _with_our_reader(path: Path) -> Any:
+    """The folder's configuration, quantized weights of compressed-tensors to be read by Fuseline."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == compressed.METHOD:
+        config.quantization_config = compressed.redirected(quantization)
+    return config
 
 
 def as_loaded(name: str, model: nn.Module, tokenizer: Tokenizer | None) -> LoadedModel:

@@ -38,3 +38,18 @@ def test_no_check_and_no_pipeline(cli: Callable, tmp_path: Path) -> None:
 def test_a_refusal_is_an_error_with_a_pipeline(cli: Callable, tmp_path: Path) -> None:
     result = cli("export", "demo:tiny-decoder", "-p", PIPELINE, "-o", str(tmp_path / "out"))
     assert result.code == 2 and "no class of transformers" in result.err
+
+
+def test_quantized_weights(cli: Callable, tmp_path: Path) -> None:
+    pipeline = "quantize{weights=int4:g32,only=*.mlp.*},quantize{weights=int8,activations=int8,skip=*.mlp.*}"
+    wanted = ["export", "demo:tiny-llama", "-p", pipeline, "-o", str(tmp_path / "out"), "--no-check"]
+    plain = cli(*wanted)
+    assert plain.code == 2 and "a plain checkpoint has no place" in plain.err and "compressed-tensors" in plain.err
+    result = cli(*wanted, "--format", "compressed-tensors", "--json", str(tmp_path / "data.json"))
+    assert result.code == 0, result.err
+    printed = " ".join(result.out.split())
+    assert "pack-quantized, weights int4:g32:asym of 6 linears" in printed
+    assert "int-quantized, weights int8:channel:sym, inputs int8:token:sym of 8 linears" in printed
+    assert "1 linears as they were: lm_head" in printed
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written == json.loads((tmp_path / "data.json").read_text())["quantization"]

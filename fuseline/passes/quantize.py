@@ -114,7 +114,7 @@ class Quantize(Pass):
                 raise UserError(f"'{name}' says nothing to method={method.value}", remedy=f"method={methods[0].value}")
         if self.order and not self.static:
             raise UserError(
-                "columns in another order keep their groups only where the scales are known before: 'order' needs 'static'",
+                "columns keep their groups in another order only where scales are known before: 'order' needs 'static'",
                 remedy=example.replace("gptq}", "gptq,static,order}"),
             )
         if self.damp <= 0 or not 0 <= self.alpha <= 1:

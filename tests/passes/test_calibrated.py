@@ -105,6 +105,18 @@ def test_behind_rotate_it_sees_rotated_inputs() -> None:
     assert lost < 0.2 < (columns.expanded(decided, SCHEME, plain) - plain).norm() / plain.norm()
 
 
+def test_rotations_are_learned_for_what_calibration_follows() -> None:
+    both = Quantize(weights="int4:g8", activations="int4", method=Method.GPTQ, damp=0.1)
+    assert str(both.without_data()) == "quantize{activations=int4,allow_empty}"
+    assert Quantize(weights="int4", method=Method.AWQ).without_data().weights == "int4"
+    model = Decoder(Shape(width=16, heads=2, head=8, inner=32, layers=1)).float()
+    data = [torch.randint(0, VOCABULARY, (2, 12)) for _ in range(2)]
+    text = "raise,rotate{r2,r4,kind=learned,steps=2},quantize{weights=int4:g8,activations=int4,method=gptq}"
+    plan = fuseline.analyze(model, text, data)
+    assert plan.of("rotate")[""].structure["measured"]["start"] > 0
+    assert torch.isfinite(after(model, text, data, plan)(data[0])).all()
+
+
 class Layouts(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -21,10 +21,12 @@ from fuseline.compiler.expressions import (
     Centre,
     Concat,
     Constant,
+    Decided,
     Dequantize,
     Expression,
     Hadamard,
     HadamardCore,
+    HalfQuadratic,
     Matmul,
     Offset,
     Orthogonal,
@@ -55,9 +57,11 @@ devices = st.sampled_from(("cpu", "cuda:0"))
 constants = st.lists(st.floats(allow_nan=False, width=32), max_size=4).map(
     lambda v: Constant(tuple(v), (len(v),), torch.float32, "cpu")
 )
+numbers = st.floats(-9, 9, width=32)
+planned = st.builds(lambda n, device: Planned.of(torch.eye(n, dtype=torch.float64), device), st.integers(0, 3), devices)
 leaves = st.one_of(
     st.builds(Param, names),
-    st.builds(lambda n, device: Planned.of(torch.eye(n, dtype=torch.float64), device), st.integers(0, 3), devices),
+    planned,
     constants,
     st.builds(HadamardCore, st.sampled_from((3, 12, 20)), devices, st.sampled_from((torch.int8, *DTYPES))),
     st.builds(Signs, st.integers(1, 8), st.integers(0, 2**40), st.sampled_from(DTYPES), devices),
@@ -83,6 +87,8 @@ def expressions() -> st.SearchStrategy[Expression]:
             st.builds(Reshape, x, st.lists(small, max_size=3).map(tuple)),
             st.builds(Hadamard, x, st.integers(-2, 1), st.sampled_from((0, 4, 12))),
             st.builds(Quantize, x, schemes),
+            st.builds(HalfQuadratic, x, schemes),
+            st.builds(Decided, x, planned, planned, st.none() | planned, st.tuples(numbers, numbers)),
             st.builds(Output, x, st.sampled_from(("codes", "scale", "zero"))),
             st.builds(Pack, x, schemes),
             st.builds(Dequantize, x, x, st.none() | x, st.sampled_from((4, 8)), small, st.sampled_from(DTYPES)),

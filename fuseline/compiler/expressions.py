@@ -370,7 +370,8 @@ class Decided(Expression):
 
     def compute(self, values: list[Any], lookup: Lookup) -> Any:
         x, *found = values
-        if type(x) is torch.Tensor and x.device.type != "meta" and not same_weight(self.probe, probe(x)):
+        is_real = type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta"
+        if is_real and not same_weight(self.probe, probe(x)):
             name = next(iter(self.parameters()), "a constant")
             raise UserError(
                 f"the plan's codes were chosen for other values of '{name}'",

@@ -108,6 +108,10 @@ class Pass:
         """The same for a pass whose decisions depend on the passes after it, or take long."""
         return self.analyze(study.program, study.data)
 
+    def without_data(self) -> Pass | None:
+        """What stands for this pass where an earlier one is decided on and this one not yet; None to leave it out."""
+        return None if self.needs_data else self
+
     def findings(self, decisions: Mapping[str, SitePlan]) -> Findings:
         """What `decide` found, to be read before the plan is used."""
         return Findings(lines=(f"decided at {len(decisions)} sites",))

@@ -1,9 +1,9 @@
 """Ranges by half-quadratic splitting: no data, and robust to outliers among the weights.
 
 Minimises Σ|w − ŵ|^p with p < 1 over a group's scale and zero point. The error is split into a sparse part e and the
-rest: e = shrink(w − ŵ), then scale and zero point are fitted to w − e by least squares, and again. The shrinking is done
-in steps of the first grid, so that it does not depend on the weight's magnitude. Source: HQQ (Badri and Shaji, 2023),
-where zero points are real numbers and only they are fitted; here they are codes, so the scale is fitted as well.
+rest: e = shrink(w − ŵ), then scale and zero point are fitted to w − e by least squares, and again. Errors are shrunk in
+steps of the first grid, so that nothing depends on the weight's magnitude. Source: HQQ (Badri and Shaji, 2023), where
+zero points are real numbers and only they are fitted; here they are codes, so the scale is fitted as well.
 """
 
 from __future__ import annotations

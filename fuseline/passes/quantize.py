@@ -58,7 +58,7 @@ from ..compiler.program import Program
 from ..compiler.registry import register
 from ..compiler.rewriter import Builder, Rewriter
 from ..compiler.schemes import Scheme
-from .calibrated import CALIBRATED, Method, decide, findings, fold_scales
+from .calibrated import CALIBRATED, Method, check_options, decide, findings, fold_scales
 from .quantize_attention import rounded_attention
 from .quantize_sites import Site, heads, out_of_reach, path_of, sites
 from .quantize_values import round_trip
@@ -97,29 +97,7 @@ class Quantize(Pass):
                 remedy="quantize{weights=int8}, quantize{weights=int4:g64} or quantize{weights=int8,activations=int8}",
             )
         self.schemes()
-        self._check_method()
-
-    def _check_method(self) -> None:
-        """Options that say nothing about the method are errors."""
-        method, example = self.method, "quantize{weights=int4:g64,method=gptq}"
-        if method is Method.SMOOTH and not self.activations:
-            raise UserError(
-                "method=smooth makes activations easier to round, and none are",
-                remedy="quantize{weights=int8,activations=int8,method=smooth}",
-            )
-        if method in (Method.GPTQ, Method.AWQ, Method.HQQ) and not self.weights:
-            raise UserError(f"method={method.value} chooses the codes of weights, and none are rounded", remedy=example)
-        given = {"static": (Method.GPTQ,), "order": (Method.GPTQ,), "damp": (Method.GPTQ,), "alpha": (Method.SMOOTH,)}
-        for name, methods in {**given, "offload": CALIBRATED}.items():
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default and method not in methods:
-                raise UserError(f"'{name}' says nothing to method={method.value}", remedy=f"method={methods[0].value}")
-        if self.order and not self.static:
-            raise UserError(
-                "columns in another order keep their groups only where the scales are known before: 'order' needs 'static'",
-                remedy=example.replace("gptq}", "gptq,static,order}"),
-            )
-        if self.damp <= 0 or not 0 <= self.alpha <= 1:
-            raise UserError("damp is above 0, and alpha between 0 and 1")
+        check_options(self)
 
     @property
     def needs_data(self) -> bool:  # type: ignore[override]
@@ -128,6 +106,14 @@ class Quantize(Pass):
 
     def decide(self, study: Study) -> dict[str, SitePlan]:
         return decide(self, study)
+
+    def without_data(self) -> Quantize | None:
+        """Rounding to nearest. Where activations are rounded too, weights are left: what calibration makes up for is
+        not what an earlier pass should be chosen by (SpinQuant, Liu et al., 2024)."""
+        if not self.needs_data:
+            return self
+        weights = None if self.activations and self.method is Method.GPTQ else self.weights
+        return Quantize(weights, self.activations, self.keys, self.values, self.only, self.skip, allow_empty=True)
 
     def findings(self, decisions: Mapping[str, SitePlan]) -> Findings:
         return findings(decisions)

@@ -36,10 +36,10 @@ def decide_columns(step: Quantize, study: Study) -> dict[str, SitePlan]:
     found = list(step.admitted(program))
     name_of = {site.node: name for site, name in zip(found, names, strict=True)}
     refused, groups = _grouped(found)
+    stream = Stream(program, study.data, step.offload)
     journal = Journal(study.checkpoint, f"{step} on data {study.digest()}")
     for site, reason in refused.items():
         journal.decisions[name_of[site.node]] = SitePlan({"reason": reason})
-    stream = Stream(program, study.data, step.offload)
     try:
         for stop in steps(stream.stops(groups), "calibrating", total=len(groups)):
             _decide(step, stop, [name_of[site.node] for site in stop.sites], journal)
@@ -121,7 +121,7 @@ def _decisions(
                 "error_nearest": _share(nearest[i], size[i]),
                 "error": _share(found[i], size[i]),
             },
-            {name: pieces[i].cpu() for name, pieces in whole.items()},
+            {name: pieces[i].cpu().clone() for name, pieces in whole.items()},
         )
         for i, weight in enumerate(weights)
     ]

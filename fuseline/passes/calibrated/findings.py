@@ -10,17 +10,19 @@ from ...compiler.plan import SitePlan
 
 
 def findings(decisions: Mapping[str, SitePlan]) -> Findings:
-    """Errors are Σ|Δ|² / Σ|result|² of the products on the calibration data, means over the sites of a kind."""
-    kinds: dict[str, list[SitePlan]] = {}
+    """Before and after, means over the sites of a kind: of Σ|Δ|² / Σ|result|² of the products on the calibration data
+    when they are rounded to nearest and as chosen; of smooth, the largest number that the products read."""
+    measure = "error" if any("error" in one.structure for one in decisions.values()) else "largest"
+    before, after = ("error_nearest", "error") if measure == "error" else ("largest_before", "largest")
+    kinds: dict[str, list[dict[str, float]]] = {}
     for site, decision in decisions.items():
-        if "error" in decision.structure:
-            kinds.setdefault(site.rpartition("/")[0].rpartition(".")[2] or site, []).append(decision)
+        if after in decision.structure:
+            kinds.setdefault(site.rpartition("/")[0].rpartition(".")[2] or site, []).append(decision.structure)
     rows = []
     for kind, ones in kinds.items():
-        before, after = (sum(one.structure[key] for one in ones) / len(ones) for key in ("error_nearest", "error"))
-        change = f"{after / before - 1:+.1%}" if before else "-"
-        rows.append((kind, str(len(ones)), f"{before:.3g}", f"{after:.3g}", change))
-    return Findings(("sites", "count", "nearest", "found", "change"), tuple(rows), tuple(_lines(decisions)))
+        was, now = (sum(one[key] for one in ones) / len(ones) for key in (before, after))
+        rows.append((kind, str(len(ones)), f"{was:.3g}", f"{now:.3g}", f"{now / was - 1:+.1%}" if was else "-"))
+    return Findings(("sites", "count", measure, "after", "change"), tuple(rows), tuple(_lines(decisions)))
 
 
 def _lines(decisions: Mapping[str, SitePlan]) -> list[str]:

@@ -14,7 +14,7 @@ EVERY = 60.0
 
 
 class Journal:
-    """Decisions by site; path: None keeps no file. `search` says what is decided: a file of something else is refused."""
+    """Decisions by site. path: None keeps no file; search: what is decided, a file of something else is refused."""
 
     def __init__(self, path: Path | None, search: str):
         self.path, self.search = path, search

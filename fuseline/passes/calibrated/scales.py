@@ -40,6 +40,7 @@ def decide_scales(step: Quantize, study: Study) -> dict[str, SitePlan]:
     """The factors of each site's input channels, or why they fold nowhere."""
     program = study.program
     rewriter, folds = Rewriter(program, step.name), Folds(program, untie=False)
+    stream = Stream(program, study.data, step.offload)
     journal = Journal(study.checkpoint, f"{step} on data {study.digest()}")
     groups = []
     for group in _groups(step, program):
@@ -49,13 +50,13 @@ def decide_scales(step: Quantize, study: Study) -> dict[str, SitePlan]:
                 journal.decisions[rewriter.site(site.node)] = SitePlan({"unscaled": found})
         elif any(rewriter.site(site.node) not in journal.decisions for site in group):
             groups.append(group)
-    stream = Stream(program, study.data, step.offload)
     try:
         for stop in steps(stream.stops(groups), "calibrating", total=len(groups)):
             seen = moments(stop.sites[0], rewriter.site(stop.sites[0].node), stop.x())
             decision = _decision(step, stop, seen)
-            for site in stop.sites:
-                journal.add(rewriter.site(site.node), decision)
+            for number, site in enumerate(stop.sites):  # the first holds the factors of all
+                tensors = {} if number else decision.tensors
+                journal.add(rewriter.site(site.node), SitePlan(decision.structure, tensors))
     except BaseException:
         journal.write()
         raise

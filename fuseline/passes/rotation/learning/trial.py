@@ -32,12 +32,12 @@ DENSE = 4096
 class Variants:
     """Makes programs: the one before, with chosen rotations, as the passes behind leave it.
 
-    after: the passes up to the last lossy one, but for those that want data themselves.
+    after: the passes up to the last lossy one; for those that want data themselves, what stands for them.
     """
 
     def __init__(self, step: Rotate, program: Program, after: Sequence[Pass]):
         self.step, self.program = step, program
-        able = [later for later in after if not later.needs_data]
+        able = [stand_in for later in after if (stand_in := later.without_data()) is not None]
         last = max((i for i, later in enumerate(able) if later.tier is Tier.LOSSY), default=-1)
         self.after = able[: last + 1]
         self.rewriter: Rewriter | None = None

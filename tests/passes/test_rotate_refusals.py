@@ -22,6 +22,7 @@ from fuseline.compiler.precision import error
 from fuseline.compiler.provenance import makers
 from fuseline.passes import rotation
 from fuseline.passes.rotation import centring, folds
+from fuseline.passes.rotation.carriers import carriers
 from tests.passes.rotated_models import VOCABULARY, Decoder, Shape
 from tests.passes.test_rotate import IDS, change, counts, program, rotated
 
@@ -337,3 +338,23 @@ REASONS = (
     "no number of blocks",
 )
 """The words of each reason that has a counter-example here, without names and numbers."""
+
+
+def test_a_mask_takes_as_many_dimensions_as_it_has() -> None:
+    """One that has them all picks single channels, which no basis survives; one that has all but the last, rows."""
+
+    class Put(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            return torch.index_put(x, (mask,), values)
+
+    x, values = torch.randn(2, 5, 8), torch.randn(8)
+    for dims, carried in ((1, True), (2, True), (3, False)):
+        mask = torch.zeros(x.shape[:dims], dtype=torch.bool)
+        mask.view(-1)[: 8 if dims == 3 else 2] = True
+        graph = fuseline.capture(Put(), (x, mask, values)).graph
+        (node,) = [n for n in graph.nodes if n.target is torch.ops.aten.index_put.default]
+        found = carriers(node, 8)
+        assert found == ((node.args[0], node.args[2]) if carried else None), dims
+        turned = torch.linalg.qr(torch.randn(8, 8))[0]
+        commutes = torch.allclose(Put()(x @ turned, mask, values @ turned), Put()(x, mask, values) @ turned, atol=1e-5)
+        assert commutes == carried

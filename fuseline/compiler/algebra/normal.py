@@ -65,7 +65,7 @@ def view(x: sympy.Expr, before: tuple[str, ...], after: tuple[str, ...]) -> symp
 class Normal:
     """Brings values into their normal form; used: how often each axiom was.
 
-    heads: also writes views that cut channels into heads as sums over the heads, of which a slice or a split keeps some.
+    heads: also writes views that cut channels into heads as sums over the heads, of which slices and splits keep some.
     """
 
     def __init__(self, axioms: frozenset[Axiom], heads: bool = False):

@@ -33,10 +33,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from ..compiler import ops
 from ..compiler.errors import UserError
-from ..compiler.expressions import Expression, Output, Pack, Param
-from ..compiler.expressions import Quantize as QuantizeExpression
+from ..compiler.expressions import Expression, Param
 from ..compiler.framework import Pass, Tier
 from ..compiler.program import Program
 from ..compiler.registry import register
@@ -44,7 +42,7 @@ from ..compiler.rewriter import Builder, Rewriter
 from ..compiler.schemes import Scheme
 from .quantize_attention import rounded_attention
 from .quantize_sites import Site, heads, out_of_reach, path_of, sites
-from .quantize_values import round_trip
+from .quantize_values import round_trip, rounded_weight
 
 aten = torch.ops.aten
 
@@ -119,18 +117,15 @@ class Quantize(Pass):
         if not isinstance(expression, Param):
             rewriter.refuse(node, "the embedding's table is computed, not a parameter")
             return
-        channels = table.meta["val"].shape[1]  # type: ignore[union-attr]
-        reason = scheme.refuse(channels) or _needs_gradient(program, expression)
+        rows, channels = (int(s) for s in table.meta["val"].shape)  # type: ignore[union-attr]
+        reason = scheme.refuse(channels, rows) or _needs_gradient(program, expression)
         if reason:
             rewriter.refuse(node, reason)
             return
 
         def build(new: Builder) -> Node:
-            parts = [
-                None if p is None else new(aten.embedding.default, p, indices) for p in _parts(new, expression, scheme)
-            ]
-            dtype = node.meta["val"].dtype
-            return new(ops.dequantize, *parts, scheme.bits, scheme.group_of(channels), dtype)
+            gathered = lambda part: new(aten.embedding.default, part, indices)
+            return rounded_weight(new, expression, scheme, channels, node.meta["val"].dtype, gathered)
 
         rewriter.rewrite(node, [node], build, "embedding")
 
@@ -153,7 +148,7 @@ class Quantize(Pass):
             return f"its result is {site.node.meta['val'].dtype}, not a floating-point type"
         if activations and site.kernel:
             return "a convolution's input has no tokens to share a scale: leave the convolutions out, skip=…"
-        reason = weights.refuse(site.shape[1]) if weights else None
+        reason = weights.refuse(site.shape[1], site.shape[0]) if weights else None
         reason = reason or (activations.refuse_group(site.shape[1]) if activations else None)
         return reason or _needs_gradient(program, site.weight)
 
@@ -189,15 +184,6 @@ def _needs_gradient(program: Program, weight: Expression) -> str | None:
     return None
 
 
-def _parts(new: Builder, weight: Expression, scheme: Scheme) -> list[Node | None]:
-    quantized = QuantizeExpression(weight, scheme)
-    return [
-        new.weight(Pack(Output(quantized, "codes"), scheme)),
-        new.weight(Output(quantized, "scale")),
-        None if scheme.symmetric else new.weight(Output(quantized, "zero")),
-    ]
-
-
 def _quantized(
     new: Builder, site: Site, weights: Scheme | None, activations: Scheme | None, inputs: dict[Node, Node]
 ) -> Node:
@@ -208,8 +194,7 @@ def _quantized(
             inputs[x] = round_trip(new, x, activations)
         x = inputs[x]
     if weights is not None:
-        parts = _parts(new, site.weight, weights)
-        table = new(ops.dequantize, *parts, weights.bits, weights.group_of(channels), dtype)
+        table = rounded_weight(new, site.weight, weights, channels, dtype)
     else:
         table = new.weight(site.weight)
     if site.kernel is not None:

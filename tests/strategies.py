@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fuseline.compiler.expressions import (
     Concat,
     Constant,
     Decided,
+    Decode,
     Dequantize,
     Expression,
     Hadamard,
@@ -41,6 +42,7 @@ from fuseline.compiler.expressions import (
     Slice,
     Transpose,
 )  # fmt: skip
+from fuseline.compiler.formats import FORMATS
 from fuseline.compiler.framework import Level, Pass, Tier, options
 from fuseline.compiler.pipeline import Pipeline
 from fuseline.compiler.registry import available
@@ -52,7 +54,17 @@ settings.load_profile("fuseline")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 names = st.text("abcdefgh._0123456789", min_size=1, max_size=12)
-schemes = st.builds(Scheme, st.sampled_from((4, 8)), st.sampled_from((0, 2, 16, 64)), st.booleans(), st.booleans())
+
+
+@st.composite
+def schemes(draw: st.DrawFn, formats: Iterable[str] = FORMATS, groups: Iterable[int] = (0, 2, 16, 64)) -> Scheme:
+    """Schemes of every format, granularity, symmetry and search that the text form can name."""
+    form = FORMATS[draw(st.sampled_from(sorted(formats)))]
+    group = form.group or draw(st.sampled_from(tuple(groups)))
+    rows = 1 if form.group else draw(st.sampled_from((1, 1, group or 0) if group != 1 else (1,)))
+    return Scheme(form.name, group, not form.affine or draw(st.booleans()), draw(st.booleans()), rows)
+
+
 devices = st.sampled_from(("cpu", "cuda:0"))
 constants = st.lists(st.floats(allow_nan=False, width=32), max_size=4).map(
     lambda v: Constant(tuple(v), (len(v),), torch.float32, "cpu")
@@ -86,13 +98,17 @@ def expressions() -> st.SearchStrategy[Expression]:
             st.builds(Blocks, x, st.builds(Orthogonal, st.integers(1, 9), small, st.just("cpu")), small),
             st.builds(Reshape, x, st.lists(small, max_size=3).map(tuple)),
             st.builds(Hadamard, x, st.integers(-2, 1), st.sampled_from((0, 4, 12))),
-            st.builds(Quantize, x, schemes),
-            st.builds(HalfQuadratic, x, schemes),
+            st.builds(Quantize, x, schemes()),
+            st.builds(HalfQuadratic, x, schemes()),
             st.builds(Decided, x, planned, planned, st.none() | planned, st.tuples(numbers, numbers)),
-            st.builds(Output, x, st.sampled_from(("codes", "scale", "zero"))),
-            st.builds(Pack, x, schemes),
+            st.builds(Output, x, st.sampled_from(("codes", "scale", "zero", "outer"))),
+            st.builds(Pack, x, schemes()),
             st.builds(Dequantize, x, x, st.none() | x, st.sampled_from((4, 8)), small, st.sampled_from(DTYPES)),
-        )
+            st.builds(
+                Decode, x, x, st.none() | x, st.none() | x, st.sampled_from(sorted(FORMATS)), small, st.booleans(),
+                st.sampled_from(DTYPES),
+            ),
+        )  # fmt: skip
 
     return st.recursive(leaves, grow, max_leaves=6)
 
@@ -201,8 +217,8 @@ def _quantizer(weights: Scheme, activations: bool) -> Pass:
     return Pipeline(f"quantize{{weights={weights}{rest},allow_empty}}").passes[0]
 
 
-_groups = st.sampled_from((0, 2, 4, 8, 16, 5))  # the last divides no width of `blocks()`
-quantizers = st.builds(_quantizer, st.builds(Scheme, st.sampled_from((4, 8)), _groups, st.booleans()), st.booleans())
+# The last group divides no width of `blocks()`.
+quantizers = st.builds(_quantizer, schemes(groups=(0, 2, 4, 8, 16, 5)).filter(lambda s: not s.mse), st.booleans())
 
 
 @st.composite

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 import fuseline
 from fuseline import UserError
 from fuseline.codegen.lower import lower
-from fuseline.compiler.expand import dequantize_in_blocks, expand_at_use
+from fuseline.compiler.expand import decode_in_blocks, dequantize_in_blocks, expand_at_use
 from fuseline.compiler.expressions import Cast, Concat, Constant, Output, Pack, Param, Quantize, Scale
 from fuseline.compiler.observe import Numerics
-from fuseline.compiler.ops import dequantize
+from fuseline.compiler.ops import decode, dequantize, encode
 from fuseline.compiler.outline import inline
 from fuseline.compiler.schemes import Scheme
 from fuseline.compiler.weights import STORE, WeightStore, stand_in
@@ -287,7 +287,9 @@ def test_one_weight_is_expanded_at_a_time() -> None:
     assert len(expansions) == 3 and all(n.next in n.users for n in expansions)
 
 
-@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(8, 16, False), Scheme(4, 32), Scheme(4, 16, False)])
+@pytest.mark.parametrize(
+    "scheme", [Scheme("int8"), Scheme("int8", 16, False), Scheme("int4", 32), Scheme("int4", 16, False)]
+)
 @pytest.mark.parametrize("shape", [(700, 64), (3, 200, 64), (1, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_give_the_same_bits(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch) -> None:
@@ -297,6 +299,21 @@ def test_blocks_give_the_same_bits(scheme: Scheme, shape: tuple[int, ...], dtype
     parts = scheme.quantize(torch.randn(shape, dtype=dtype))
     given = scheme.pack(parts["codes"]), parts["scale"], parts.get("zero"), scheme.bits, scheme.group_of(64), dtype
     assert torch.equal(dequantize_in_blocks(*given), dequantize.naive(*given))
+
+
+@pytest.mark.parametrize("text", ["int3:g16", "mxfp4", "nvfp4", "fp8:b16", "ternary"])
+def test_blocks_of_any_format_give_the_same_bits(text: str, monkeypatch) -> None:
+    from fuseline.compiler import expand
+
+    monkeypatch.setitem(expand.BLOCK, "cpu", 64 * 100)
+    scheme = Scheme.parse(text, weights=True)
+    parts = scheme.quantize(torch.randn(704, 64))
+    given = scheme.pack(parts["codes"]), parts["scale"], parts.get("zero"), parts.get("outer"), scheme.format
+    given = *given, scheme.group_of(64), True, torch.float32
+    assert torch.equal(decode_in_blocks(*given), decode.naive(*given))
+    codes, scale = encode.naive(torch.randn(3, 64), "e4m3", 0)  # one scale for all rows
+    given = codes, scale, None, None, "e4m3", 64, False, torch.float32
+    assert torch.equal(decode_in_blocks(*given), decode.naive(*given))
 
 
 # The store
@@ -361,7 +378,7 @@ def test_new_values_end_the_drop() -> None:
 def test_a_value_can_be_adopted() -> None:
     store, w = WeightStore(), torch.nn.Parameter(stand_in((1, 4), torch.float32, "cpu"), requires_grad=False)
     store.drop([w])
-    scheme = Scheme(4, 4, False)
+    scheme = Scheme("int4", 4, False)
     codes = Pack(Output(Quantize(W, scheme), "codes"), scheme)
     value = torch.tensor([[1, 2]], dtype=torch.uint8)
     store.adopt(codes, [w], value)

@@ -19,7 +19,7 @@ import torch
 from .errors import FuselineError, UserError
 from .hadamard import core, factor, random_orthogonal, random_signs
 from .half_quadratic import half_quadratic
-from .ops import dequantize, hadamard
+from .ops import decode, dequantize, hadamard
 from .planned import keep, kept, probe, same_weight
 from .schemes import Scheme
 
@@ -336,7 +336,7 @@ class Hadamard(Expression):
 
 @dataclass(frozen=True)
 class Quantize(Expression):
-    """Several tensors: codes, scale and, when the scheme is asymmetric, zero. Pick one with `Output`."""
+    """Several tensors: codes, scale and, where the scheme has them, zero and outer. Pick one with `Output`."""
 
     x: Expression
     scheme: Scheme
@@ -352,7 +352,7 @@ class HalfQuadratic(Quantize):
     def compute(self, values: list[Any], lookup: Lookup) -> Any:
         groups, grid = self.scheme.grid(values[0])
         scale, zero = half_quadratic(groups, grid, self.scheme.narrowed(values[0]))
-        return self.scheme.stored(grid.codes(groups, scale, zero), scale, zero)
+        return self.scheme.stored(values[0], grid, grid.codes(groups, scale, zero), scale, zero)
 
 
 @dataclass(frozen=True)
@@ -394,7 +394,7 @@ class Output(Expression):
 
 @dataclass(frozen=True)
 class Pack(Expression):
-    """Codes in the memory layout that the kernels of `scheme` read."""
+    """Codes in the memory layout of `scheme`."""
 
     x: Expression
     scheme: Scheme
@@ -419,12 +419,31 @@ class Dequantize(Expression):
         return dequantize.naive(codes, scale, zero[0] if zero else None, self.bits, self.group, self.dtype)
 
 
+@dataclass(frozen=True)
+class Decode(Expression):
+    """Codes of any number format expanded to floating point, as `fuseline::decode` does."""
+
+    codes: Expression
+    scale: Expression
+    zero: Expression | None
+    outer: Expression | None
+    format: str
+    group: int
+    packed: bool
+    dtype: torch.dtype
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        codes, scale, *rest = values
+        zero, outer = (rest.pop(0) if given is not None else None for given in (self.zero, self.outer))
+        return decode.naive(codes, scale, zero, outer, self.format, self.group, self.packed, self.dtype)
+
+
 GRAMMAR: dict[str, type[Expression]] = {
     kind.__name__.lower(): kind
     for kind in (
         Param, Constant, Cast, Matmul, Scale, Add, Offset, Centre, Slice, Concat, Transpose, Reshape, HadamardCore,
         Signs, Hadamard, Orthogonal, Planned, Blocks, Quantize,
-        HalfQuadratic, Decided, Output, Pack, Dequantize,
+        HalfQuadratic, Decided, Output, Pack, Dequantize, Decode,
     )
 }  # fmt: skip
 
@@ -437,7 +456,7 @@ def _encode(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Scheme):
-        return {"scheme": dataclasses.asdict(value)}
+        return {"scheme": str(value)}
     return value
 
 
@@ -447,5 +466,5 @@ def _decode(value: Any) -> Any:
     if isinstance(value, dict):
         if "op" in value:  # an operand, whose own fields may be called dtype or scheme
             return Expression.from_json(value)
-        return getattr(torch, value["dtype"]) if "dtype" in value else Scheme(**value["scheme"])
+        return getattr(torch, value["dtype"]) if "dtype" in value else Scheme.parse(value["scheme"], weights=True)
     return value

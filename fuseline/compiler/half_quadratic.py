@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import torch
 
-from .clipping import Range
+from .formats import Grid
 
 POWER, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20
 
 
 def half_quadratic(
-    groups: torch.Tensor, grid: Range, part: float | torch.Tensor = 1.0
+    groups: torch.Tensor, grid: Grid, part: float | torch.Tensor = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point, [..., 1], for groups [..., g]; never a larger objective than where it starts.
 

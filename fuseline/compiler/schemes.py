@@ -1,4 +1,4 @@
-"""Quantization schemes and their text form: `int8`, `int4:g64`, `int4:g64:sym:mse`, `int4:token:asym`."""
+"""Quantization schemes and their text form: `int8`, `int4:g64:sym:mse`, `fp8:token`, `mxfp4`, `ternary:g64`."""
 
 from __future__ import annotations
 
@@ -6,71 +6,121 @@ from dataclasses import dataclass
 
 import torch
 
-from .clipping import Range, least_error
+from .clipping import least_error
 from .errors import UserError, nearest
+from .formats import ALIASES, FORMATS, Element, Format, Grid, named
 from .ops import pack_nibbles
 
-_STORED = {"int8": 8, "int4": 4}
-_COMPUTED = {f"int{bits}": bits for bits in range(8, 1, -1)}
+KERNELS = ("int8", "int4")
+"""Weights that kernels read, in the layout of `fuseline::dequantize`."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Integer quantization of a tensor whose last dimension is split in groups.
+    """Quantization of a tensor whose last dimension is split in groups.
 
-    bits: 8 or 4 for weights, 8 to 2 for values that are quantized at run time; group: channels that share a scale (0:
-    the whole last dimension, "channel" for weights and "token" for activations); symmetric: without a zero point; mse:
-    a weight's range is narrowed to what costs the least squared error.
+    format: a name of `formats.FORMATS`; group: channels that share a scale (0: the whole last dimension, "channel" for
+    weights and "token" for activations; block formats have their own); rows: rows that share it too (0: all, "tensor");
+    symmetric: without a zero point; mse: a weight's range is narrowed to what costs the least squared error.
     """
 
-    bits: int
+    format: str
     group: int = 0
     symmetric: bool = True
     mse: bool = False
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        if self.of.group and not self.group:
+            object.__setattr__(self, "group", self.of.group)
 
     @staticmethod
     def parse(text: str, *, weights: bool) -> Scheme:
-        """Reads `FORMAT[:gN|:channel|:token][:sym|:asym][:mse]`; 4-bit weights are asymmetric unless `sym` is given.
+        """Reads `FORMAT[:gN|:bN|:channel|:token|:tensor][:sym|:asym][:mse]`.
+
+        Weights of integers of 4 bits or less are asymmetric unless `sym` is given, all else is symmetric unless `asym`
+        is. `bN`, `channel` and `mse` are for weights, `token` for values of the run.
 
         Raises:
-            UserError: an unknown part, or one that weights have and activations do not.
+            UserError: an unknown part, or one that does not go with the format, or with weights or with activations.
         """
         word, *rest = text.split(":")
-        formats = _STORED if weights else _COMPUTED
-        if word not in formats:
-            raise UserError(f"unknown number format '{word}' in '{text}'{nearest(word, formats)}")
-        bits, group = formats[word], 0
-        symmetric, mse = not (weights and bits == 4), False
+        form = named(word)
+        if form is None:
+            raise UserError(f"unknown number format '{word}' in '{text}'{nearest(word, (*FORMATS, *ALIASES))}")
+        symmetric, mse = not (weights and form.affine and form.element.bits <= 4), False
         whole = "channel" if weights else "token"
+        group, rows = form.group, 1
         for part in rest:
+            size = int(part[1:]) if part[:1] in ("g", "b") and part[1:].isdigit() else 0
+            if part == "asym" and not form.affine:
+                raise UserError(
+                    f"'{text}': {form.name} has no zero point; integers have one, such as int{_bits(form)}:asym"
+                )
             if part in ("sym", "asym"):
                 symmetric = part == "sym"
-            elif part == whole:
-                group = 0
-            elif part[:1] == "g" and part[1:].isdigit() and int(part[1:]) > 0:
-                group = int(part[1:])
             elif part == "mse" and weights:
                 mse = True
+            elif form.group and part in (whole, "tensor", "g64") or form.group and size and part != f"g{form.group}":
+                raise UserError(
+                    f"'{text}': {form.name} has blocks of {form.group} channels",
+                    remedy=f"{form.element.name}:{part}, with real scales",
+                )
+            elif part == whole:
+                group, rows = 0, 1
+            elif part == "tensor":
+                group, rows = 0, 0
+            elif size and (part[0] == "g" or weights):
+                group, rows = size, size if part[0] == "b" else 1
             else:
-                known = ("sym", "asym", whole, "g64", *(("mse",) if weights else ()))
+                known = ("sym", "asym", whole, "tensor", "g64", *(("b128", "mse") if weights else ()))
                 raise UserError(f"unknown part '{part}' in '{text}'{nearest(part, known)}")
-        return Scheme(bits, group, symmetric, mse)
+        if not weights and rows == 0 and not symmetric:
+            raise UserError(
+                f"'{text}': one scale for a tensor of activations has no zero point", remedy=f"{word}:tensor"
+            )
+        return Scheme(form.name, group, symmetric, mse, rows)
 
     def __str__(self) -> str:
-        symmetry = "sym" if self.symmetric else "asym"
-        group, mse = [f"g{self.group}"] if self.group else [], ["mse"] if self.mse else []
-        return ":".join([f"int{self.bits}", *group, symmetry, *mse])
+        parts = [self.format]
+        if self.rows == 0:
+            parts.append("tensor")
+        elif self.rows > 1:
+            parts.append(f"b{self.group}")
+        elif self.group != self.of.group:
+            parts.append(f"g{self.group}")
+        if self.of.affine:
+            parts.append("sym" if self.symmetric else "asym")
+        return ":".join([*parts, *(["mse"] if self.mse else [])])
+
+    @property
+    def of(self) -> Format:
+        return FORMATS[self.format]
+
+    @property
+    def element(self) -> Element:
+        """What codes stand for, with a zero point unless symmetric."""
+        return self.of.of(self.symmetric)
+
+    @property
+    def bits(self) -> int:
+        """Of a code before it is packed."""
+        return self.element.bits
 
     def group_of(self, channels: int) -> int:
         """The group size for a last dimension of `channels`."""
         return self.group or channels
 
-    def refuse(self, channels: int) -> str | None:
-        """Why a weight's dimension of `channels` cannot be quantized so, or None."""
+    def refuse(self, channels: int, rows: int = 0) -> str | None:
+        """Why a weight [rows, channels] cannot be quantized so, or None."""
         reason = self.refuse_group(channels)
         if reason:
             return reason
-        if self.bits == 4 and self.group_of(channels) % 2:
+        if self.rows > 1 and rows % self.rows:
+            near = [n for n in range(16, rows + 1, 16) if rows % n == 0 and channels % n == 0]
+            names = f" (b{', b'.join(map(str, near[-5:]))} would)" if near else ""
+            return f"blocks of {self.rows} rows do not divide {rows}{names}"
+        if self.format == "int4" and self.group_of(channels) % 2:
             return f"two 4-bit codes share a byte, and a group of {self.group_of(channels)} is odd"
         return None
 
@@ -78,8 +128,11 @@ class Scheme:
         """Why a dimension of `channels` is no number of groups, or None."""
         if not self.group or channels % self.group == 0:
             return None
-        near = self.fitting(channels)
-        names = f" ({', '.join(map(str, sorted(near)))} would)" if near else ""
+        near = sorted(self.fitting(channels))
+        if self.of.group:
+            names = f" ({', '.join(f'{self.of.element.name}:g{g}' for g in near)} would)" if near else ""
+            return f"{self.format} has blocks of {self.group}, which do not divide {channels}{names}"
+        names = f" ({', '.join(map(str, near))} would)" if near else ""
         return f"group size {self.group} does not divide {channels}{names}"
 
     def fitting(self, channels: int, count: int = 5) -> list[int]:
@@ -88,26 +141,32 @@ class Scheme:
         return sorted(dividing, key=lambda g: abs(g - self.group))[:count]
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Round to nearest. weight: [..., n] → codes, scale [..., n/group] and, when asymmetric, zero (uint8).
+        """Round to nearest. weight: [..., n] → the tensors named by `outputs`: codes; scale [..., n/group]; zero
+        (uint8, of scale's shape) when asymmetric; outer [1], the tensor's float32 scale, where the format has one.
 
         Computed in float32 at least, the scale rounded to its stored type first so that codes fit what will be
-        multiplied back. Symmetric: scale = max|w| / (2^(b−1) − 1) over the codes' positive end for 8 bits;
-        for 4 bits max|w| / 7 with codes −8…7. Asymmetric: scale = (max(w, 0) − min(w, 0)) / (2^b − 1).
+        multiplied back. A scale that several rows share is repeated for each of them: kernels and gathers read rows.
         """
         groups, grid = self.grid(weight)
         scale, zero = grid.of(groups, self.narrowed(weight))
-        return self.stored(grid.codes(groups, scale, zero), scale, zero)
+        return self.stored(weight, grid, grid.codes(groups, scale, zero), scale, zero)
 
-    def stored(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Codes [..., n/group, group], scale and zero [..., n/group, 1] as numbers → what `quantize` returns."""
-        if self.symmetric:
-            codes = (codes + 8).to(torch.uint8) if self.bits == 4 else codes.to(torch.int8)
-            return {"codes": codes.flatten(-2), "scale": scale.squeeze(-1)}
-        return {
-            "codes": codes.to(torch.uint8).flatten(-2),
-            "scale": scale.squeeze(-1),
-            "zero": zero.to(torch.uint8).squeeze(-1),
-        }
+    def stored(
+        self, weight: torch.Tensor, grid: Grid, numbers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Numbers of the element, scales and zero points of the weight's groups → what `quantize` makes."""
+        codes, scales = grid.element.codes(numbers), grid.scales
+        parts = {"codes": self._joined(codes, weight), "scale": self._of_rows(scales.store(scale), weight)}
+        if not self.symmetric:
+            parts["zero"] = self._of_rows(torch.nan_to_num(zero).to(torch.uint8), weight)
+        outer = getattr(scales, "outer", None)
+        return parts if outer is None else parts | {"outer": outer}
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what `quantize` makes."""
+        zero, outer = [] if self.symmetric else ["zero"], ["outer"] if self.of.scaling == "e4m3" else []
+        return ("codes", "scale", *zero, *outer)
 
     def narrowed(self, weight: torch.Tensor) -> torch.Tensor | float:
         """The part of each group's range that costs the least, [..., n/group, 1]; 1 without `mse`."""
@@ -116,22 +175,52 @@ class Scheme:
     def rounded(self, weight: torch.Tensor, part: torch.Tensor | float) -> torch.Tensor:
         """The weight [..., n] as its codes stand for it, for `part` of each group's range."""
         groups, grid = self.grid(weight)
-        scale, zero = grid.of(groups, part)
-        return ((grid.codes(groups, scale, zero) - zero) * scale.to(groups.dtype)).flatten(-2).to(weight.dtype)
+        return self._joined(grid.element.rounded(groups, *grid.of(groups, part)), weight).to(weight.dtype)
 
-    def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, Range]:
-        """The weight in groups, and their grid."""
-        compute = torch.promote_types(weight.dtype, torch.float32)
-        groups = weight.to(compute).unflatten(-1, (-1, self.group_of(weight.shape[-1])))
+    def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, Grid]:
+        """The weight in groups, [..., n/group, group] or [rows/r, n/group, r·group], and what they are rounded to."""
+        groups = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        channels = weight.shape[-1]
+        if self.rows == 1:
+            groups = groups.unflatten(-1, (-1, self.group_of(channels)))
+        else:
+            blocks = groups.reshape(
+                -1, self.rows or weight[..., 0].numel(), channels // self.group_of(channels), self.group_of(channels)
+            )
+            groups = blocks.transpose(1, 2).flatten(-2)
         # float16 has too little range for scales: that of a small weight would be subnormal and lose its precision.
         stored = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-        return groups, Range(self.bits, self.symmetric, stored)
+        return groups, Grid(self.element, self.of.scales(lambda: groups.abs().amax().view(1), stored))
+
+    def _joined(self, groups: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Groups back in the weight's shape."""
+        if self.rows == 1:
+            return groups.flatten(-2)
+        blocks = groups.unflatten(-1, (-1, self.group_of(weight.shape[-1])))
+        return blocks.transpose(1, 2).reshape(weight.shape)
+
+    def _of_rows(self, scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """One scale a group, [..., 1], as the row's: [..., n/group]."""
+        scale = scale.squeeze(-1)
+        if self.rows == 1:
+            return scale
+        rows = weight[..., 0].numel() // scale.shape[0]
+        return scale.repeat_interleave(rows, 0).reshape(*weight.shape[:-1], -1)
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes [..., n] in the layout that `fuseline::dequantize` reads."""
-        return pack_nibbles(codes, self.group_of(codes.shape[-1])) if self.bits == 4 else codes
+        """Codes [..., n] as stored: of int4 and int8 for `fuseline::dequantize`, others for `fuseline::decode`."""
+        if self.format == "int4":
+            return pack_nibbles(codes, self.group_of(codes.shape[-1]))
+        return self.element.pack(codes)
 
     def bytes_per_weight(self, channels: int, scale_bytes: int = 4) -> float:
-        """Stored bytes a weight, scales and zero points included."""
-        per_group = scale_bytes + (0 if self.symmetric else 1)
-        return self.bits / 8 + per_group / self.group_of(channels)
+        """Stored bytes a weight, scales and zero points included, without nvfp4's four bytes a tensor.
+
+        scale_bytes: of a real scale, 4 (2 for bfloat16 weights).
+        """
+        per_group = (scale_bytes if self.of.scaling == "real" else 1) + (0 if self.symmetric else 1)
+        return self.element.packed_bytes(channels) / channels + per_group / self.group_of(channels)
+
+
+def _bits(form: Format) -> int:
+    return min(8, max(2, form.element.bits))

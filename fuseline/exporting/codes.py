@@ -53,7 +53,7 @@ def rounded(node: Any) -> Rounded | None:
     x, bits, group = made.args
     whole = int(x.meta["val"].shape[-1])  # type: ignore[union-attr]
     symmetric = made.target is ops.quantize.overload
-    return Rounded(x, Scheme(bits, 0 if group == whole else group, symmetric))  # type: ignore[arg-type]
+    return Rounded(x, Scheme(f"int{bits}", 0 if group == whole else group, symmetric))  # type: ignore[arg-type]
 
 
 def quantized_weights(program: Program) -> list[QuantizeExpression]:

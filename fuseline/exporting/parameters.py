@@ -143,9 +143,10 @@ def refuse_rounding(unified: Unified) -> None:
     Raises:
         Mismatch: naming a place.
     """
-    for one in (*unified.inputs, *unified.caches):
+    sites = [*(one.site for one in unified.inputs), *(one.site for one in unified.caches)]
+    if sites:
         raise Mismatch(
-            f"values are rounded at run time at {one.site}, of which a plain checkpoint says nothing", [ELSEWHERE]
+            f"values are rounded at run time at {sites[0]}, of which a plain checkpoint says nothing", [ELSEWHERE]
         )
 
 

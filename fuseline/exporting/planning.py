@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -135,7 +136,7 @@ def nearest_pipeline(pipeline: Pipeline, works: Callable[[Pipeline], bool]) -> s
 
 def _weights_only(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
     """Without the rounding of activations, keys and values."""
-    bare = {"activations": None, "keys": None, "values": None}
+    bare: dict[str, Any] = {"activations": None, "keys": None, "values": None}
     kept = (p for p in passes if not isinstance(p, Quantize) or p.weights)
     return tuple(dataclasses.replace(p, **bare) if isinstance(p, Quantize) else p for p in kept)
 

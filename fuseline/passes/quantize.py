@@ -48,9 +48,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from ..compiler import ops
 from ..compiler.errors import UserError
-from ..compiler.expressions import Decided, Expression, HalfQuadratic, Output, Pack, Param, Planned
+from ..compiler.expressions import Decided, Expression, HalfQuadratic, Param, Planned
 from ..compiler.expressions import Quantize as QuantizeExpression
 from ..compiler.framework import Findings, Pass, Study, Tier
 from ..compiler.plan import SitePlan
@@ -61,7 +60,7 @@ from ..compiler.schemes import Scheme
 from .calibrated import CALIBRATED, Method, check_options, decide, findings, fold_scales
 from .quantize_attention import rounded_attention
 from .quantize_sites import Site, heads, out_of_reach, path_of, sites
-from .quantize_values import round_trip
+from .quantize_values import round_trip, rounded_weight
 
 aten = torch.ops.aten
 Codes = Callable[[Site], Expression | None]
@@ -195,19 +194,16 @@ class Quantize(Pass):
         if not isinstance(expression, Param):
             rewriter.refuse(node, "the embedding's table is computed, not a parameter")
             return
-        channels = table.meta["val"].shape[1]  # type: ignore[union-attr]
-        reason = scheme.refuse(channels) or _needs_gradient(program, expression)
+        rows, channels = (int(s) for s in table.meta["val"].shape)  # type: ignore[union-attr]
+        reason = scheme.refuse(channels, rows) or _needs_gradient(program, expression)
         if reason:
             rewriter.refuse(node, reason)
             return
 
         def build(new: Builder) -> Node:
-            parts = [
-                None if p is None else new(aten.embedding.default, p, indices)
-                for p in _parts(new, QuantizeExpression(expression, scheme), scheme)
-            ]
-            dtype = node.meta["val"].dtype
-            return new(ops.dequantize, *parts, scheme.bits, scheme.group_of(channels), dtype)
+            gathered = lambda part: new(aten.embedding.default, part, indices)
+            codes = QuantizeExpression(expression, scheme)
+            return rounded_weight(new, codes, scheme, channels, node.meta["val"].dtype, gathered)
 
         rewriter.rewrite(node, [node], build, "embedding")
 
@@ -229,7 +225,7 @@ class Quantize(Pass):
             return f"its result is {site.node.meta['val'].dtype}, not a floating-point type"
         if activations and site.kernel:
             return "a convolution's input has no tokens to share a scale: leave the convolutions out, skip=…"
-        reason = weights.refuse(site.shape[1]) if weights else None
+        reason = weights.refuse(site.shape[1], site.shape[0]) if weights else None
         reason = reason or (activations.refuse_group(site.shape[1]) if activations else None)
         return reason or _needs_gradient(program, site.weight)
 
@@ -265,14 +261,6 @@ def _needs_gradient(program: Program, weight: Expression) -> str | None:
     return None
 
 
-def _parts(new: Builder, quantized: Expression, scheme: Scheme) -> list[Node | None]:
-    return [
-        new.weight(Pack(Output(quantized, "codes"), scheme)),
-        new.weight(Output(quantized, "scale")),
-        None if scheme.symmetric else new.weight(Output(quantized, "zero")),
-    ]
-
-
 def _quantized(
     new: Builder,
     site: Site,
@@ -288,8 +276,7 @@ def _quantized(
             inputs[x] = round_trip(new, x, activations)
         x = inputs[x]
     if codes is not None and weights is not None:
-        parts = _parts(new, codes, weights)
-        table = new(ops.dequantize, *parts, weights.bits, weights.group_of(channels), dtype)
+        table = rounded_weight(new, codes, weights, channels, dtype)
     else:
         table = new.weight(site.weight)
     if site.kernel is not None:

@@ -16,6 +16,7 @@ from fuseline.compiler.expressions import (
     Cast,
     Concat,
     Constant,
+    Decode,
     Expression,
     Hadamard,
     HadamardCore,
@@ -33,7 +34,7 @@ from fuseline.compiler.expressions import (
 )  # fmt: skip
 from fuseline.compiler.hadamard import core, hadamard_matrix, random_signs
 from fuseline.compiler.ops import hadamard
-from fuseline.compiler.schemes import Scheme
+from fuseline.compiler.schemes import KERNELS, Scheme
 from tests.strategies import expressions, names, schemes
 
 A, B = Param("a"), Param("b")
@@ -106,14 +107,17 @@ def test_meaning(expression: Expression, expected: torch.Tensor) -> None:
     assert actual.dtype == expected.dtype and torch.equal(actual, expected)
 
 
-@given(schemes.filter(lambda s: s.group != 64))
+@settings(max_examples=40)
+@given(schemes(groups=(0, 2, 16)))
 def test_fake_values_have_the_shape_and_type_of_real_ones(scheme: Scheme) -> None:
-    weight = torch.randn(4, 32)
+    weight = torch.randn(32, 64)
     quantized = Quantize(Transpose(Cast(A, torch.bfloat16), 0, 1), scheme)
-    wanted = [Pack(Output(quantized, "codes"), scheme), Output(quantized, "scale")]
-    wanted += [] if scheme.symmetric else [Output(quantized, "zero")]
-    if scheme.group == 16:  # the last dimension is 4 after the transposition
-        wanted = [e.rename({}) for e in wanted if scheme.refuse(4) is None]
+    parts = {name: Output(quantized, name) for name in scheme.outputs}
+    parts["codes"] = Pack(parts["codes"], scheme)
+    wanted = list(parts.values())
+    if scheme.format not in KERNELS:
+        more = parts.get("zero"), parts.get("outer"), scheme.format, scheme.group_of(32), True, torch.float16
+        wanted.append(Decode(parts["codes"], parts["scale"], *more))
     with FakeTensorMode() as mode:
         fakes = [e.evaluate(lambda name: mode.from_tensor(weight)) for e in wanted]
     reals = [e.evaluate(lambda name: weight) for e in wanted]
@@ -127,7 +131,7 @@ def test_what_several_outputs_share_is_computed_once() -> None:
         calls.append(name)
         return torch.randn(2, 4)
 
-    quantized, memo = Quantize(A, Scheme(8)), {}
+    quantized, memo = Quantize(A, Scheme("int8")), {}
     Output(quantized, "codes").evaluate(lookup, memo)
     Output(quantized, "scale").evaluate(lookup, memo)
     assert calls == ["a"]

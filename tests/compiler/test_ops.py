@@ -44,6 +44,18 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (codes(255, torch.uint8, 3, 8), torch.rand(3, 4), codes(15, torch.uint8, 3, 4), 4, 4, torch.float32),
         (codes(127, torch.int8, 3, 8), torch.rand(3, 1), None, 8, 8, torch.bfloat16),
     ],
+    "encode": [
+        (torch.randn(2, 3, 8), "e4m3", 8), (torch.randn(2, 8), "ternary", 4), (torch.randn(2, 8), "int8", 0),
+        (torch.randn(2, 32).half(), "nvfp4", 16),
+    ],
+    "decode": [
+        (
+            codes(255, torch.uint8, 3, 3), torch.rand(3, 2), codes(7, torch.uint8, 3, 2), None, "int3", 4, True,
+            torch.float32,
+        ),
+        (codes(255, torch.uint8, 3, 16), codes(200, torch.uint8, 3, 1), None, None, "mxfp4", 32, True, torch.bfloat16),
+        (codes(15, torch.uint8, 3, 8), torch.rand(1, 1), None, torch.rand(1), "e2m1", 8, False, torch.float16),
+    ],
 }  # fmt: skip
 EACH = [pytest.param(name, args, id=f"{name}-{i}") for name, cases in CASES.items() for i, args in enumerate(cases)]
 
@@ -56,7 +68,7 @@ def test_every_op_has_a_case() -> None:
 @pytest.mark.parametrize(("name", "args"), EACH)
 def test_schema_fake_and_autograd_registration(name: str, args: tuple[Any, ...]) -> None:
     utilities = ["test_schema", "test_faketensor"]
-    utilities += [] if "quantize" in name else ["test_autograd_registration"]
+    utilities += [] if "quantize" in name or "code" in name else ["test_autograd_registration"]
     torch.library.opcheck(ops.REGISTRY[name].overload, args, test_utils=utilities)
 
 

@@ -196,7 +196,7 @@ def test_the_binder_forgets_parameters_that_died() -> None:
 
 
 def test_one_quantization_serves_codes_scale_and_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheme = Scheme(4, 2, False)
+    scheme = Scheme("int4", 2, False)
     quantized = Quantize(W, scheme)
     calls = []
     original = Scheme.quantize

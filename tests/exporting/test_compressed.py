@@ -86,7 +86,7 @@ def test_their_decompressor_gives_our_weight(
     from fuseline.exporting.quantization import Coded
 
     weight = torch.randn(shape).to(dtype)
-    scheme, inputs = Scheme(bits, group, symmetric), None if alone else Scheme(8)
+    scheme, inputs = Scheme(f"int{bits}", group, symmetric), None if alone else Scheme("int8")
     name = format_of(scheme, inputs)
     stored = tensors(name, scheme, scheme.quantize(weight), weight.shape)
     described = QuantizationScheme.model_validate(Coded(name, scheme, inputs).group(["Linear"]))
@@ -165,7 +165,7 @@ def test_the_folder(tmp_path: Path) -> None:
             fuseline.export(model, plain, ROTATED, check=False)
         rotated = tensors_of(plain)[f"{name}.weight"]
         assert torch.equal(
-            grouped.flatten(-2), Scheme(expected[2], expected[1] or 0, symmetric=False).rounded(rotated, 1.0)
+            grouped.flatten(-2), Scheme(f"int{expected[2]}", expected[1] or 0, symmetric=False).rounded(rotated, 1.0)
         )
 
 

@@ -144,7 +144,7 @@ def standing_for(program: Program, weights: Mapping[str, Expression]) -> Program
 def test_quantize() -> None:
     x = torch.randn(3, 32)
     program, expected = fuseline.capture(Linear(), (x,)), fuseline.capture(LinearQuantized(), (x,))
-    scheme = Scheme(bits=4, group=16, symmetric=False)
+    scheme = Scheme("int4", group=16, symmetric=False)
     rounded = Quantize(Param("fc.weight"), scheme)
     weights: dict[str, Expression] = {
         "bias": Param("fc.bias"),

@@ -27,7 +27,7 @@ from tests.helpers.models import Mlp, Tied, error
 from tests.passes.rotated_models import VOCABULARY, Decoder, Shape
 
 GPTQ = "quantize{weights=int4:g8:sym,method=gptq}"
-SCHEME = Scheme(4, 8)
+SCHEME = Scheme("int4", 8)
 
 
 def batches(*shape: int, count: int = 3) -> list[torch.Tensor]:

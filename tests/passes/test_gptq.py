@@ -65,7 +65,7 @@ def range_of(columns: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch
     return scale, (-low / scale).round()
 
 
-schemes = st.builds(Scheme, st.sampled_from((4, 8)), st.sampled_from((0, 8, 24, 48, 96)), st.booleans())
+schemes = st.builds(Scheme, st.sampled_from(("int4", "int8")), st.sampled_from((0, 8, 24, 48, 96)), st.booleans())
 
 
 @settings(max_examples=30)
@@ -93,7 +93,7 @@ def test_blocks_of_any_group_size(group: int) -> None:
     """The columns that a group's scale is taken from are up to date, whether it begins a block or lies in one."""
     channels = {100: 300, 192: 384, 256: 512}.get(group, 256)
     weight, x = problem(group, 3, channels, 300)
-    scheme = Scheme(4, group)
+    scheme = Scheme("int4", group)
     found, reference = gptq(weight, hessian(x), scheme).matrix, naive(weight, hessian(x), scheme, 0.01, False, False)
     assert (found - reference).abs().max() < 1e-6
 
@@ -104,7 +104,7 @@ def mean_gain(found: Rounded) -> float:
 
 def test_correlated_inputs_lose_much_less() -> None:
     weight, x = problem(0, 32, 96, 400)
-    scheme = Scheme(4, 24)
+    scheme = Scheme("int4", 24)
     plain = gptq(weight, hessian(x), scheme)
     assert mean_gain(plain) < 0.7
     assert mean_gain(gptq(weight, hessian(x), scheme, static=True, order=True)) < mean_gain(plain)
@@ -114,7 +114,7 @@ def test_correlated_inputs_lose_much_less() -> None:
 def test_channels_that_are_zero_throughout_are_rounded_to_nearest() -> None:
     weight, x = problem(1, 8, 48, 200)
     x[:, [3, 20, 21]] = 0
-    scheme = Scheme(4, 24)
+    scheme = Scheme("int4", 24)
     found = gptq(weight, hessian(x), scheme, static=True)
     assert torch.equal(found.matrix[:, [3, 20, 21]], scheme.rounded(weight, 1.0)[:, [3, 20, 21]])
     assert mean_gain(found) < 0.6
@@ -124,19 +124,19 @@ def test_channels_that_are_zero_throughout_are_rounded_to_nearest() -> None:
 
 def test_fewer_samples_than_channels_is_damped() -> None:
     weight, x = problem(2, 8, 96, 5)
-    found = gptq(weight, hessian(x), Scheme(4, 24), damp=0.01)
+    found = gptq(weight, hessian(x), Scheme("int4", 24), damp=0.01)
     assert found.damp == 0.01 and mean_gain(found) < 0.2
     indefinite = hessian(x) - 0.05 * hessian(x).diagonal().mean() * torch.eye(96, dtype=torch.float64)
     indefinite.diagonal().clamp_(min=1e-9)
-    assert gptq(weight, indefinite, Scheme(4, 24), damp=0.01).damp == pytest.approx(0.1)
+    assert gptq(weight, indefinite, Scheme("int4", 24), damp=0.01).damp == pytest.approx(0.1)
     with pytest.raises(ArithmeticError, match="not positive definite"):
-        gptq(weight, -hessian(x) * 1e6, Scheme(4, 24), damp=1e-9)
+        gptq(weight, -hessian(x) * 1e6, Scheme("int4", 24), damp=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_types(dtype: torch.dtype) -> None:
     weight, x = problem(3, 8, 48, 200)
     weight = weight.to(dtype)
-    found = gptq(weight, hessian(x), Scheme(4, 24, symmetric=False))
+    found = gptq(weight, hessian(x), Scheme("int4", 24, symmetric=False))
     assert found.matrix.dtype == dtype and mean_gain(found) < 0.7
     assert found.parts["codes"].dtype == torch.uint8 and found.parts["zero"].dtype == torch.uint8

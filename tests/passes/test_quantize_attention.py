@@ -193,7 +193,7 @@ def test_no_attention_at_all() -> None:
 
 
 @pytest.mark.parametrize(("option", "text", "part"), [
-    ("activations", "int4:mse", "mse"), ("keys", "int9", "int9"), ("weights", "int3", "int3"),
+    ("activations", "int4:mse", "mse"), ("keys", "int9", "int9"), ("weights", "int9", "int9"),
 ])  # fmt: skip
 def test_what_a_scheme_cannot_be(option: str, text: str, part: str) -> None:
     with pytest.raises(UserError, match=part):

@@ -101,7 +101,9 @@ def gptq(
         torch.where(keep, a, b) for a, b in ((plain, chosen), (plain_scale, scale), (plain_zero, zero))
     )
     matrix = ((codes - zero) * scale.to(compute)).flatten(-2).to(weight.dtype)
-    return Rounded(scheme.stored(codes, scale, zero), matrix, nearest, torch.minimum(nearest, found), used)
+    return Rounded(
+        scheme.stored(weight, grid, codes, scale, zero), matrix, nearest, torch.minimum(nearest, found), used
+    )
 
 
 def _block(group: int, channels: int) -> int:

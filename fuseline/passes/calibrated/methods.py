@@ -47,6 +47,12 @@ def check_options(step: Quantize) -> None:
         )
     if method in (Method.GPTQ, Method.AWQ, Method.HQQ) and not step.weights:
         raise UserError(f"method={method.value} chooses the codes of weights, and none are rounded", remedy=example)
+    weights = step.schemes()["weights"]
+    if method in (Method.GPTQ, Method.HQQ) and weights and (weights.rows != 1 or weights.of.scaling != "real"):
+        raise UserError(
+            f"method={method.value} fits real scales of a channel or group, and '{step.weights}' has others",
+            remedy=example.replace("gptq", method.value),
+        )
     for name, methods in _OF.items():
         if getattr(step, name) != getattr(type(step), name) and method not in methods:
             raise UserError(f"'{name}' says nothing to method={method.value}", remedy=f"method={methods[0].value}")

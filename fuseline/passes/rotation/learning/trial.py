@@ -13,6 +13,7 @@ import torch
 from torch.fx import Interpreter, Node
 
 from ....compiler import ops
+from ....compiler.expand import EXPANSIONS
 from ....compiler.expressions import Blocks, Cast, Expression, Hadamard, Output, Planned, Quantize
 from ....compiler.framework import Pass, Tier
 from ....compiler.hadamard import core, factor
@@ -86,19 +87,19 @@ class Trial(Interpreter):
     def run_node(self, node: Node) -> Any:
         weight = node.meta.get("weight") if node.op == "get_attr" else None
         if weight is not None:
-            lazily = all(user.target is ops.dequantize.overload for user in node.users) and _rounded(weight) is not None
+            lazily = all(user.target in EXPANSIONS for user in node.users) and _rounded(weight) is not None
             return None if lazily else self.weight(weight)
         if node.op != "call_function":
             return super().run_node(node)
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        if node.target is ops.dequantize.overload:
+        if node.target in EXPANSIONS:
             return self._dequantized(node, args)
         op = ops.find(node.target)
         if op is None:
             return super().run_node(node)
         if op is ops.hadamard:
             return self._transformed(*args, **kwargs)
-        if op.name not in ("quantize", "quantize_affine"):
+        if op.name not in ("quantize", "quantize_affine", "encode"):
             return op.naive(*args, **kwargs)
         made = op.naive(args[0].detach(), *args[1:], **kwargs)
         made[0].rounded_from = args[0]  # for `_dequantized`
@@ -109,7 +110,9 @@ class Trial(Interpreter):
         expression = given.meta.get("weight")
         rounded = _rounded(expression) if expression is not None else None
         if rounded is None:
-            back = ops.dequantize.naive(*args)
+            op = ops.find(node.target)
+            assert op is not None
+            back = op.naive(*args)
             x = getattr(args[0], "rounded_from", None)
             return back if x is None else x + (back - x.detach())
         varies, dtype = self._varies(rounded), node.args[-1]

@@ -32,7 +32,7 @@ def export(
     dtype: options.Dtype = None,
     json: options.Json = None,
 ) -> None:
-    """Write a rotated or quantized model as a Hugging Face checkpoint."""
+    """Write rotated or quantized weights as a checkpoint."""
     from fuseline.exporting import check_target, export_program
     from fuseline.models import load, parse_dtype
 
@@ -70,10 +70,12 @@ def export(
         **written.to_json(),
     }
     _show(output, data)
-    if data["transforms"] is None:
-        following(output, f"fuseline run hf:{out}", "what was written, as any other model")
-    else:
+    if data["transforms"] is not None:
         following(output, "docs/saving.md", "how rotations at run time are loaded")
+    elif (data["quantization"] or {}).get("kv_cache_scheme") is not None:
+        following(output, "docs/saving.md", "who reads a kv_cache_scheme")
+    else:
+        following(output, f"fuseline run hf:{out}", "what was written, as any other model")
     output.write(data)
 
 

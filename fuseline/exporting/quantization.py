@@ -154,15 +154,19 @@ def without_rounding(config: dict[str, Any]) -> dict[str, Any] | None:
 
 def _inputs(model: torch.nn.Module, program: Program, unified: Unified) -> dict[str, Scheme]:
     """The schemes of linears' inputs, by the linears' names."""
-    linears = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    linears: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            linears.setdefault(id(module.weight), []).append(name)
     found: dict[str, Scheme] = {}
     for one in unified.inputs:
         tensor = program.sources[one.weight.name].tensor if isinstance(one.weight, Param) else None
-        name = linears.get(id(tensor))
-        if name is None:
+        names = linears.get(id(tensor))
+        if names is None:
             raise Mismatch(f"the input of {one.site} is rounded, which is no nn.Linear")
-        if found.setdefault(name, one.scheme) != one.scheme:
-            raise Mismatch(f"'{name}' is called with inputs that are rounded in several ways")
+        for name in names:
+            if found.setdefault(name, one.scheme) != one.scheme:
+                raise Mismatch(f"'{name}' is called with inputs that are rounded in several ways")
     return found
 
 

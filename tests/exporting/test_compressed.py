@@ -180,7 +180,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(
+    "case", [c if c != "stacked experts" else pytest.param(c, marks=pytest.mark.slow) for c in REFUSED]
+)
 def test_refusals(case: str, tmp_path: Path) -> None:
     name, pipeline, reason = REFUSED[case]
     with pytest.raises(UserError) as raised:

@@ -4,11 +4,12 @@ Before                                  after  quantize{weights=int4:g64,activat
     y = linear(x, W, b)                     q, s = quantize(x)                       one scale a token
                                             y = linear(dequantize(q, s), dequantize(pack(Wq), Ws, Wz), b)
 
-`weights`       int8 or int4, `:gN` for groups of N input channels (else one scale an output channel), `:sym`/`:asym`;
-                4-bit weights are asymmetric unless said otherwise. Rounded to nearest; `:mse` narrows each range to
-                what costs the least error.
-`activations`   int8:token, or fewer bits down to int2: inputs of the products, symmetric unless `:asym` is given, one
-                scale a token or, with `:gN`, a group of N channels, computed at run time.
+`weights`       a number format (below) with a scale an output channel, `:gN` for groups of N input channels, `:bN` for
+                blocks of N × N, `:tensor` for the whole weight; integers also `:sym`/`:asym`, those of 4 bits and less
+                being asymmetric unless said otherwise. Rounded to nearest; `:mse` takes the range, group by group, that
+                costs the least error.
+`activations`   inputs of the products, rounded at run time: a number format with a scale a token, `:gN` or `:tensor`;
+                symmetric unless an integer has `:asym`.
 `keys`, `values`  the same for those that a call makes for attention, one scale a head and token, before they go into a
                 cache, which holds them rounded. Each token's codes depend on that token alone: step by step is as all
                 at once. The cache itself keeps its type.
@@ -23,6 +24,13 @@ Before                                  after  quantize{weights=int4:g64,activat
                 smooth  the same with max|x|^α / max|w|^(1−α), `alpha` given, for activations that are rounded
 `only`, `skip`  module paths to take or to leave, with `*`, separated by `|`: `only=*.mlp.*|*.o_proj`.
 
+Formats: `int8` … `int2`; `fp8` (e4m3), `e5m2`, `fp6` (e3m2), `fp4` (e2m1), and any ExMy of 3 to 8 bits, with a real
+number as its exponent's bias in each group; `mxfp8`, `mxfp6`, `mxfp4` (blocks of 32, a power of two as their scale),
+`nvfp4` (blocks of 16, E4M3 scales and one for the tensor, of activations for the token); `ternary`, `binary`. Codes are
+packed without unused bits. Kernels read int8 and int4 weights; those of other formats are expanded before each product
+(`fuseline.decode`), which saves memory, not time. A NaN or an infinity in a weight makes NaN of all that shares its
+scale, and so it does in activations, but for integers with a scale a token or group.
+
 Every linear whose weight is a parameter is a site, and so is a product with a parameter of the transposed layout
 (`addmm`, `mm`) and a convolution (`conv1d`, `conv2d`, `conv3d`): its kernel is the matrix [out, in · positions], and
 `activations` refuses it. Refused too are experts stacked in one tensor, recurrent layers and transposed convolutions.
@@ -35,7 +43,8 @@ reads; everywhere else the site is rounded as it is, with the reason. A weight o
 
 Lossy. Sources: ZeroQuant (Yao et al., 2022), group-wise weights and token-wise activations; LLM-QAT (Liu et al., 2023),
 token-wise keys and values; HQQ (Badri and Shaji, 2023); GPTQ (Frantar et al., 2023); AWQ (Lin et al., 2024);
-SmoothQuant (Xiao et al., 2023).
+SmoothQuant (Xiao et al., 2023); LLM-FP4 (Liu et al., 2023), real biases; OCP Microscaling Formats 1.0; BitNet b1.58 (Ma
+et al., 2024), ternary; XNOR-Net (Rastegari et al., 2016), binary.
 """
 
 from __future__ import annotations
@@ -70,14 +79,14 @@ Codes = Callable[[Site], Expression | None]
 @register
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Integer weights and activations."""
+    """Weights, activations, keys and values in few bits."""
 
     name = "quantize"
     tier = Tier.LOSSY
     example = "quantize{weights=int8}"
 
-    weights: str | None = None  # int8, int4, with :gN, :sym, :asym, :mse
-    activations: str | None = None  # int8 … int2, with :gN, :sym, :asym
+    weights: str | None = None  # a format, with :gN, :bN, :tensor, :sym, :asym, :mse
+    activations: str | None = None  # a format, with :gN, :tensor, :sym, :asym
     keys: str | None = None  # the same, of attention
     values: str | None = None  # the same, of attention
     only: tuple[str, ...] = ()  # module paths to take
@@ -123,7 +132,14 @@ class Quantize(Pass):
 
     def schemes(self) -> dict[str, Scheme | None]:
         """The schemes of weights, activations, keys and values."""
-        return {name: Scheme.parse(t, weights=name == "weights") if t else None for name, t in self.asked().items()}
+        found = {name: Scheme.parse(t, weights=name == "weights") if t else None for name, t in self.asked().items()}
+        for name in ("keys", "values"):
+            if (scheme := found[name]) and scheme.rows != 1:
+                raise UserError(
+                    f"'{name}={getattr(self, name)}': one scale for all tokens would change the codes of those before",
+                    remedy=f"{name}={scheme.format}:token",
+                )
+        return found
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         if self.method in (Method.AWQ, Method.SMOOTH):
@@ -245,11 +261,11 @@ class Quantize(Pass):
         if weights is None or not weights.group or not widths or any(w % weights.group == 0 for w in widths):
             return None
         common = weights.fitting(math.gcd(*widths))
-        return (
-            str(replace(self, weights=f"{self.weights}".replace(f"g{weights.group}", f"g{common[0]}")))
-            if common
-            else None
-        )
+        if not common or weights.rows != 1:
+            return None
+        if weights.of.group:  # its own numbers, in other groups
+            return str(replace(self, weights=f"{weights.of.element.name}:g{common[0]}"))
+        return str(replace(self, weights=f"{self.weights}".replace(f"g{weights.group}", f"g{common[0]}")))
 
 
 def _needs_gradient(program: Program, weight: Expression) -> str | None:

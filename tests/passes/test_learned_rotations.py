@@ -65,6 +65,16 @@ def test_what_was_learned_costs_less_and_is_what_was_measured(learned: tuple[Dec
     assert divergence(model, LEARN, plan) == pytest.approx(measured["learned"], rel=0.02)
 
 
+@pytest.mark.parametrize("schemes", ["weights=fp4:g16,activations=nvfp4", "weights=ternary,activations=fp4"])
+def test_what_was_measured_holds_for_other_formats(schemes: str) -> None:
+    text = f"raise,rotate{{r1,r2,kind=learned,steps=5,rate=0.03}},quantize{{{schemes}}}"
+    model = decoder()
+    plan = fuseline.analyze(model, text, batches())
+    measured = plan.sites[""]["rotate"].structure["measured"]
+    assert measured["learned"] < measured["start"]
+    assert divergence(model, text, plan) == pytest.approx(measured["learned"], rel=0.02)
+
+
 def test_each_layer_has_its_own_r2(learned: tuple[Decoder, Plan]) -> None:
     found = [tensors for p in learned[1].sites.values() for tensors in [p["rotate"].tensors] if "R2" in tensors]
     assert len(found) == 2 and not torch.allclose(found[0]["R2"], found[1]["R2"], atol=1e-2)

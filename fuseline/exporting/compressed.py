@@ -5,7 +5,7 @@
     pack-quantized   alone                          `weight_packed`, int32 words          int32 words, down the rows
 
 Both have `weight_scale` [out, in / group] in the model's dtype. Codes and zero points are stored less 2^(b−1), signed.
-These are the formats that compressed-tensors itself chooses for such weights and the ones that vLLM expects.
+These are the formats that compressed-tensors itself chooses for such weights.
 Checked with compressed-tensors 0.20.1. A further number format is a row of `FORMATS` and a case of `format_of`.
 """
 

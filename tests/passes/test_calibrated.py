@@ -73,6 +73,28 @@ def test_a_site_is_decided_by_what_rounded_sites_leave_it(offload: bool) -> None
     assert not torch.equal(alone, second)
 
 
+class Writes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.only = nn.Linear(16, 8, bias=False).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.zeros(20, 16, dtype=torch.float64)
+        h[:, :8].copy_(x[:, :8])
+        h[:, 8:].add_(x[:, 8:])
+        return self.only(h)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("offload", [False, True])
+def test_each_batch_writes_to_memory_of_its_own(offload: bool) -> None:
+    model, data = Writes(), batches(20, 16)
+    pipeline = GPTQ.replace("}", ",offload}") if offload else GPTQ
+    expected = F.linear(data[0], rounded(model.only.weight, torch.cat(data)))
+    assert error(after(model, pipeline, data)(data[0]), expected) < 1e-6
+
+
 @torch.no_grad()
 def test_rounded_activations_are_what_a_site_reads() -> None:
     model, data = Chain(), batches(20, 16)
@@ -223,7 +245,7 @@ def test_findings_warn_of_few_samples_and_tell_of_dead_channels() -> None:
     found = Pipeline(GPTQ).passes[0].findings(fuseline.analyze(model, GPTQ, [x]).of("quantize"))
     assert found.headings == ("sites", "count", "error", "after", "change")
     assert [row[:2] for row in found.rows] == [("first", "1"), ("second", "1")]
-    assert found.lines[0].startswith("warning: 1 sites have fewer samples than channels (20 for 24)")
+    assert found.lines[0].startswith("warning: fewer samples than channels at 1 of 2 sites, 20 for 24")
     assert any("input channels were zero in all batches" in line for line in found.lines)
 
 

@@ -44,7 +44,7 @@ def folded(program: Program, seed: int = 0) -> tuple[Program, Rewriter]:
     return program, rewriter
 
 
-@settings(max_examples=20)
+@settings(max_examples=15, deadline=None)
 @given(shapes, st.integers(0, 99))
 def test_folding_is_exact(shape: Shape, seed: int) -> None:
     program = captured(Decoder(shape, seed), ids())
@@ -106,7 +106,7 @@ def statistics(x: torch.Tensor) -> Moments:
     return Moments((2 * x.T @ x)[None], x.abs().mean(0)[None], x.abs().amax(0)[None], len(x))
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 999), st.booleans(), st.booleans(), st.sampled_from((0, 8, 16)))
 def test_the_search_is_never_worse_than_no_factors(seed: int, symmetric: bool, mse: bool, group: int) -> None:
     draw = torch.Generator().manual_seed(seed)

@@ -35,8 +35,8 @@ def _lines(decisions: Mapping[str, SitePlan]) -> list[str]:
     if few:
         least = min(few, key=lambda s: s["rows"] / s["channels"])
         lines.append(
-            f"warning: {len(few)} sites have fewer samples than channels ({least['rows']} for {least['channels']}):"
-            " give more batches"
+            f"warning: fewer samples than channels at {len(few)} of {len(found)} sites, "
+            f"{least['rows']} for {least['channels']}: give more batches"
         )
     dead = sum(s.get("dead", 0) for s in found)
     if dead:

@@ -64,7 +64,7 @@ class Stream:
     def stops(self, groups: Sequence[tuple[Site, ...]]) -> Iterator[Stop]:
         """Stops once a group, in the order of the graph."""
         first = {group[0].node: group for group in groups}
-        wanted = self._wanted([site.x for group in groups for site in group])
+        wanted = self._wanted([site.node for group in groups for site in group])
         last = self._last_uses(wanted, groups)
         for node in self.program.graph.nodes:
             if node in first:
@@ -86,13 +86,15 @@ class Stream:
 
         return Stop(group, x, put, lambda site: site.weight.evaluate(self._parameter))
 
-    def _wanted(self, inputs: Sequence[Node]) -> set[Node]:
-        before, found, pending = dependencies(self.program.graph), set[Node](), list(inputs)
+    def _wanted(self, products: Sequence[Node]) -> set[Node]:
+        """What has to run before these products: what they read, and what writes to it in place."""
+        before, found = dependencies(self.program.graph), set[Node]()
+        pending = [n for node in products for n in before[node]]
         while pending:
             node = pending.pop()
             if node not in found:
                 found.add(node)
-                pending += [*before[node], *node.all_input_nodes]
+                pending += before[node]
         return found
 
     def _last_uses(self, wanted: set[Node], groups: Sequence[tuple[Site, ...]]) -> dict[Node, list[Node]]:
@@ -114,7 +116,8 @@ class Stream:
         target: Any = self.program.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
         rounded = self.rounded.pop(node, None)
         given = node.args if rounded is None else with_weight(node, rounded)
-        shared = not node.is_impure() and all(len(self._all(n)) == 1 for n in node.all_input_nodes)
+        alike = all("weight" in n.meta or len(self.values[n]) == 1 for n in node.all_input_nodes)
+        shared = alike and not node.is_impure() and not touches_written(node)  # no batch writes to another's
         found = []
         for number in range(1 if shared else len(self.data)):
             args, kwargs = map_arg((given, node.kwargs), lambda n, number=number: self._read(n, number))  # type: ignore[misc]

@@ -16,9 +16,10 @@ from sympy.core.function import AppliedUndef
 import fuseline
 import tests.strategies  # noqa: F401  the profile of the project's fuzz tests
 from fuseline.compiler.algebra import letters
-from fuseline.compiler.algebra.axioms import ALL, NORM, ROWS, Algebra
+from fuseline.compiler.algebra.axioms import ALL, HEADS, NORM, ROWS, Algebra
+from fuseline.compiler.algebra.functions import Meaning, function, view
 from fuseline.compiler.algebra.letters import Pick, Rotation
-from fuseline.compiler.algebra.normal import Meaning, Normal, function, view
+from fuseline.compiler.algebra.normal import Normal
 from fuseline.compiler.algebra.statement import show
 from fuseline.compiler.expressions import Add, Expression
 from fuseline.compiler.framework import Pass
@@ -122,6 +123,27 @@ def test_only_a_vector_is_all_of_its_rows() -> None:
     assert Normal(ALL)(picked(vector * table) - vector * table) == 0
     assert Normal(ALL)(picked(table) - table) != 0
     assert Normal(ALL)(picked(ROW) - ROW) != 0
+
+
+def test_heads_that_a_slice_drops_vanish() -> None:
+    """x [3, 8] as two heads of 4 channels, of which one is taken, in which R is."""
+    (first, second), turn = (letters.pick(8, i, i + 4) for i in (0, 4)), letters.hadamard(4)
+    joint = ROW * first * turn * sympy.transpose(first) + ROW * second * sympy.transpose(second)
+    cut = lambda x: view(x, ("3", "8"), ("3", "2", "4"))
+    taken = lambda x, i: function(
+        f"select[1,{i}]", [x], Meaning(ROWS, (0,), True, True, moves=lambda t: t.select(1, i))
+    )
+    claims = {i: taken(cut(ROW), i) - taken(cut(joint), i) * turn for i in (0, 1)}
+    assert Normal(ALL, heads=True)(claims[0]) == 0 and Normal(ALL)(claims[0]) != 0
+    assert Normal(ALL, heads=True)(claims[1]) != 0, "the other head is not rotated"
+    assert Normal(ALL - {HEADS}, heads=True)(claims[0]) != 0, "no axiom, no proof"
+
+
+def test_a_matrix_cancels_where_it_is_orthogonal() -> None:
+    for off, cancels in ((0.0, True), (1e-9, False)):
+        bent = Rotation(2, lambda off=off: torch.eye(2, dtype=torch.float64) + off)
+        made = letters.letter(f"Q2/{off}", meaning=bent)
+        assert (Normal(ALL)(ROW * made * sympy.transpose(made) - ROW) == 0) is cancels
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from fuseline.compiler.precision import error
 from fuseline.compiler.provenance import makers
 from fuseline.passes import rotation
 from fuseline.passes.rotation import centring, folds, keys
+from fuseline.passes.rotation.carriers import carriers
 from tests.passes.rotated_models import VOCABULARY, Decoder, Shape
 from tests.passes.test_rotate import IDS, change, counts, program, rotated
 
@@ -223,7 +224,7 @@ def test_what_one_graph_turns_in_a_cache_another_reads_wrong(which: int) -> None
 
 def test_rotating_a_cache_at_run_time_costs_all_of_it_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     before = program(Step(), *STEP)
-    monkeypatch.setattr(keys, "_cached", lambda _: None)
+    monkeypatch.setattr(keys, "cached", lambda _: None)
     after, _ = rotated(before, "r3")
     sizes = {n.meta["val"].shape[2] for n in after.graph.nodes if n.target is ops.hadamard.overload}
     assert sizes == {1, 6}, "one query, and the keys of all positions"
@@ -292,3 +293,23 @@ REASONS = (
     "no number of blocks",
 )
 """The words of each reason that has a counter-example here, without names and numbers."""
+
+
+def test_a_mask_takes_as_many_dimensions_as_it_has() -> None:
+    """One that has them all picks single channels, which no basis survives; one that has all but the last, rows."""
+
+    class Put(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            return torch.index_put(x, (mask,), values)
+
+    x, values = torch.randn(2, 5, 8), torch.randn(8)
+    for dims, carried in ((1, True), (2, True), (3, False)):
+        mask = torch.zeros(x.shape[:dims], dtype=torch.bool)
+        mask.view(-1)[:: 10 if dims == 3 else 1] = True
+        graph = fuseline.capture(Put(), (x, mask, values)).graph
+        (node,) = [n for n in graph.nodes if n.target is torch.ops.aten.index_put.default]
+        found = carriers(node, 8)
+        assert found == ((node.args[0], node.args[2]) if carried else None), dims
+        turned = torch.linalg.qr(torch.randn(8, 8))[0]
+        commutes = torch.allclose(Put()(x @ turned, mask, values @ turned), Put()(x, mask, values) @ turned, atol=1e-5)
+        assert commutes == carried

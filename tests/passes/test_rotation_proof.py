@@ -144,10 +144,11 @@ def test_a_random_op_is_never_taken_for_a_function() -> None:
     class Dropped(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.out = torch.nn.Embedding(VOCABULARY, 8), torch.nn.Linear(8, 3)
+            self.embed, self.out = torch.nn.Embedding(VOCABULARY, 8), torch.nn.Linear(8, 8)
 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            x = torch.nn.functional.dropout(self.embed(ids), 0.5, training=True)
+            x = self.embed(ids)
+            x = self.out(x) + torch.nn.functional.dropout(x, 0.5, training=True)
             return self.out(torch.nn.functional.rms_norm(x, (8,), None, 1e-5))
 
     assert failing(proof_of(Dropped().double(), "r1")) == {"R1 enters": "not translated: op dropout"}

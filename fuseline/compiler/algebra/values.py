@@ -15,10 +15,10 @@ import torch
 from torch.fx import Node
 
 from .axioms import ROWS, Algebra, Axiom
+from .functions import Meaning, Moves, function
 from .letters import letter
 from .linear import SAME, linear, order_of
 from .matrices import Matrices
-from .normal import Meaning, Moves, function
 from .region import Definition, NotTranslated, Region, Side, is_zero, operands
 
 
@@ -135,8 +135,9 @@ class Call:
     ) -> sympy.Expr:
         """f(others…, carried…), linear in `carried`: it mixes or moves their rows.
 
-        rest: the other arguments, which belong to its name; moves: each row of the result is a row of
-        theirs, by this function where it takes no tensor besides; first: the axiom that the first of the others is written by; name: the op's, where it is another's than this.
+        rest: the other arguments, which belong to its name; moves: each row of the result is a row of theirs, by this
+        function where it is known; first: the axiom that the first of the others is written by; name: the op's, where
+        it is another's than this.
         """
         operands = [*others, *map(self.value, carried)]
         name = f"{name or self.name}[{','.join(map(self.text, rest))}]"

@@ -17,8 +17,9 @@ import fuseline
 import tests.strategies  # noqa: F401  the profile of the project's fuzz tests
 from fuseline.compiler.algebra import letters
 from fuseline.compiler.algebra.axioms import ALL, HEADS, NORM, ROWS, Algebra
+from fuseline.compiler.algebra.functions import Meaning, function, view
 from fuseline.compiler.algebra.letters import Pick, Rotation
-from fuseline.compiler.algebra.normal import Meaning, Normal, function, view
+from fuseline.compiler.algebra.normal import Normal
 from fuseline.compiler.algebra.statement import show
 from fuseline.compiler.expressions import Add, Expression
 from fuseline.compiler.framework import Pass

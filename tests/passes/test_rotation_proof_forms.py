@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,14 +13,14 @@ import fuseline
 from fuseline.compiler.errors import VerificationError
 from fuseline.compiler.observe import Proof, Prove
 from fuseline.compiler.plan import Plan
-from fuseline.passes.rotation import prepare, turn
+from fuseline.passes.rotation import turn
 from fuseline.passes.rotation.rotations import Rotation
 from tests.passes.rotated_models import VOCABULARY, Decoder, Shape
 from tests.passes.test_rotate import IDS, program
 from tests.passes.test_rotate_adapters import adapted
 from tests.passes.test_rotation_proof import failing, proof_of
 
-LEARNED = "raise,rotate{r1,r2,r4,kind=learned,steps=2}"
+LEARNED = "raise,rotate{r1,r2,r4,kind=learned,steps=2},quantize{weights=int4:sym}"
 
 
 class Columns(nn.Module):
@@ -43,7 +44,7 @@ def test_columns_are_rows_of_the_transpose(monkeypatch: pytest.MonkeyPatch) -> N
         build = lambda new: new(aten.squeeze.dim, new(aten.bmm.default, new(aten.unsqueeze.default, x, 1), stack), 1)
         rewriter.rewrite(node, [node], build, "columns as rows")
 
-    monkeypatch.setattr(prepare, "_as_rows", untransposed)
+    monkeypatch.setattr(import_module("fuseline.passes.rotation.prepare"), "_as_rows", untransposed)
     (wrong,) = [s for s in proof_of(Columns().double(), "r1").statements if not s.is_proved]
     assert (wrong.rule, wrong.status) == ("columns as rows", "not proved") and (wrong.error or 0) > 1e-2
 
@@ -74,7 +75,7 @@ class Forms(nn.Module):
         h = nn.functional.rms_norm(x, (8,), 1.0 + self.scale, 1e-5)
         q, v = (nn.functional.linear(h, w).unflatten(-1, (2, 4)).transpose(1, 2) for w in (keys, values))
         first, second = v.repeat(1, 2, 1, 1).unbind(1)[:2]
-        v = torch.stack([second, first, second[:, torch.tensor([0])].expand_as(first)], 1).type_as(q)
+        v = torch.stack([second, first, second[:, torch.tensor([0])].expand(first.shape)], 1).type_as(q)
         q = torch.cat([q, q[:, :1]], 1)
         y = torch.softmax(q @ q.transpose(-1, -2), -1) @ v
         return self.out((y + y.new_zeros(y.shape))[:, 0] + y.split([1, 2], 1)[1].sum(1))
@@ -98,11 +99,11 @@ def trained(model: nn.Module, options: str) -> Proof:
     return observer.proof
 
 
-@pytest.mark.parametrize("options", ["r1,r4,kind=random-hadamard", "r1,r2,r3,r4,kind=orthogonal", "r1,r4,block=4"])
+@pytest.mark.parametrize("options", ["r1,r2,r3,r4,kind=orthogonal", "r1,r4,block=4"])
 def test_adapters_are_rotated_at_run_time(options: str) -> None:
-    shape = Shape(width=16, inner=32, head=8, groups=2, bias=True, scale=0.5)
+    shape = Shape(width=16, inner=32, head=8, groups=2, bias=True, scale=0.5, layers=1)
     proof = trained(adapted(shape, everywhere=True), options)
-    assert not failing(proof) and proof.count >= 54
+    assert not failing(proof) and proof.count > 25
     proof.check()
 
 
@@ -113,12 +114,14 @@ def test_a_scale_behind_the_rotation_of_an_adapter_is_found(monkeypatch: pytest.
 
     right = Rotation.fold_at_run_time
     monkeypatch.setattr(Rotation, "fold_at_run_time", late)
-    assert failing(trained(adapted(Shape(width=16, inner=32, head=8)), "r1")) == {"R1 into columns": "not proved"}
+    assert failing(trained(adapted(Shape(width=16, inner=32, head=8, layers=1)), "r1")) == {
+        "R1 into columns": "not proved"
+    }
 
 
 @pytest.fixture(scope="module")
 def learned() -> tuple[nn.Module, Plan]:
-    model = Decoder(Shape(width=16, head=8, inner=32, layers=1, bias=True))
+    model = Decoder(Shape(width=16, head=8, inner=32, layers=1, bias=True)).float()
     return model, fuseline.analyze(model, LEARNED, [(IDS,)] * 2)
 
 

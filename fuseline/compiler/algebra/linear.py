@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import sympy
 from torch.fx import Node
 
+from .functions import Meaning, function, view
 from .letters import centre, letter, ones, pick
 from .matrices import joined, number
-from .normal import Meaning, function, view
 from .region import EMPTY, is_zero
 
 if TYPE_CHECKING:

@@ -7,59 +7,15 @@ their transposes. Two values are equal where the normal form of their difference
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
-import torch
-from sympy.core.function import AppliedUndef, UndefinedFunction
+from sympy.core.function import AppliedUndef
 
-from .axioms import BLOCKS, CONSTANT, HEADS, LINEAR, NORM, ORTHOGONAL, PARTS, VIEWS, Axiom
+from .axioms import BLOCKS, CONSTANT, HEADS, LINEAR, NORM, ORTHOGONAL, PARTS, Axiom
+from .functions import MEANING, Meaning, composed
+from .heads import by_heads, cut_of, is_lost
 from .letters import Pick, Rotation, meaning, of_row, pick
-
-Moves = Callable[[torch.Tensor], torch.Tensor]
-Sizes = tuple[tuple[str, ...], tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """What may be assumed of a function; none: nothing.
-
-    axiom: f(…, x·M, …) = f(…, x, …)·M for the operands at `carried` together; linear: and f(x + y) = f(x) + f(y) for
-    them; picks: each row of the result is a row of an operand; sizes: of a view, before and after, with a last "*"
-    where it leaves the last dimension alone; first: what its first operand is written by, where that is an axiom;
-    moves: for a function that moves rows, it itself on a tensor.
-    """
-
-    axiom: Axiom | None = None
-    carried: tuple[int, ...] = ()
-    linear: bool = False
-    picks: bool = False
-    sizes: Sizes | None = None
-    first: Axiom | None = None
-    moves: Moves | None = None
-
-
-MEANING: dict[str, Meaning] = {}
-"""Function's name → what may be assumed of it."""
-
-
-def function(name: str, operands: Sequence[sympy.Expr], means: Meaning) -> sympy.Expr:
-    """A function of values, by its name."""
-    MEANING[name] = means
-    made: Any = UndefinedFunction(name, commutative=False)
-    return made(*operands) if operands else sympy.Symbol(name, commutative=False)
-
-
-def view(x: sympy.Expr, before: tuple[str, ...], after: tuple[str, ...]) -> sympy.Expr:
-    """x's elements in another shape."""
-    if before[-1] == after[-1]:
-        before, after = (*before[:-1], "*"), (*after[:-1], "*")
-    if before == after:
-        return x
-    name = f"view[{','.join(before)}→{','.join(after)}]"
-    return function(name, [x], Meaning(VIEWS, (0,), True, after[-1] == "*", (before, after)))
 
 
 class Normal:
@@ -166,16 +122,16 @@ class Normal:
                     continue
                 alone = [sympy.S.Zero if j in means.carried else x for j, x in enumerate(operands)]
                 alone[i] = rest
-                if self.heads and means.moves is not None and _is_lost(means.moves, rest):
+                if self.heads and means.moves is not None and is_lost(means.moves, rest):
                     self.used[PARTS] += 1
                     continue
                 if self.heads and means.sizes is not None and (cut := cut_of(means.sizes)):
                     self.used[HEADS] += 1
-                    found.append(number * _by_heads(rest, means.sizes, cut))
+                    found.append(number * by_heads(rest, means.sizes, cut))
                     continue
                 within = MEANING[rest.func.__name__].sizes if isinstance(rest, AppliedUndef) else None
                 if within is not None and means.sizes is not None:
-                    found.append(number * _composed(rest.args[0], within, means.sizes))
+                    found.append(number * composed(rest.args[0], within, means.sizes))
                 else:
                     found.append(number * f.func(*alone))
         if len(found) > 1:
@@ -187,69 +143,6 @@ class Normal:
             return None
         self.used[axiom] += 1
         return found
-
-
-def cut_of(sizes: Sizes) -> int:
-    """How many dimensions a view cuts the last one into; 0 where it does something else."""
-    before, after = sizes
-    if "*" in (before[-1], after[-1]) or not before[-1].isdecimal():
-        return 0
-    total, count = 1, 0
-    while count < len(after) and after[-1 - count].isdecimal() and total < int(before[-1]):
-        total *= int(after[-1 - count])
-        count += 1
-    return count if total == int(before[-1]) and count > 1 else 0
-
-
-def _by_heads(x: sympy.Expr, sizes: Sizes, cut: int) -> sympy.Expr:
-    """A view that cuts the last dimension, as the sum over the heads of the channels of each, put in their place."""
-    (*rows, width), after = sizes
-    lead, head = after[:-cut], int(after[-1])
-    x = view(x, (*rows, "*"), (*lead, "*"))
-    found = []
-    for i, start in enumerate(range(0, int(width), head)):
-        name = f"head{i}[{','.join(after)}]"
-        part = x * pick(int(width), start, start + head)
-        found.append(function(name, [part], Meaning(VIEWS, (0,), True, moves=_place(i, after, cut))))
-    return sympy.Add(*found)
-
-
-def _place(i: int, sizes: tuple[str, ...], cut: int) -> Moves:
-    """Where head i is: ones there, zeros elsewhere, as a function of nothing; symbolic sizes are 3."""
-
-    def placed(_: torch.Tensor) -> torch.Tensor:
-        shape = [int(size) if size.isdecimal() else 3 for size in sizes]
-        heads = torch.zeros(shape[len(shape) - cut : -1]).flatten()
-        heads[i] = 1
-        return heads.reshape(*shape[len(shape) - cut : -1], 1).expand(shape)
-
-    return placed
-
-
-def _is_lost(moves: Moves, x: sympy.Expr) -> bool:
-    """Whether a function that moves rows takes none of a head."""
-    seen = _seen(x)
-    if seen is None:
-        return False
-    try:
-        made = moves(seen)
-    except (RuntimeError, IndexError):  # of sizes that are not known
-        return False
-    return made.numel() > 0 and not made.any()
-
-
-def _seen(x: sympy.Expr) -> torch.Tensor | None:
-    """Where a head is, behind functions that move rows."""
-    means = MEANING[x.func.__name__] if isinstance(x, AppliedUndef) else None
-    if means is None or means.moves is None:
-        return None
-    if means.axiom is VIEWS:
-        return means.moves(torch.empty(0))
-    inner = _seen(x.args[0])
-    try:
-        return None if inner is None else means.moves(inner)
-    except (RuntimeError, IndexError):
-        return None
 
 
 def _flat(factor: sympy.Expr) -> list[sympy.Expr]:
@@ -272,13 +165,3 @@ def _whole(channels: Pick, block: int) -> bool:
 
 def _divides(block: int, size: str) -> bool:
     return size.isdecimal() and int(size) % block == 0
-
-
-def _composed(x: sympy.Expr, inner: Sizes, outer: Sizes) -> sympy.Expr:
-    """view(view(x)) as one."""
-    (first, middle), (again, last) = inner, outer
-    if middle[-1] == "*" and again[-1] != "*":
-        first = (*first[:-1], again[-1])
-    elif again[-1] == "*" and middle[-1] != "*":
-        last = (*last[:-1], middle[-1])
-    return view(x, first, last)

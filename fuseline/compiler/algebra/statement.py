@@ -11,10 +11,12 @@ from sympy.core.function import AppliedUndef
 from ..program import Program
 from . import numeric
 from .axioms import Algebra
+from .functions import MEANING as FUNCTIONS
+from .functions import Meaning
+from .heads import cut_of
 from .letters import MEANING, Rotation
 from .matrices import Matrices
-from .normal import MEANING as FUNCTIONS
-from .normal import Meaning, Normal, cut_of
+from .normal import Normal
 from .region import NotTranslated, Region
 from .values import Values
 

@@ -15,10 +15,10 @@ import torch
 from torch.fx import Node
 
 from .axioms import ROWS, Algebra, Axiom
+from .functions import Meaning, Moves, function
 from .letters import letter
 from .linear import SAME, linear, order_of
 from .matrices import Matrices
-from .normal import Meaning, Moves, function
 from .region import Definition, NotTranslated, Region, Side, is_zero, operands
 
 

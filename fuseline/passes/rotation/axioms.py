@@ -16,7 +16,7 @@ from torch.fx import Node
 from ...compiler import ops
 from ...compiler.algebra import letters
 from ...compiler.algebra.axioms import ALL, NORM, SCORES, Algebra, Translator
-from ...compiler.algebra.normal import Meaning, function
+from ...compiler.algebra.functions import Meaning, function
 from ...compiler.algebra.region import NotTranslated
 from ...compiler.algebra.values import Call
 from ...compiler.expressions import Constant

@@ -26,7 +26,7 @@ def quantized(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 
 @settings(max_examples=25, deadline=None)
-@given(schemes(("int4", "int8")), st.integers(0, 99), st.sampled_from((1e-4, 1.0, 100.0)))
+@given(schemes(("int4", "int8")).filter(lambda s: s.rows == 1), st.integers(0, 99), st.sampled_from((1e-4, 1.0, 100.0)))
 def test_no_group_is_worse_than_rounded_to_nearest(scheme: Scheme, seed: int, size: float) -> None:
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(3, 64, generator=draw, dtype=torch.float64) * size

@@ -104,7 +104,7 @@ def test_keys_and_values() -> None:
     model, x = Attention(), torch.randn(1, 6, 64)
     text = "raise,quantize{keys=mxfp8,values=fp4}"
     after, report = Pipeline(text).run(fuseline.capture(model, (x,)), verification="full")
-    assert report["quantize"].matched == 1 and ops(after).count("encode") == 2
+    assert report["quantize"].matched == 2 and ops(after).count("encode") == 2
     q, k, v = model.heads(x)
     expected = F.scaled_dot_product_attention(q.double(), rounded("mxfp8", k), rounded("fp4", v), is_causal=True)
     assert error(after.to_module()(x).double(), expected) < 1e-5

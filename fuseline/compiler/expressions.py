@@ -274,9 +274,13 @@ class Blocks(Expression):
 
     def compute(self, values: list[Any], lookup: Lookup) -> Any:
         x, by = values
-        last = x.movedim(self.dim, -1)
-        blocks = last.unflatten(-1, (-1, by.shape[0])).double() @ by.double().to(x.device)
-        return blocks.flatten(-2).to(x.dtype).movedim(-1, self.dim).contiguous()
+        return block_product(x.double(), by.double().to(x.device), self.dim).to(x.dtype).contiguous()
+
+
+def block_product(x: torch.Tensor, by: torch.Tensor, dim: int) -> torch.Tensor:
+    """x with each block of channels along `dim` multiplied by the matrix `by` [b, b] from the right, in their type."""
+    blocks = x.movedim(dim, -1).unflatten(-1, (-1, by.shape[0])) @ by
+    return blocks.flatten(-2).movedim(-1, dim)
 
 
 @dataclass(frozen=True)
@@ -390,6 +394,12 @@ class Output(Expression):
 
     def compute(self, values: list[Any], lookup: Lookup) -> Any:
         return values[0][self.name]
+
+
+def rounding_in(expression: Expression) -> Quantize | None:
+    """The rounding that an expression's codes, scales or zero points come from; None where it has none of them."""
+    made = (part.x for part in expression.walk() if isinstance(part, Output))
+    return next((x for x in made if isinstance(x, Quantize)), None)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from ..compiler import ops
-from ..compiler.expressions import Dequantize, Expression, Output
+from ..compiler.expressions import Dequantize, Expression, rounding_in
 from ..compiler.expressions import Quantize as QuantizeExpression
 from ..compiler.program import Program
 from ..compiler.schemes import Scheme
@@ -36,10 +36,7 @@ def dequantized(node: Any) -> Dequantize | None:
 
 def quantization(value: Any) -> QuantizeExpression | None:
     """What is quantized and how, in the expression of a quantized weight or of a part of one."""
-    if not isinstance(value, Expression):
-        return None
-    made = (part.x for part in value.walk() if isinstance(part, Output))
-    return next((x for x in made if isinstance(x, QuantizeExpression)), None)
+    return rounding_in(value) if isinstance(value, Expression) else None
 
 
 def rounded(node: Any) -> Rounded | None:

@@ -232,9 +232,10 @@ class Quantize(Pass):
 
     def _refuse(self, program: Program, site: Site, head: bool) -> str | None:
         """A reason; "" for a site that the options leave out without a word; None to go ahead."""
-        weights, activations = self.schemes()["weights"], self.schemes()["activations"]
         if self._left_out(site.path):
             return ""
+        schemes = self.schemes()
+        weights, activations = schemes["weights"], schemes["activations"]
         if head and not self._names(site.path):
             return f"the model's head over its vocabulary: name it to quantize it, only={site.path}"
         if not site.node.meta["val"].dtype.is_floating_point:

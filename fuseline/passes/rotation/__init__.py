@@ -121,8 +121,8 @@ class Rotate(Pass):
             return
         whole = rewriter.decisions.get(MODEL)
         kept = whole.structure["keep"] if whole is not None else list(self.asked)
+        node = next((n for n in program.graph.nodes if is_norm(n) or is_attention(n)), None)
         for label in self.asked:
-            node = next((n for n in program.graph.nodes if is_norm(n) or is_attention(n)), None)
             if label not in kept and node is not None:
                 rewriter.refuse(node, f"{label}: {whole.structure['why'][label]}", label)  # type: ignore[union-attr]
         if kept:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ....compiler.errors import UserError
 from ....compiler.framework import Study
 from ....compiler.plan import SitePlan
+from ..rotations import Kind
 from .choose import choose
 from .findings import MODEL, findings
 from .losses import Loss, criterion
@@ -40,7 +41,7 @@ def decide(step: Rotate, study: Study) -> dict[str, SitePlan]:
     measure = criterion(step.loss, study.program)
     decisions: dict[str, SitePlan] = {}
     measured: dict[str, float] = {}
-    if step.kind.value == "learned":
+    if step.kind is Kind.LEARNED:
         decisions, measured = learn(step, variants, measure, study)
     keep, why = list(step.asked), dict[str, str]()
     if step.choose:

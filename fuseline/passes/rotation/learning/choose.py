@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch.fx import Node
 
 from ....compiler.framework import Study
@@ -13,7 +12,7 @@ from ....compiler.plan import SitePlan
 from ....compiler.progress import steps
 from ..rotations import Kind, Rotation
 from .losses import Criterion
-from .trial import Trial, Variants
+from .trial import Trial, Variants, mean_loss
 
 if TYPE_CHECKING:
     from .. import Rotate
@@ -35,12 +34,8 @@ def choose(
 
     original = Trial(variants.program)
 
-    @torch.no_grad()
     def cost(labels: tuple[str, ...]) -> float:
-        trial, total = Trial(variants.make(labels, rotation)), 0.0
-        for flat in study.data:
-            total += measure(flat, original(flat) if measure.compares else (), trial(flat)).item()
-        return total / len(study.data)
+        return mean_loss(measure, original, Trial(variants.make(labels, rotation)), study.data)
 
     measured, kept = {"none": cost(())}, list[str]()
     lowest = measured["none"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from ..rotations import Kind, Rotation
 from .cayley import Cayley, nearest_orthogonal
 from .journal import Journal
 from .losses import Criterion
-from .trial import Trial, Variants
+from .trial import Trial, Variants, loss_of, mean_loss
 
 if TYPE_CHECKING:
     from .. import Rotate
@@ -57,23 +58,14 @@ def learn(
     batches = [order.randrange(len(study.data)) for _ in range(step.steps)]
     first = journal.resume()
 
-    def loss(number: int) -> torch.Tensor:
-        flat = study.data[number]
-        with torch.no_grad():
-            before = original(flat) if measure.compares else ()
-        return measure(flat, before, trial(flat))
-
-    def mean() -> float:
-        with torch.no_grad():
-            return sum(loss(number).item() for number in range(len(study.data))) / len(study.data)
-
+    mean = partial(mean_loss, measure, original, trial, study.data)
     at_start = journal.measured("start", mean)
     for number in steps(range(first, step.steps), "learning rotations", completed=first, total=step.steps):
         for group in optimizer.param_groups:
             group["lr"] = step.rate * (1 + math.cos(math.pi * number / step.steps)) / 2
         optimizer.zero_grad()
         with torch.enable_grad():
-            loss(batches[number]).backward()  # type: ignore[no-untyped-call]
+            loss_of(measure, original, trial, study.data[batches[number]]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         journal.write(number + 1)
     found = {key: nearest_orthogonal(leaf.detach()).cpu() for key, leaf in leaves.items()}

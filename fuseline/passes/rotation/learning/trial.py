@@ -14,11 +14,12 @@ from torch.fx import Interpreter, Node
 
 from ....compiler import ops
 from ....compiler.expand import EXPANSIONS
-from ....compiler.expressions import Blocks, Cast, Expression, Hadamard, Output, Planned, Quantize
+from ....compiler.expressions import Blocks, Cast, Expression, Hadamard, Planned, block_product, rounding_in
 from ....compiler.framework import Pass, Tier
 from ....compiler.hadamard import core, factor
 from ....compiler.program import Program
 from ....compiler.rewriter import Rewriter
+from .losses import Criterion
 
 if TYPE_CHECKING:
     from .. import Rotate, Rotations
@@ -87,7 +88,7 @@ class Trial(Interpreter):
     def run_node(self, node: Node) -> Any:
         weight = node.meta.get("weight") if node.op == "get_attr" else None
         if weight is not None:
-            lazily = all(user.target in EXPANSIONS for user in node.users) and _rounded(weight) is not None
+            lazily = all(user.target in EXPANSIONS for user in node.users) and rounding_in(weight) is not None
             return None if lazily else self.weight(weight)
         if node.op != "call_function":
             return super().run_node(node)
@@ -108,7 +109,7 @@ class Trial(Interpreter):
     def _dequantized(self, node: Node, args: Sequence[Any]) -> torch.Tensor:
         given: Any = node.args[0]
         expression = given.meta.get("weight")
-        rounded = _rounded(expression) if expression is not None else None
+        rounded = rounding_in(expression) if expression is not None else None
         if rounded is None:
             op = ops.find(node.target)
             assert op is not None
@@ -145,8 +146,7 @@ class Trial(Interpreter):
         values = [self.weight(operand) for operand in expression.operands()]
         if isinstance(expression, Blocks):
             x, by = (v.float() for v in values)
-            last = x.movedim(expression.dim, -1)
-            return (last.unflatten(-1, (-1, by.shape[0])) @ by).flatten(-2).movedim(-1, expression.dim)
+            return block_product(x, by, expression.dim)
         if isinstance(expression, Hadamard):
             x = values[0].movedim(expression.dim, -1)
             split = factor(expression.block or x.shape[-1])
@@ -172,9 +172,14 @@ class Trial(Interpreter):
         return found
 
 
-def _rounded(expression: Expression) -> Quantize | None:
-    """The rounding that codes come from, where an expression is codes."""
-    for inner in expression.walk():
-        if isinstance(inner, Output) and isinstance(inner.x, Quantize):
-            return inner.x
-    return None
+def loss_of(measure: Criterion, original: Trial, trial: Trial, flat: Sequence[Any]) -> torch.Tensor:
+    """What `trial` costs on one batch, against the program as it was; gradients flow through `trial` alone."""
+    with torch.no_grad():
+        before = original(flat) if measure.compares else ()
+    return measure(flat, before, trial(flat))
+
+
+@torch.no_grad()
+def mean_loss(measure: Criterion, original: Trial, trial: Trial, data: Sequence[Sequence[Any]]) -> float:
+    """The mean of that over all batches."""
+    return sum(loss_of(measure, original, trial, flat).item() for flat in data) / len(data)

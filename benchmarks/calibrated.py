@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from harness import Run, arguments, release
+from harness.held_out import HeldOut
 
 import fuseline
-from fuseline.models import metrics, text
-from fuseline.models.spec import load
+from fuseline.models import text
 
 COLUMNS = ("name", "original", "quantized", "cost", "recovered", "seconds")
 METHODS = {
@@ -47,25 +47,17 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-class Benchmark:
+class Benchmark(HeldOut):
     """One model and its text, in float32."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.device = options, torch.device(options.device)
-        loaded = load(options.model)
-        self.original = loaded.model.eval().to(self.device)
-        cut = lambda source, count: text.windows(source, loaded.encode, options.length, count)
-        self.held_out = [ids.to(self.device) for ids in cut(text.evaluation_text(), options.windows)]
+        super().__init__(options)
         self.batches = [
             {"input_ids": ids.to(self.device), "use_cache": False}
-            for ids in torch.cat(cut(text.calibration_text(), options.calibration)).split(options.batch)
+            for ids in torch.cat(self.cut(text.calibration_text(), options.calibration)).split(options.batch)
         ]
         self.reference = self.log_perplexity(self.original)
         self.nearest: dict[str, float] = {}
-
-    @torch.no_grad()
-    def log_perplexity(self, model: Any) -> float:
-        return metrics.log_perplexity(lambda ids: model(ids, use_cache=False).logits, self.held_out)
 
     def fill(self, row: dict[str, Any], weights: str, method: str) -> None:
         narrowed, options = METHODS[method]

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from harness import Run, arguments, release
+from harness.held_out import HeldOut
 
 import fuseline
 from fuseline.compiler.errors import UserError
-from fuseline.models import metrics, text
-from fuseline.models.spec import load
+from fuseline.models import text
 
 COLUMNS = ("name", "original", "lora_trained", "rolora_trained", "lora", "rolora", "gain", "loss_first", "loss_last")
 
@@ -45,16 +45,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-class Benchmark:
+class Benchmark(HeldOut):
     """One model and its text, in float32."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.device = options, torch.device(options.device)
-        loaded = load(options.model)
-        self.original = loaded.model.eval().to(self.device)
-        cut = lambda source, count: text.windows(source, loaded.encode, options.length, count)
-        self.held_out = [ids.to(self.device) for ids in cut(text.evaluation_text(), options.windows)]
-        self.training = torch.cat(cut(text.calibration_text(), 1 << 20)).to(self.device)
+        super().__init__(options)
+        self.training = torch.cat(self.cut(text.calibration_text(), 1 << 20)).to(self.device)
 
     def batches(self, seed: int) -> Iterator[torch.Tensor]:
         """ids [batch, length], the whole text in a new order each time."""
@@ -63,10 +59,6 @@ class Benchmark:
             for chosen in torch.randperm(len(self.training), generator=draw).split(self.options.batch):
                 if len(chosen) == min(self.options.batch, len(self.training)):
                     yield self.training[chosen]
-
-    @torch.no_grad()
-    def log_perplexity(self, model: Any) -> float:
-        return metrics.log_perplexity(lambda ids: model(ids, use_cache=False).logits, self.held_out)
 
     def rotation(self, seed: int) -> str:
         return f"rotate{{{self.options.rotate},seed={seed}}}"

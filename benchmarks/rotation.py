@@ -1,6 +1,6 @@
 """Rotations before a quantization to 4 bits: ours beside the published recipes, with the same quantizers and text.
 
-    python benchmarks/rotation.py                       SmolLM2-135M on one GPU (about 6 minutes)
+    python benchmarks/rotation.py --jobs 6              SmolLM2-135M on one GPU (about 6 minutes)
     python benchmarks/rotation.py --device cpu --only original plain "ours hadamard" --windows 4
     python benchmarks/rotation.py --device cpu --model demo:tiny-llama --steps 2     tries it out
 
@@ -14,9 +14,13 @@ choice, seconds of analysis. The online Hadamard transform across heads of QuaRo
 from __future__ import annotations
 
 import argparse
+import functools
 import math
+import multiprocessing
 import statistics
+import sys
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -30,7 +34,7 @@ from fuseline.models.spec import load
 from fuseline.passes.rotation.learning import matrices
 
 W4A4KV4 = "quantize{weights=int4:sym:mse,activations=int4:token:asym,keys=int4:asym,values=int4:asym}"
-COLUMNS = ("name", "perplexity", "log_over", "kl", "top1", "seeds_kl", "seconds")
+COLUMNS = ("name", "perplexity", "log_over", "kl", "top1", "seeds_perplexity", "seeds_kl", "seconds")
 ROWS: dict[str, tuple[str, bool]] = {
     # name: (rotate's options, published)
     "plain": ("", False),
@@ -53,6 +57,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rates", type=float, nargs="*", default=[], help="other rates for `ours learned`")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     parser.add_argument("--quantize", default=W4A4KV4)
     return parser.parse_args(words)
 
@@ -105,19 +110,33 @@ class Benchmark:
 
         return call
 
-    def fill(self, row: dict[str, Any], options: str, published: bool) -> None:
-        """Medians over seeds, and the KL of each seed."""
-        seeds = [""] if not options else [f",seed={seed}" for seed in range(self.options.seeds)]
-        if options and "kind" not in options:
-            seeds = [""]  # nothing is drawn
-        row["runs"] = []
-        for seed in seeds:
-            rotate = f"rotate{{{options}{seed}}}," if options else ""
-            rotate = rotate.replace("kind=learned", f"kind=learned,steps={self.options.steps}")
-            row["runs"].append(self.measured(f"raise,{rotate}{self.options.quantize}", published))
-        for figure in ("perplexity", "log_over", "kl", "top1", "seconds"):
-            row[figure] = statistics.median(run[figure] for run in row["runs"])
-        row["seeds_kl"] = " ".join(f"{run['kl']:.4f}" for run in row["runs"])
+
+def pipelines(rotation: str, options: argparse.Namespace) -> list[str]:
+    """One a seed; one alone where nothing is drawn."""
+    if not rotation:
+        return [f"raise,{options.quantize}"]
+    rotation = rotation.replace("kind=learned", f"kind=learned,steps={options.steps}")
+    seeds = range(options.seeds) if "kind" in rotation else [0]
+    return [f"raise,rotate{{{rotation},seed={seed}}},{options.quantize}" for seed in seeds]
+
+
+@functools.cache
+def benchmark(words: tuple[str, ...]) -> Benchmark:
+    """A process's own."""
+    return Benchmark(parse(list(words)))
+
+
+def measured(words: tuple[str, ...], pipeline: str, published: bool) -> dict[str, Any]:
+    return benchmark(words).measured(pipeline, published)
+
+
+def fill(row: dict[str, Any], runs: list[Future[dict[str, Any]]]) -> None:
+    """Medians over seeds, and the figures of each seed."""
+    row["runs"] = [run.result() for run in runs]
+    for figure in ("perplexity", "log_over", "kl", "top1", "seconds"):
+        row[figure] = statistics.median(run[figure] for run in row["runs"])
+    for figure in ("perplexity", "kl"):
+        row[f"seeds_{figure}"] = " ".join(f"{run[figure]:.4g}" for run in row["runs"])
 
 
 def main() -> None:
@@ -127,9 +146,15 @@ def main() -> None:
         rows[f"ours learned, rate {rate:g}"] = (f"r1,r2,r3,r4,kind=learned,rate={rate:g}", False)
     run = Run("rotation", options, floors=False)
     run.check(rows)
-    benchmark = Benchmark(options)
-    for name, (text_of, published) in rows.items():
-        run.measure(name, lambda row, t=text_of, p=published: benchmark.fill(row, t, p))
+    words = tuple(sys.argv[1:])
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        runs = {
+            name: [pool.submit(measured, words, pipeline, published) for pipeline in pipelines(rotation, options)]
+            for name, (rotation, published) in reversed(rows.items())  # the long ones first
+            if options.only is None or name in options.only
+        }
+        for name in rows:
+            run.measure(name, lambda row, name=name: fill(row, runs[name]))
     run.table(COLUMNS, f"{options.model}, {options.quantize}")
 
 

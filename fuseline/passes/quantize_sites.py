@@ -102,10 +102,13 @@ def _convolution(program: Program, node: Node) -> Site | None:
 
 
 def _weight(table: Any) -> tuple[Expression | None, Any]:
-    """The expression and fake value of a weight that is not codes already."""
+    """The expression and fake value of a weight of the model that is not codes already.
+
+    A matrix with no parameter in it was put there by a pass: a rotation at run time, which rounding would spoil.
+    """
     expression = table.meta.get("weight") if isinstance(table, Node) else None
     value = table.meta.get("val") if isinstance(table, Node) else None
-    if not isinstance(expression, Expression) or not isinstance(value, torch.Tensor):
+    if not isinstance(expression, Expression) or not isinstance(value, torch.Tensor) or not expression.parameters():
         return None, None
     return (None, None) if any(isinstance(e, Output) for e in expression.walk()) else (expression, value)
 

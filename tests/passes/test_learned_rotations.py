@@ -75,6 +75,18 @@ def test_what_was_measured_holds_for_other_formats(schemes: str) -> None:
     assert divergence(model, text, plan) == pytest.approx(measured["learned"], rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["orthogonal", "learned,steps=1"])
+def test_a_rotation_at_run_time_is_not_quantized(kind: str) -> None:
+    """Behind a tied embedding R1 is a product of its own, and so is R3 when it is no Hadamard transform."""
+    model, after = decoder(tied=True), QUANTIZE
+    expected = fuseline.Pipeline(f"raise,{after}").run(fuseline.capture(model, batches()[0]))[1]["quantize"]
+    text = f"raise,rotate{{r1,r2,r3,r4,kind={kind}}},{after}"
+    passes = fuseline.Pipeline(text)
+    plan = fuseline.analyze(model, passes, batches()) if passes.needs_data else None
+    _, report = passes.run(fuseline.capture(model, batches()[0]), plan=plan)
+    assert report["rotate"].matched and report["quantize"].matched == expected.matched
+
+
 def test_each_layer_has_its_own_r2(learned: tuple[Decoder, Plan]) -> None:
     found = [tensors for p in learned[1].sites.values() for tensors in [p["rotate"].tensors] if "R2" in tensors]
     assert len(found) == 2 and not torch.allclose(found[0]["R2"], found[1]["R2"], atol=1e-2)

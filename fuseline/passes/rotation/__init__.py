@@ -87,7 +87,7 @@ class Rotate(Pass):
     seed: int = 0
     untie: bool = False  # fold r1 into copies of a tied table
     steps: int = 100  # of learning
-    rate: float = 0.01  # of learning: how far a step turns, in radians
+    rate: float = 0.1  # of learning: how far a step turns, in radians
     loss: Loss = Loss.AUTO  # what to learn and choose by
     choose: bool = False  # keep those that pay
 

@@ -1,11 +1,12 @@
 """Gradient descent over orthogonal matrices, by the Cayley transform.
 
-    A = G·Xᵀ − X·Gᵀ        the skew-symmetric direction in which the loss grows
-    X ← (I + A/2)⁻¹·(I − A/2)·X
+    B = Xᵀ·G − Gᵀ·X        the skew-symmetric direction in which the loss grows, in the rotated basis
+    X ← X·(I + B/2)⁻¹·(I − B/2)
 
-keeps XᵀX as it is, whatever A. The direction is averaged over steps and divided by its own running size, as in Adam, so
-that `rate` says how far a step turns, in radians, on any loss. Sources: Wen and Yin (2013), a feasible method for
-optimization with orthogonality constraints; Li et al. (2020), Cayley SGD with momentum.
+keeps XᵀX as it is, whatever B. The direction is divided by its own running size, so that `rate` says how far a step
+turns, in radians, on any loss. It is not averaged over steps: rounding gives a rough loss whose gradient soon points
+elsewhere, and with momentum less was learned, at every rate. Sources: Wen and Yin (2013), a feasible method for
+optimization with orthogonality constraints; Li et al. (2020), Cayley SGD.
 """
 
 from __future__ import annotations
@@ -22,36 +23,34 @@ class Cayley(torch.optim.Optimizer):
     Args:
         matrices: leaves in float32 or float64, orthogonal to begin with.
         rate: radians; a scheduler may change it.
-        averages: the shares of what was that the averages of the direction and of its square keep.
+        average: the share of what was that the average of the direction's square keeps.
     """
 
-    def __init__(self, matrices: Iterable[torch.Tensor], rate: float, averages: tuple[float, float] = (0.9, 0.99)):
-        super().__init__(matrices, {"lr": rate, "averages": averages})
+    def __init__(self, matrices: Iterable[torch.Tensor], rate: float, average: float = 0.99):
+        super().__init__(matrices, {"lr": rate, "average": average})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    self._turn(matrix, matrix.grad, group["lr"], group["averages"])
+                    self._turn(matrix, matrix.grad, group["lr"], group["average"])
 
-    def _turn(self, x: torch.Tensor, gradient: torch.Tensor, rate: float, averages: tuple[float, float]) -> None:
-        product = gradient @ x.mT
+    def _turn(self, x: torch.Tensor, gradient: torch.Tensor, rate: float, average: float) -> None:
+        product = x.mT @ gradient
         skew = product - product.mT
         state = self.state[x]
         if not state:
-            state.update(count=0, mean=torch.zeros_like(x), square=x.new_zeros(()))
-        first, second = averages
+            state.update(count=0, square=x.new_zeros(()))
         state["count"] += 1
-        state["mean"].mul_(first).add_(skew, alpha=1 - first)
-        state["square"].mul_(second).add_(skew.square().mean(), alpha=1 - second)
-        size = (state["square"] / (1 - second ** state["count"])).sqrt()
+        state["square"].mul_(average).add_(skew.square().mean(), alpha=1 - average)
+        size = (state["square"] / (1 - average ** state["count"])).sqrt()
         if not size > 0:
             return
         n = len(x)
-        direction = state["mean"] / (1 - first ** state["count"]) / size * (rate / n**0.5)
+        half = skew / size * (rate / n**0.5 / 2)
         eye = torch.eye(n, dtype=x.dtype, device=x.device)
-        x.copy_(torch.linalg.solve(eye + direction / 2, (eye - direction / 2) @ x))
+        x.copy_(x @ torch.linalg.solve(eye + half, eye - half))
 
 
 def nearest_orthogonal(x: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,6 @@ class Journal:
             leaf.copy_(tensors[name])
             self.optimizer.state[leaf] = {
                 "count": int(header["count"]),
-                "mean": tensors[f"{name}:mean"].to(leaf.device),
                 "square": tensors[f"{name}:square"].to(leaf.device),
             }
         self.known = json.loads(header["measured"])
@@ -64,7 +63,7 @@ class Journal:
         tensors: dict[str, torch.Tensor] = {}
         for name, leaf in self.leaves.items():
             state = self.optimizer.state[leaf]
-            tensors |= {name: leaf, f"{name}:mean": state["mean"], f"{name}:square": state["square"]}
+            tensors |= {name: leaf, f"{name}:square": state["square"]}
         header = {"count": str(count), "measured": json.dumps(self.known)}
         checkpoint.write(self.path, self.search, tensors, header)
 

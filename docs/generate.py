@@ -33,7 +33,7 @@ BLOCK = re.compile(r"```console\n\$ (?P<command>.+)\n(?P<output>(?:(?!```).*\n)*
 
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = re.compile(
-    r"(?P<marker><!-- table (?P<name>[\w.*?-]+): (?P<columns>[\w,\s]+) -->)\n(?:(?!<!-- end -->).*\n)*<!-- end -->"
+    r"(?P<marker><!-- table (?P<name>[\w.*?-]+): (?P<columns>[\w,\s]+)-->)\n(?:(?!<!-- end -->).*\n)*<!-- end -->"
 )
 
 

@@ -49,31 +49,29 @@ et al., 2024), ternary; XNOR-Net (Rastegari et al., 2016), binary.
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch.fx import Node
 
 from ..compiler.errors import UserError
-from ..compiler.expressions import Decided, Expression, HalfQuadratic, Param, Planned
+from ..compiler.expressions import Decided, Expression, HalfQuadratic, Planned
 from ..compiler.expressions import Quantize as QuantizeExpression
 from ..compiler.framework import Findings, Pass, Study, Tier
 from ..compiler.plan import SitePlan
 from ..compiler.program import Program
 from ..compiler.registry import register
-from ..compiler.rewriter import Builder, Rewriter
+from ..compiler.rewriter import Rewriter
 from ..compiler.schemes import Scheme
 from .calibrated import CALIBRATED, Method, check_options, decide, findings, fold_scales
 from .quantize_attention import rounded_attention
+from .quantize_embeddings import rounded_embedding
+from .quantize_products import Codes, Products
 from .quantize_sites import Site, heads, out_of_reach, path_of, sites
-from .quantize_values import round_trip, rounded_weight
+from .quantize_taken import left_out, names, refuse
 
 aten = torch.ops.aten
-Codes = Callable[[Site], Expression | None]
-"""The expression whose outputs are a site's codes, scales and zero points; None to leave the site, which is refused."""
 
 
 @register
@@ -150,12 +148,12 @@ class Quantize(Pass):
     def apply(self, program: Program, rewriter: Rewriter, codes: Codes | None) -> None:
         """Rounds all that this pass names, the weights of products by `codes`; None leaves those as they are."""
         schemes = self.schemes()
-        weights, activations = schemes["weights"], schemes["activations"]
-        if codes or activations:
-            self._products(program, rewriter, codes, activations)
+        weights = schemes["weights"]
+        if codes or schemes["activations"]:
+            self._products(program, rewriter, codes)
         for node in list(program.graph.nodes):
-            if node.target is aten.embedding.default and self._names(path_of(node.args[0])) and weights:
-                self._embedding(program, rewriter, node, weights)
+            if node.target is aten.embedding.default and names(path_of(node.args[0]), self.only) and weights:
+                rounded_embedding(program, rewriter, node, weights)
         if schemes["keys"] or schemes["values"]:
             rounded_attention(program, rewriter, schemes["keys"], schemes["values"], self._left_out)
 
@@ -181,9 +179,9 @@ class Quantize(Pass):
         one, other = decision.structure["probe"]
         return Decided(site.weight, found["codes"], found["scale"], found.get("zero"), (one, other))
 
-    def _products(self, program: Program, rewriter: Rewriter, codes: Codes | None, activations: Scheme | None) -> None:
-        weights = self.schemes()["weights"]
-        quantized_inputs: dict[Node, Node] = {}
+    def _products(self, program: Program, rewriter: Rewriter, codes: Codes | None) -> None:
+        weights, activations = (self.schemes()[name] for name in ("weights", "activations"))
+        products = Products(rewriter, weights, activations)
         over_vocabulary = heads(program)
         for node, path, why in out_of_reach(program) if weights else ():
             if not self._left_out(path):
@@ -192,59 +190,20 @@ class Quantize(Pass):
             reason = self._refuse(program, site, site.node in over_vocabulary)
             chosen = codes(site) if codes is not None and reason is None else None
             if reason is None and (chosen is not None or codes is None):
-                rewriter.rewrite(
-                    site.node,
-                    [site.node],
-                    lambda new, site=site, chosen=chosen: _quantized(  # type: ignore[misc]
-                        new, site, chosen, weights, activations, quantized_inputs
-                    ),
-                    "convolution" if site.kernel else "linear",
-                )
+                products.round(site, chosen)
             elif reason:
                 rewriter.refuse(site.node, reason)
 
-    def _embedding(self, program: Program, rewriter: Rewriter, node: Node, scheme: Scheme) -> None:
-        """Gathers codes and scales by row, then dequantizes the gathered rows only."""
-        table, indices = node.args[:2]
-        expression = table.meta.get("weight") if isinstance(table, Node) else None
-        if not isinstance(expression, Param):
-            rewriter.refuse(node, "the embedding's table is computed, not a parameter")
-            return
-        rows, channels = (int(s) for s in table.meta["val"].shape)  # type: ignore[union-attr]
-        reason = scheme.refuse(channels, rows) or _needs_gradient(program, expression)
-        if reason:
-            rewriter.refuse(node, reason)
-            return
-
-        def build(new: Builder) -> Node:
-            gathered = lambda part: new(aten.embedding.default, part, indices)
-            codes = QuantizeExpression(expression, scheme)
-            return rounded_weight(new, codes, scheme, channels, node.meta["val"].dtype, gathered)
-
-        rewriter.rewrite(node, [node], build, "embedding")
-
-    def _names(self, path: str) -> bool:
-        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.only)
-
     def _left_out(self, path: str) -> bool:
-        skipped = any(fnmatch.fnmatchcase(path, pattern) for pattern in self.skip)
-        return skipped or bool(self.only and not self._names(path))
+        return left_out(path, self.only, self.skip)
 
     def _refuse(self, program: Program, site: Site, head: bool) -> str | None:
         """A reason; "" for a site that the options leave out without a word; None to go ahead."""
         if self._left_out(site.path):
             return ""
         schemes = self.schemes()
-        weights, activations = schemes["weights"], schemes["activations"]
-        if head and not self._names(site.path):
-            return f"the model's head over its vocabulary: name it to quantize it, only={site.path}"
-        if not site.node.meta["val"].dtype.is_floating_point:
-            return f"its result is {site.node.meta['val'].dtype}, not a floating-point type"
-        if activations and site.kernel:
-            return "a convolution's input has no tokens to share a scale: leave the convolutions out, skip=…"
-        reason = weights.refuse(site.shape[1], site.shape[0]) if weights else None
-        reason = reason or (activations.refuse_group(site.shape[1]) if activations else None)
-        return reason or _needs_gradient(program, site.weight)
+        unnamed = head and not names(site.path, self.only)
+        return refuse(program, site, schemes["weights"], schemes["activations"], unnamed)
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
         found = list(sites(program))
@@ -267,48 +226,3 @@ class Quantize(Pass):
         if weights.of.group:  # its own numbers, in other groups
             return str(replace(self, weights=f"{weights.of.element.name}:g{common[0]}"))
         return str(replace(self, weights=f"{self.weights}".replace(f"g{weights.group}", f"g{common[0]}")))
-
-
-def _needs_gradient(program: Program, weight: Expression) -> str | None:
-    if program.training and any(program.sources[n].trainable for n in weight.parameters()):
-        return (
-            "its weight wants a gradient, and rounding has none: freeze it (requires_grad_(False)) or compile under "
-            "torch.no_grad()"
-        )
-    return None
-
-
-def _quantized(
-    new: Builder,
-    site: Site,
-    codes: Expression | None,
-    weights: Scheme | None,
-    activations: Scheme | None,
-    inputs: dict[Node, Node],
-) -> Node:
-    x, (_, channels) = site.x, site.shape
-    dtype = x.meta["val"].dtype
-    if activations is not None:
-        if x not in inputs:
-            inputs[x] = round_trip(new, x, activations)
-        x = inputs[x]
-    if codes is not None and weights is not None:
-        table = rounded_weight(new, codes, weights, channels, dtype)
-    else:
-        table = new.weight(site.weight)
-    if site.kernel is not None:
-        return _convolution(new, site, table)
-    if site.bias is not None and site.bias.meta["val"].dim() != 1:  # `addmm` adds anything that broadcasts
-        return new(aten.add.Tensor, new(aten.linear.default, x, table, None), site.bias)
-    return new(aten.linear.default, x, table, site.bias)
-
-
-def _convolution(new: Builder, site: Site, matrix: Node) -> Node:
-    """The same call on the matrix folded back to [out, in / groups, *kernel], in the memory format that it had."""
-    before = site.node.args[1].meta["val"]  # type: ignore[union-attr]
-    table = new(aten.view.default, matrix, list(site.kernel))  # type: ignore[arg-type]
-    for layout in (torch.channels_last, torch.channels_last_3d):
-        if before.dim() == (4 if layout is torch.channels_last else 5) and not before.is_contiguous():
-            if before.is_contiguous(memory_format=layout):
-                table = new(aten.clone.default, table, memory_format=layout)
-    return new(site.node.target, site.x, table, *site.node.args[2:], **site.node.kwargs)

@@ -49,23 +49,22 @@ et al., 2024), ternary; XNOR-Net (Rastegari et al., 2016), binary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from ..compiler.errors import UserError
-from ..compiler.expressions import Decided, Expression, HalfQuadratic, Planned
-from ..compiler.expressions import Quantize as QuantizeExpression
 from ..compiler.framework import Findings, Pass, Study, Tier
 from ..compiler.plan import SitePlan
 from ..compiler.program import Program
 from ..compiler.registry import register
 from ..compiler.rewriter import Rewriter
 from ..compiler.schemes import Scheme
-from .calibrated import CALIBRATED, Method, check_options, decide, findings, fold_scales
+from .calibrated import CALIBRATED, Method, check_options, decide, findings, fold_scales, ladder
+from .quantize_advice import nothing_matched, other_groups
 from .quantize_attention import rounded_attention
+from .quantize_codes import coded, decided_activations
 from .quantize_embeddings import rounded_embedding
 from .quantize_products import Codes, Products
 from .quantize_sites import Site, heads, out_of_reach, path_of, sites
@@ -90,6 +89,10 @@ class Quantize(Pass):
     only: tuple[str, ...] = ()  # module paths to take
     skip: tuple[str, ...] = ()  # module paths to leave
     method: Method = Method.RTN  # how codes are chosen
+    overrides: tuple[str, ...] = ()  # other weights for module paths, PATTERN:FORMAT…
+    bits: str | None = None  # auto:BUDGET, weights' formats chosen by site
+    among: tuple[str, ...] = ()  # the formats to choose from
+    observe: str = "largest"  # static activations: largest, mean or p99.9
     static: bool = False  # gptq: scales of the weight as it was
     order: bool = False  # gptq: the columns that matter most first
     damp: float = 0.01  # gptq: share of the mean diagonal that is added to the Hessian
@@ -107,8 +110,9 @@ class Quantize(Pass):
 
     @property
     def needs_data(self) -> bool:  # type: ignore[override]
-        """Whether the method decides from data."""
-        return self.method in CALIBRATED
+        """Whether codes, ranges or formats are decided from data."""
+        activations = self.schemes()["activations"]
+        return self.method in CALIBRATED or self.bits is not None or bool(activations and activations.static)
 
     def decide(self, study: Study) -> dict[str, SitePlan]:
         return decide(self, study)
@@ -118,8 +122,12 @@ class Quantize(Pass):
         not what an earlier pass should be chosen by (SpinQuant, Liu et al., 2024)."""
         if not self.needs_data:
             return self
-        weights = None if self.activations and self.method is Method.GPTQ else self.weights
-        return Quantize(weights, self.activations, self.keys, self.values, self.only, self.skip, allow_empty=True)
+        by_product = self.method in (Method.GPTQ, Method.FPQ)
+        weights, overrides = (None, ()) if self.activations and by_product else (self.weights, self.overrides)
+        activations = self.activations and self.activations.replace(":static", "")
+        return Quantize(
+            weights, activations, self.keys, self.values, self.only, self.skip, overrides=overrides, allow_empty=True
+        )
 
     def findings(self, decisions: Mapping[str, SitePlan]) -> Findings:
         return findings(decisions)
@@ -139,21 +147,39 @@ class Quantize(Pass):
                 )
         return found
 
+    def candidates(self, path: str) -> tuple[Scheme, ...]:
+        """The schemes that a weight may take: one, or those that `bits` chooses from."""
+        for override in self.overrides:
+            pattern, _, text = override.partition(":")
+            if names(path, (pattern,)):
+                return (Scheme.parse(text, weights=True),)
+        weights = self.schemes()["weights"]
+        if weights is None:
+            return ()
+        return ladder(weights, self.among) if self.bits else (weights,)
+
+    def scheme(self, site: Site, decision: SitePlan | None) -> Scheme | None:
+        """What a site's weight is rounded to; decision: the plan's, where there is one."""
+        if decision is not None and "scheme" in decision.structure:
+            return Scheme.parse(decision.structure["scheme"], weights=True)
+        found = self.candidates(site.path)
+        return found[0] if len(found) == 1 else None
+
     def run(self, program: Program, rewriter: Rewriter) -> None:
         if self.method in (Method.AWQ, Method.SMOOTH):
             fold_scales(self, program, rewriter)
-        weights = self.schemes()["weights"]
-        self.apply(program, rewriter, None if weights is None else lambda site: self._codes(rewriter, site, weights))
+        codes = lambda site: coded(self, rewriter, site)
+        self.apply(program, rewriter, codes if self.weights else None)
 
     def apply(self, program: Program, rewriter: Rewriter, codes: Codes | None) -> None:
         """Rounds all that this pass names, the weights of products by `codes`; None leaves those as they are."""
         schemes = self.schemes()
-        weights = schemes["weights"]
         if codes or schemes["activations"]:
-            self._products(program, rewriter, codes)
+            self._products(program, rewriter, codes, schemes["activations"])
         for node in list(program.graph.nodes):
-            if node.target is aten.embedding.default and names(path_of(node.args[0]), self.only) and weights:
-                rounded_embedding(program, rewriter, node, weights)
+            path = path_of(node.args[0]) if node.target is aten.embedding.default else None
+            if path is not None and names(path, self.only) and len(candidates := self.candidates(path)) == 1:
+                rounded_embedding(program, rewriter, node, candidates[0])
         if schemes["keys"] or schemes["values"]:
             rounded_attention(program, rewriter, schemes["keys"], schemes["values"], self._left_out)
 
@@ -164,35 +190,27 @@ class Quantize(Pass):
             if self._refuse(program, site, site.node in over_vocabulary) is None:
                 yield site
 
-    def _codes(self, rewriter: Rewriter, site: Site, scheme: Scheme) -> Expression | None:
-        if self.method is Method.HQQ:
-            return HalfQuadratic(site.weight, scheme)
-        if self.method is not Method.GPTQ:
-            return QuantizeExpression(site.weight, scheme)
-        decision = rewriter.decision(site.node)
-        if decision is None or "reason" in decision.structure:
-            if decision is not None:
-                rewriter.refuse(site.node, decision.structure["reason"])
-            return None
-        device = str(site.node.meta["val"].device)
-        found = {name: Planned.of(tensor, device) for name, tensor in decision.tensors.items()}
-        one, other = decision.structure["probe"]
-        return Decided(site.weight, found["codes"], found["scale"], found.get("zero"), (one, other))
-
-    def _products(self, program: Program, rewriter: Rewriter, codes: Codes | None) -> None:
-        weights, activations = (self.schemes()[name] for name in ("weights", "activations"))
-        products = Products(rewriter, weights, activations)
+    def _products(self, program: Program, rewriter: Rewriter, codes: Codes | None, activations: Scheme | None) -> None:
+        products = Products(rewriter)
         over_vocabulary = heads(program)
-        for node, path, why in out_of_reach(program) if weights else ():
+        for node, path, why in out_of_reach(program) if self.weights else ():
             if not self._left_out(path):
                 rewriter.refuse(node, why)
         for site in sites(program):  # found one by one: a rewrite changes what the next one reads
             reason = self._refuse(program, site, site.node in over_vocabulary)
-            chosen = codes(site) if codes is not None and reason is None else None
-            if reason is None and (chosen is not None or codes is None):
-                products.round(site, chosen)
-            elif reason:
-                rewriter.refuse(site.node, reason)
+            if reason is not None:
+                if reason:
+                    rewriter.refuse(site.node, reason)
+                continue
+            decision, rounding = None, activations
+            if activations is not None and activations.static:
+                decision = rewriter.decision(site.node)
+                if decision is None:
+                    continue
+                rounding = decided_activations(activations, decision)
+            chosen = codes(site) if codes is not None else None
+            if chosen is not None or codes is None:
+                products.round(site, chosen, rounding, decision)
 
     def _left_out(self, path: str) -> bool:
         return left_out(path, self.only, self.skip)
@@ -201,28 +219,11 @@ class Quantize(Pass):
         """A reason; "" for a site that the options leave out without a word; None to go ahead."""
         if self._left_out(site.path):
             return ""
-        schemes = self.schemes()
         unnamed = head and not names(site.path, self.only)
-        return refuse(program, site, schemes["weights"], schemes["activations"], unnamed)
+        return refuse(program, site, self.candidates(site.path), self.schemes()["activations"], unnamed)
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
-        found = list(sites(program))
-        asked = ", ".join(f"{k}={v}" for k, v in self.asked().items() if v)
-        if not (self.weights or self.activations):
-            return (f"asked for: {asked}; no attention was found that makes its own", "does `raise` run before?")
-        if not found:
-            return (f"asked for: {asked}; the program has no product with a parameter",)
-        closest = found[0]
-        return (f"asked for: {asked} on {len(found)} linears, such as {closest.path} ({closest.shape[1]} inputs)",)
+        return nothing_matched(self, program)
 
     def remedy(self, program: Program) -> str | None:
-        weights = self.schemes()["weights"]
-        widths = [site.shape[1] for site in sites(program)]
-        if weights is None or not weights.group or not widths or any(w % weights.group == 0 for w in widths):
-            return None
-        common = weights.fitting(math.gcd(*widths))
-        if not common or weights.rows != 1:
-            return None
-        if weights.of.group:  # its own numbers, in other groups
-            return str(replace(self, weights=f"{weights.of.element.name}:g{common[0]}"))
-        return str(replace(self, weights=f"{self.weights}".replace(f"g{weights.group}", f"g{common[0]}")))
+        return other_groups(self, program)

@@ -3,45 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from ..compiler.expressions import Expression
+from ..compiler.plan import SitePlan
 from ..compiler.rewriter import Builder, Rewriter
 from ..compiler.schemes import Scheme
 from .quantize_sites import Site
-from .quantize_values import round_trip, rounded_weight
+from .quantize_values import round_trip, round_trip_at, rounded_weight
 
 aten = torch.ops.aten
-Codes = Callable[[Site], Expression | None]
-"""The expression whose outputs are a site's codes, scales and zero points; None to leave the site, which is refused."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A weight's codes: the expression whose outputs are codes, scales and zero points, and their scheme."""
+
+    expression: Expression
+    scheme: Scheme
+
+
+Codes = Callable[[Site], Coded | None]
+"""A site's codes; None to leave the site, which is refused then."""
 
 
 class Products:
-    """Rounds products one by one; a value that several read is rounded once.
+    """Rounds products one by one; a value that several read is rounded once."""
 
-    weights, activations: what they are rounded to, None to leave them.
-    """
+    def __init__(self, rewriter: Rewriter):
+        self.rewriter = rewriter
+        self.inputs: dict[tuple[Node, Scheme], Node] = {}
 
-    def __init__(self, rewriter: Rewriter, weights: Scheme | None, activations: Scheme | None):
-        self.rewriter, self.weights, self.activations = rewriter, weights, activations
-        self.inputs: dict[Node, Node] = {}
+    def round(
+        self, site: Site, codes: Coded | None, activations: Scheme | None, decision: SitePlan | None = None
+    ) -> None:
+        """One rewrite.
 
-    def round(self, site: Site, codes: Expression | None) -> None:
-        """One rewrite; codes: of the weight, None to leave it."""
+        Args:
+            codes: of the weight, None to leave it.
+            activations: what the input is rounded to, None to leave it.
+            decision: holds the input's range where `activations` is static.
+        """
         rule = "convolution" if site.kernel else "linear"
-        self.rewriter.rewrite(site.node, [site.node], lambda new: self._build(new, site, codes), rule)
+        build = lambda new: self._build(new, site, codes, activations, decision)
+        self.rewriter.rewrite(site.node, [site.node], build, rule)
 
-    def _build(self, new: Builder, site: Site, codes: Expression | None) -> Node:
+    def _build(
+        self, new: Builder, site: Site, codes: Coded | None, activations: Scheme | None, decision: SitePlan | None
+    ) -> Node:
         x, (_, channels) = site.x, site.shape
         dtype = x.meta["val"].dtype
-        if self.activations is not None:
-            if x not in self.inputs:
-                self.inputs[x] = round_trip(new, x, self.activations)
-            x = self.inputs[x]
-        if codes is not None and self.weights is not None:
-            table = rounded_weight(new, codes, self.weights, channels, dtype)
+        if activations is not None:
+            if (x, activations) not in self.inputs:
+                ranged = activations.static and decision is not None
+                made = round_trip_at(new, x, activations, decision) if ranged else round_trip(new, x, activations)  # type: ignore[arg-type]
+                self.inputs[x, activations] = made
+            x = self.inputs[x, activations]
+        if codes is not None:
+            table = rounded_weight(new, codes.expression, codes.scheme, channels, dtype)
         else:
             table = new.weight(site.weight)
         if site.kernel is not None:

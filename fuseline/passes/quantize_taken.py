@@ -21,15 +21,23 @@ def left_out(path: str, only: Sequence[str], skip: Sequence[str]) -> bool:
     return names(path, skip) or bool(only and not names(path, only))
 
 
-def refuse(program: Program, site: Site, weights: Scheme | None, activations: Scheme | None, head: bool) -> str | None:
-    """Why a site cannot be rounded so, or None. head: it is over the vocabulary, and not named."""
+def refuse(
+    program: Program, site: Site, weights: Sequence[Scheme], activations: Scheme | None, head: bool
+) -> str | None:
+    """Why a site cannot be rounded so, or None.
+
+    Args:
+        weights: the schemes that its weight may take, one of which has to fit; none where it is left.
+        head: it is over the vocabulary, and not named.
+    """
     if head:
         return f"the model's head over its vocabulary: name it to quantize it, only={site.path}"
     if not site.node.meta["val"].dtype.is_floating_point:
         return f"its result is {site.node.meta['val'].dtype}, not a floating-point type"
     if activations and site.kernel:
         return "a convolution's input has no tokens to share a scale: leave the convolutions out, skip=…"
-    reason = weights.refuse(site.shape[1], site.shape[0]) if weights else None
+    reasons = [scheme.refuse(site.shape[1], site.shape[0]) for scheme in weights]
+    reason = reasons[0] if reasons and all(reasons) else None
     reason = reason or (activations.refuse_group(site.shape[1]) if activations else None)
     return reason or needs_gradient(program, site.weight)
 

@@ -79,7 +79,7 @@ class Benchmark:
 
     def fill(self, row: dict[str, Any], setting: Setting) -> None:
         row |= {"part": setting.part, "pipeline": setting.pipeline, "key": self.key(setting)}
-        score, facts = self.ours.measure(setting, self.judge)
+        score, facts, _ = self.ours.measure(setting, self.judge)
         row |= {**self._figures(score), **facts}
         others = {}
         for name in self.peers:

@@ -10,6 +10,7 @@ import torch
 
 import fuseline
 from fuseline.calibrate import analyze_program
+from fuseline.compiler.plan import Plan
 from fuseline.compiler.program import Program
 
 from .score import Judge, Score
@@ -28,8 +29,9 @@ class Ours:
             captured = fuseline.capture(model, *self.calls[0])
         self.program, _ = fuseline.Pipeline("raise").run(captured)
 
-    def measure(self, setting: Setting, judge: Judge) -> tuple[Score, dict[str, Any]]:
-        """The score; seconds to quantize, calibration included, and how many bytes the products' weights take."""
+    def measure(self, setting: Setting, judge: Judge) -> tuple[Score, dict[str, Any], Plan | None]:
+        """The score; seconds to quantize, calibration included, and how many bytes the products' weights take; what was
+        decided from data."""
         pipeline = fuseline.Pipeline(setting.pipeline)
         started = time.perf_counter()
         plan = analyze_program(self.program, pipeline, self.calls) if pipeline.needs_data else None
@@ -48,7 +50,7 @@ class Ours:
         facts: dict[str, Any] = {"seconds": quantized + codes}
         if setting.weights is not None:
             facts |= self._bytes(after)
-        return score, facts
+        return score, facts, plan
 
     def _bytes(self, after: Program) -> dict[str, float]:
         """Of the codes, scales and zero points, and of the same weights in bf16."""

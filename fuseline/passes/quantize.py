@@ -9,7 +9,8 @@ Before                                  after  quantize{weights=int4:g64,activat
                 being asymmetric unless said otherwise. Rounded to nearest; `:mse` takes the range, group by group, that
                 costs the least error.
 `activations`   inputs of the products, rounded at run time: a number format with a scale a token, `:gN` or `:tensor`;
-                symmetric unless an integer has `:asym`.
+                symmetric unless an integer has `:asym`. `:static` takes one range for all calls, from data, by
+                `observe`: `largest`, a running `mean` of each batch's ends, or `p99.9` of the values.
 `keys`, `values`  the same for those that a call makes for attention, one scale a head and token, before they go into a
                 cache, which holds them rounded. Each token's codes depend on that token alone: step by step is as all
                 at once. The cache itself keeps its type.
@@ -22,7 +23,15 @@ Before                                  after  quantize{weights=int4:g64,activat
                         that is added to it, `offload` keeps the values between layers on the CPU
                 awq     to nearest, input channels scaled up first by |x|^α, α searched; scaled back where x is made
                 smooth  the same with max|x|^α / max|w|^(1−α), `alpha` given, for activations that are rounded
+                fpq     floating-point formats of as many bits (or those of `among`) and the ends of their ranges, by
+                        the products' error; of static activations too, whose channels are first brought near each
+                        other by powers of two
 `only`, `skip`  module paths to take or to leave, with `*`, separated by `|`: `only=*.mlp.*|*.o_proj`.
+`overrides`     other weights by module path, the first that fits: `overrides=*.down_proj:int8|*.o_proj:int6:g64`. For
+                other activations, write the pass twice: products that one has rounded are left by the next.
+`bits`          a budget for the weights, `auto:40MB`, `auto:0.3x` of what they are or `auto:4.25bits` each: formats are
+                chosen by site, from data, among int8 … int2 at the granularity of `weights`, or among `among`, so that
+                the results change least (docs/quantization.md).
 
 Formats: `int8` … `int2`; `fp8` (e4m3), `e5m2`, `fp6` (e3m2), `fp4` (e2m1), and any ExMy of 3 to 8 bits, with a real
 number as its exponent's bias in each group; `mxfp8`, `mxfp6`, `mxfp4` (blocks of 32, a power of two as their scale),
@@ -43,8 +52,9 @@ reads; everywhere else the site is rounded as it is, with the reason. A weight o
 
 Lossy. Sources: ZeroQuant (Yao et al., 2022), group-wise weights and token-wise activations; LLM-QAT (Liu et al., 2023),
 token-wise keys and values; HQQ (Badri and Shaji, 2023); GPTQ (Frantar et al., 2023); AWQ (Lin et al., 2024);
-SmoothQuant (Xiao et al., 2023); LLM-FP4 (Liu et al., 2023), real biases; OCP Microscaling Formats 1.0; BitNet b1.58 (Ma
-et al., 2024), ternary; XNOR-Net (Rastegari et al., 2016), binary.
+SmoothQuant (Xiao et al., 2023); LLM-FP4 (Liu et al., 2023), real biases, pre-shifted ones and their search; SDQ (Huang
+et al., 2022), bits by site; OCP Microscaling Formats 1.0; BitNet b1.58 (Ma et al., 2024), ternary; XNOR-Net (Rastegari
+et al., 2016), binary.
 """
 
 from __future__ import annotations
@@ -178,8 +188,11 @@ class Quantize(Pass):
             self._products(program, rewriter, codes, schemes["activations"])
         for node in list(program.graph.nodes):
             path = path_of(node.args[0]) if node.target is aten.embedding.default else None
-            if path is not None and names(path, self.only) and len(candidates := self.candidates(path)) == 1:
-                rounded_embedding(program, rewriter, node, candidates[0])
+            if path is not None and names(path, self.only) and (candidates := self.candidates(path)):
+                if len(candidates) == 1:
+                    rounded_embedding(program, rewriter, node, candidates[0])
+                else:
+                    rewriter.refuse(node, f"bits chooses for products: give it a format, overrides={path}:FORMAT")
         if schemes["keys"] or schemes["values"]:
             rounded_attention(program, rewriter, schemes["keys"], schemes["values"], self._left_out)
 

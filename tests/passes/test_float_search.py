@@ -42,7 +42,9 @@ def test_every_format_of_as_many_bits_is_tried() -> None:
     assert names("fp4") == ["e2m1", "e1m2", "e3m0"]
     assert set(names("fp8")) == {"e4m3", "e5m2", "e3m4", "e2m5", "e1m6"}
     assert names("fp8", ("e4m3", "e5m2")) == ["e4m3", "e5m2"]
+    assert names("fp4", ("e4m3", "e3m0")) == ["e3m0"]
     assert names("mxfp4") == ["mxfp4"]
+    assert Pipeline("quantize{weights=fp8,method=fpq,among=e4m3|e5m2}").passes[0].among == ("e4m3", "e5m2")
 
 
 @pytest.mark.parametrize("text", ["fp4", "fp4:g8", "e3m2", "mxfp4", "fp4:b8"])

@@ -196,3 +196,16 @@ def test_a_model_without_logits_is_judged_by_its_results() -> None:
     plan = fuseline.analyze(model, AUTO.replace("5bits", "9.5bits"), data)
     assert len(plan.sites) == 3
     assert all(p["quantize"].structure["cost"] > 0 for p in plan.sites.values())
+
+
+def test_an_embedding_wants_a_format_of_its_own() -> None:
+    model, data = Predicts(), ids()
+    text = "quantize{weights=int4:g8:sym,bits=auto:9bits,only=*}"
+    program = fuseline.capture(model, (data[0],))
+    _, report = Pipeline(text).run(program, plan=fuseline.analyze(model, text, data))
+    assert report["quantize"].rules == {"linear": 3}
+    (reason,) = report["quantize"].refused.values()
+    assert "overrides=embed:FORMAT" in reason
+    text = text.replace("only=*", "only=*,overrides=embed:int8")
+    _, report = Pipeline(text).run(program, plan=fuseline.analyze(model, text, data))
+    assert report["quantize"].rules == {"linear": 3, "embedding": 1} and not report["quantize"].refused

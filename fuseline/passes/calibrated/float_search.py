@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...compiler.formats import FORMATS
+from ...compiler.formats import FORMATS, Float
 from ...compiler.schemes import Scheme
 
 FIRST, LAST, STEP = 0.35, -1.5, 1 / 16
@@ -43,8 +43,9 @@ class Input:
 
 def choices(scheme: Scheme, among: Sequence[str]) -> list[Scheme]:
     """The scheme in every floating-point format of as many bits, or in those of `among`; its own first."""
-    named = [Scheme.parse(text, weights=True).format for text in among]
     bits = scheme.element.bits
+    given = [Scheme.parse(text, weights=True) for text in among]
+    named = [one.format for one in given if one.element.bits == bits and isinstance(one.element, Float)]
     alike = [n for n, form in FORMATS.items() if n == form.element.name and n[0] == "e" and form.element.bits == bits]
     if scheme.of.scaling != "real":
         return [scheme]  # a block format is its element

@@ -99,8 +99,10 @@ def _check_formats(step: Quantize) -> None:
         raise UserError(
             f"'{word}' is about weights, and none are rounded", remedy=f"quantize{{weights=int4:g64,{word}=…}}"
         )
-    if step.among and not step.bits:
-        raise UserError("'among' says what 'bits' chooses from, and it was not given", remedy="bits=auto:4bits")
+    if step.among and not step.bits and step.method is not Method.FPQ:
+        raise UserError(
+            "'among' says what 'bits' or method=fpq choose from, and neither was given", remedy="bits=auto:4bits"
+        )
     if step.bits:
         Budget.parse(step.bits)
     static = bool(activations and activations.static)

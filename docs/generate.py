@@ -26,7 +26,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSES = ROOT / "docs" / "passes.md"
-MEASURED = {ROOT / "docs" / f"{name}.md": ROOT / "docs" / f"{name}.py" for name in ("families", "rotations")}
+MEASURED = {ROOT / "docs" / f"{name}.md": ROOT / "docs" / f"{name}.py" for name in ("families", "rotations", "schemes")}
 """Pages of records, and the scripts that write them."""
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"```console\n\$ (?P<command>.+)\n(?P<output>(?:(?!```).*\n)*)```")
@@ -35,6 +35,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 TABLE = re.compile(
     r"(?P<marker><!-- table (?P<name>[\w.*?-]+): (?P<columns>[\w,\s]+)-->)\n(?:(?!<!-- end -->).*\n)*<!-- end -->"
 )
+
+RECIPES = re.compile(r"<!-- recipes -->\n(?:(?!<!-- end -->).*\n)*<!-- end -->")
 
 
 def is_quick(command: str) -> bool:
@@ -131,7 +133,17 @@ def refresh(text: str, answers: Mapping[str, str] | None = None) -> str:
         columns = [column.strip() for column in match["columns"].split(",")]
         return f"{match['marker']}\n{table(match['name'], columns)}<!-- end -->"
 
+    text = RECIPES.sub(lambda _: f"<!-- recipes -->\n{recipes()}<!-- end -->", text)
     return TABLE.sub(measured, BLOCK.sub(block, text))
+
+
+def recipes() -> str:
+    """The recipes as a table."""
+    import fuseline  # noqa: F401  registers them
+    from fuseline.compiler.recipes import recipes
+
+    rows = [f"| `{one.name}` | {one.summary} | `{one.pipeline}` |\n" for one in recipes().values()]
+    return "".join(["| recipe | what it is for | passes |\n", "|---|---|---|\n", *rows])
 
 
 def passes() -> str:

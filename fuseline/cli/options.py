@@ -10,8 +10,12 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="demo:smollm2, hf:DI
 Graph = Annotated[
     str, typer.Argument(metavar="GRAPH", help="A MODEL, a .pt2 file, or a dumped stage (DIR/001_raise.py).")
 ]
-PipelineText = Annotated[str, typer.Option("--pipeline", "-p", metavar="PIPELINE", help="Passes, or a .toml file.")]
-RequiredPipeline = Annotated[str, typer.Option("--pipeline", "-p", metavar="PIPELINE", help="Passes, or a .toml file.")]
+PipelineText = Annotated[
+    str, typer.Option("--pipeline", "-p", metavar="PIPELINE", help="Passes, a recipe, or a .toml file.")
+]
+RequiredPipeline = Annotated[
+    str, typer.Option("--pipeline", "-p", metavar="PIPELINE", help="Passes, a recipe, or a .toml file.")
+]
 Plan = Annotated[str | None, typer.Option("--plan", metavar="PLAN", help="What `fuseline analyze` decided.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the data; - for standard output.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16, float16, float64.")]

@@ -1,4 +1,4 @@
-"""`fuseline passes [NAME]`: which passes there are; with a name, its page."""
+"""`fuseline passes [NAME]`: which passes and recipes there are; with a name, its page."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from fuseline.cli import options
 from fuseline.cli.output import Output
 from fuseline.cli.render import following, table
 from fuseline.compiler import framework, registry
+from fuseline.compiler.recipes import recipes
 
 
 def passes(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this pass's page.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this pass's page, or recipe.")] = None,
     json: options.Json = None,
 ) -> None:
-    """List the passes, or show one pass's page and options."""
+    """List the passes and recipes, or show one's page and options."""
     import fuseline  # noqa: F401  registers the passes of this package
 
     output = Output(json)
+    if name in recipes():
+        recipe = recipes()[name]
+        output.line(f"{recipe.name}: {recipe.summary}\n\n  {recipe.pipeline}")
+        following(output, f"fuseline run demo:smollm2 -p {recipe.name}")
+        output.write({"recipe": dataclasses.asdict(recipe)})
+        return
     if name is not None:
         page = describe(registry.find(name))
         show_page(page, output)
@@ -31,8 +38,10 @@ def passes(
     pages = [describe(kind) for kind in registry.available().values()]
     rows = [[p["name"], p["tier"], p["level"], p["summary"]] for p in pages]
     table(output, ["pass", "tier", "level", "what it does"], rows)
+    output.line("")
+    table(output, ["recipe", "what it is for"], [[r.name, r.summary] for r in recipes().values()])
     following(output, "fuseline passes NAME", "its page: before and after, options, source")
-    output.write({"passes": pages})
+    output.write({"passes": pages, "recipes": [dataclasses.asdict(recipe) for recipe in recipes().values()]})
 
 
 def describe(kind: type[framework.Pass]) -> dict[str, Any]:

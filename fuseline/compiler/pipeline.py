@@ -1,6 +1,7 @@
 r"""Pipeline: passes in the order given, from text, a TOML file or objects; and the runner, which knows no pass.
 
-pipeline  = pass ("," pass)*
+pipeline  = item ("," item)*
+item      = pass | recipe                 a recipe is a name for several passes: recipes.py
 pass      = name [ "{" option ("," option)* "}" ]
 option    = name | name "=" value         a bare name means true; quote a value that holds , { } = or a space,
                                           and write \" for a quote in it
@@ -24,6 +25,7 @@ from .framework import Level, Pass, Study, Tier, build
 from .observe.ambient import ambient
 from .plan import Plan
 from .program import Program
+from .recipes import recipes
 from .report import PassReport, Report
 from .rewriter import Rewriter
 from .structure import structural_hash
@@ -227,7 +229,7 @@ def _from_toml(path: Path) -> tuple[Pass, ...]:
         raise UserError(f"no pipeline file {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
-    found = []
+    found: list[Pass] = []
     listed = tables.get("pass", [])
     if not isinstance(listed, list) or not all(isinstance(table, dict) for table in listed):
         raise UserError(f"'pass' in {path} is not a list of tables", remedy='[[pass]]\nname = "raise"')
@@ -235,7 +237,10 @@ def _from_toml(path: Path) -> tuple[Pass, ...]:
         if "name" not in table:
             raise UserError(f"a [[pass]] of {path} has no name", remedy='[[pass]]\nname = "raise"')
         values = {k: _toml_text(v) for k, v in table.items() if k != "name"}
-        found.append(build(registry.find(str(table["name"])), values))
+        if str(table["name"]) in recipes() and not values:
+            found.extend(_parse(str(table["name"])))
+        else:
+            found.append(build(registry.find(str(table["name"])), values))
     if not found:
         raise UserError(f"{path} holds no [[pass]] table", remedy='[[pass]]\nname = "raise"')
     return tuple(found)
@@ -253,6 +258,16 @@ def _parse(text: str) -> Iterable[Pass]:
         name, brace, rest = item.partition("{")
         if brace and not rest.endswith("}"):
             raise UserError(f"text after the closing brace in '{item}'")
+        recipe = recipes().get(name.strip())
+        if recipe is not None:
+            if brace:
+                raise UserError(
+                    f"'{recipe.name}' is a recipe, and takes no options",
+                    [f"it stands for {recipe.pipeline}"],
+                    "write its passes with the options that you want",
+                )
+            yield from _parse(recipe.pipeline)
+            continue
         values: dict[str, str | bool] = {}
         for option in _split(rest[:-1], text) if rest[:-1].strip() else ():
             key, equals, value = option.partition("=")

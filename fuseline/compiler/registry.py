@@ -21,6 +21,7 @@ from pathlib import Path
 from .errors import UserError, nearest
 from .framework import Pass
 from .importing import import_file
+from .recipes import recipes
 
 GROUP = "fuseline.passes"
 VARIABLE = "FUSELINE_PASSES"
@@ -87,9 +88,9 @@ def find(name: str) -> type[Pass]:
     """The pass of that name.
 
     Raises:
-        UserError: if there is none, with the nearest names.
+        UserError: if there is none, with the nearest names, recipes among them.
     """
     passes = available()
     if name not in passes:
-        raise UserError(f"unknown pass '{name}'{nearest(name, passes)}", remedy="fuseline passes")
+        raise UserError(f"unknown pass '{name}'{nearest(name, (*passes, *recipes()))}", remedy="fuseline passes")
     return passes[name]

@@ -21,7 +21,8 @@ class Scheme:
 
     format: a name of `formats.FORMATS`; group: channels that share a scale (0: the whole last dimension, "channel" for
     weights and "token" for activations; block formats have their own); rows: rows that share it too (0: all, "tensor");
-    symmetric: without a zero point; mse: a weight's range is narrowed to what costs the least squared error.
+    symmetric: without a zero point; mse: a weight's range is narrowed to what costs the least squared error; static:
+    values of the run have one range for all calls, known before.
     """
 
     format: str
@@ -29,6 +30,7 @@ class Scheme:
     symmetric: bool = True
     mse: bool = False
     rows: int = 1
+    static: bool = False
 
     def __post_init__(self) -> None:
         if self.of.group and not self.group:
@@ -36,10 +38,10 @@ class Scheme:
 
     @staticmethod
     def parse(text: str, *, weights: bool) -> Scheme:
-        """Reads `FORMAT[:gN|:bN|:channel|:token|:tensor][:sym|:asym][:mse]`.
+        """Reads `FORMAT[:gN|:bN|:channel|:token|:tensor][:sym|:asym][:mse|:static]`.
 
         Weights of integers of 4 bits or less are asymmetric unless `sym` is given, all else is symmetric unless `asym`
-        is. `bN`, `channel` and `mse` are for weights, `token` for values of the run.
+        is. `bN`, `channel` and `mse` are for weights, `token` and `static` (one range for all) for values of the run.
 
         Raises:
             UserError: an unknown part, or one that does not go with the format, or with weights or with activations.
@@ -48,7 +50,7 @@ class Scheme:
         form = named(word)
         if form is None:
             raise UserError(f"unknown number format '{word}' in '{text}'{nearest(word, (*FORMATS, *ALIASES))}")
-        symmetric, mse = not (weights and form.affine and form.element.bits <= 4), False
+        symmetric, mse, static = not (weights and form.affine and form.element.bits <= 4), False, "static" in rest
         whole = "channel" if weights else "token"
         group, rows = form.group, 1
         for part in rest:
@@ -61,10 +63,21 @@ class Scheme:
                 symmetric = part == "sym"
             elif part == "mse" and weights:
                 mse = True
+            elif part == "static" and not weights:
+                if form.scaling != "real":
+                    raise UserError(
+                        f"'{text}': {form.name} has a scale for each block of {form.group} channels, found at run time",
+                        remedy=f"{form.element.name}:static, with one real scale",
+                    )
+                group, rows = 0, 0
             elif form.group and part in (whole, "tensor", "g64") or form.group and size and part != f"g{form.group}":
                 raise UserError(
                     f"'{text}': {form.name} has blocks of {form.group} channels",
                     remedy=f"{form.element.name}:{part}, with real scales",
+                )
+            elif static and (part == whole or size):
+                raise UserError(
+                    f"'{text}': a range that is known before the run is one for the tensor", remedy=f"{word}:static"
                 )
             elif part == whole:
                 group, rows = 0, 1
@@ -73,17 +86,19 @@ class Scheme:
             elif size and (part[0] == "g" or weights):
                 group, rows = size, size if part[0] == "b" else 1
             else:
-                known = ("sym", "asym", whole, "tensor", "g64", *(("b128", "mse") if weights else ()))
+                known = ("sym", "asym", whole, "tensor", "g64", *(("b128", "mse") if weights else ("static",)))
                 raise UserError(f"unknown part '{part}' in '{text}'{nearest(part, known)}")
-        if not weights and rows == 0 and not symmetric:
+        if not weights and rows == 0 and not symmetric and not static:
             raise UserError(
                 f"'{text}': one scale for a tensor of activations has no zero point", remedy=f"{word}:tensor"
             )
-        return Scheme(form.name, group, symmetric, mse, rows)
+        return Scheme(form.name, group, symmetric, mse, rows, static)
 
     def __str__(self) -> str:
         parts = [self.format]
-        if self.rows == 0:
+        if self.static:
+            parts.append("static")
+        elif self.rows == 0:
             parts.append("tensor")
         elif self.rows > 1:
             parts.append(f"b{self.group}")

@@ -9,7 +9,8 @@ Before                                  after  quantize{weights=int4:g64,activat
                 being asymmetric unless said otherwise. Rounded to nearest; `:mse` takes the range, group by group, that
                 costs the least error.
 `activations`   inputs of the products, rounded at run time: a number format with a scale a token, `:gN` or `:tensor`;
-                symmetric unless an integer has `:asym`.
+                symmetric unless an integer has `:asym`. `:static` takes one range for all calls, from data, by
+                `observe`: `largest`, a running `mean` of each batch's ends, or `p99.9` of the values.
 `keys`, `values`  the same for those that a call makes for attention, one scale a head and token, before they go into a
                 cache, which holds them rounded. Each token's codes depend on that token alone: step by step is as all
                 at once. The cache itself keeps its type.
@@ -22,7 +23,15 @@ Before                                  after  quantize{weights=int4:g64,activat
                         that is added to it, `offload` keeps the values between layers on the CPU
                 awq     to nearest, input channels scaled up first by |x|^α, α searched; scaled back where x is made
                 smooth  the same with max|x|^α / max|w|^(1−α), `alpha` given, for activations that are rounded
+                fpq     floating-point formats of as many bits (or those of `among`) and the ends of their ranges, by
+                        the products' error; of static activations too, whose channels are first brought near each
+                        other by powers of two
 `only`, `skip`  module paths to take or to leave, with `*`, separated by `|`: `only=*.mlp.*|*.o_proj`.
+`overrides`     other weights by module path, the first that fits: `overrides=*.down_proj:int8|*.o_proj:int6:g64`. For
+                other activations, write the pass twice: products that one has rounded are left by the next.
+`bits`          a budget for the weights, `auto:40MB`, `auto:0.3x` of what they are or `auto:4.25bits` each: formats are
+                chosen by site, from data, among int8 … int2 at the granularity of `weights`, or among `among`, so that
+                the results change least (docs/quantization.md).
 
 Formats: `int8` … `int2`; `fp8` (e4m3), `e5m2`, `fp6` (e3m2), `fp4` (e2m1), and any ExMy of 3 to 8 bits, with a real
 number as its exponent's bias in each group; `mxfp8`, `mxfp6`, `mxfp4` (blocks of 32, a power of two as their scale),
@@ -43,37 +52,35 @@ reads; everywhere else the site is rounded as it is, with the reason. A weight o
 
 Lossy. Sources: ZeroQuant (Yao et al., 2022), group-wise weights and token-wise activations; LLM-QAT (Liu et al., 2023),
 token-wise keys and values; HQQ (Badri and Shaji, 2023); GPTQ (Frantar et al., 2023); AWQ (Lin et al., 2024);
-SmoothQuant (Xiao et al., 2023); LLM-FP4 (Liu et al., 2023), real biases; OCP Microscaling Formats 1.0; BitNet b1.58 (Ma
-et al., 2024), ternary; XNOR-Net (Rastegari et al., 2016), binary.
+SmoothQuant (Xiao et al., 2023); LLM-FP4 (Liu et al., 2023), real biases, pre-shifted ones and their search; SDQ (Huang
+et al., 2022), bits by site; OCP Microscaling Formats 1.0; BitNet b1.58 (Ma et al., 2024), ternary; XNOR-Net (Rastegari
+et al., 2016), binary.
 """
 
 from __future__ import annotations
 
-import fnmatch
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch.fx import Node
 
 from ..compiler.errors import UserError
-from ..compiler.expressions import Decided, Expression, HalfQuadratic, Param, Planned
-from ..compiler.expressions import Quantize as QuantizeExpression
 from ..compiler.framework import Findings, Pass, Study, Tier
 from ..compiler.plan import SitePlan
 from ..compiler.program import Program
 from ..compiler.registry import register
-from ..compiler.rewriter import Builder, Rewriter
+from ..compiler.rewriter import Rewriter
 from ..compiler.schemes import Scheme
-from .calibrated import CALIBRATED, Method, check_options, decide, findings, fold_scales
+from .calibrated import CALIBRATED, Method, check_options, decide, findings, fold_scales, ladder
+from .quantize_advice import nothing_matched, other_groups
 from .quantize_attention import rounded_attention
+from .quantize_codes import coded, decided_activations
+from .quantize_embeddings import rounded_embedding
+from .quantize_products import Codes, Products
 from .quantize_sites import Site, heads, out_of_reach, path_of, sites
-from .quantize_values import round_trip, rounded_weight
+from .quantize_taken import left_out, names, refuse
 
 aten = torch.ops.aten
-Codes = Callable[[Site], Expression | None]
-"""The expression whose outputs are a site's codes, scales and zero points; None to leave the site, which is refused."""
 
 
 @register
@@ -92,6 +99,10 @@ class Quantize(Pass):
     only: tuple[str, ...] = ()  # module paths to take
     skip: tuple[str, ...] = ()  # module paths to leave
     method: Method = Method.RTN  # how codes are chosen
+    overrides: tuple[str, ...] = ()  # other weights for module paths, PATTERN:FORMAT…
+    bits: str | None = None  # auto:BUDGET, weights' formats chosen by site
+    among: tuple[str, ...] = ()  # the formats to choose from
+    observe: str = "largest"  # static activations: largest, mean or p99.9
     static: bool = False  # gptq: scales of the weight as it was
     order: bool = False  # gptq: the columns that matter most first
     damp: float = 0.01  # gptq: share of the mean diagonal that is added to the Hessian
@@ -109,8 +120,9 @@ class Quantize(Pass):
 
     @property
     def needs_data(self) -> bool:  # type: ignore[override]
-        """Whether the method decides from data."""
-        return self.method in CALIBRATED
+        """Whether codes, ranges or formats are decided from data."""
+        activations = self.schemes()["activations"]
+        return self.method in CALIBRATED or self.bits is not None or bool(activations and activations.static)
 
     def decide(self, study: Study) -> dict[str, SitePlan]:
         return decide(self, study)
@@ -120,8 +132,12 @@ class Quantize(Pass):
         not what an earlier pass should be chosen by (SpinQuant, Liu et al., 2024)."""
         if not self.needs_data:
             return self
-        weights = None if self.activations and self.method is Method.GPTQ else self.weights
-        return Quantize(weights, self.activations, self.keys, self.values, self.only, self.skip, allow_empty=True)
+        by_product = self.method in (Method.GPTQ, Method.FPQ)
+        weights, overrides = (None, ()) if self.activations and by_product else (self.weights, self.overrides)
+        activations = self.activations and self.activations.replace(":static", "")
+        return Quantize(
+            weights, activations, self.keys, self.values, self.only, self.skip, overrides=overrides, allow_empty=True
+        )
 
     def findings(self, decisions: Mapping[str, SitePlan]) -> Findings:
         return findings(decisions)
@@ -141,21 +157,42 @@ class Quantize(Pass):
                 )
         return found
 
+    def candidates(self, path: str) -> tuple[Scheme, ...]:
+        """The schemes that a weight may take: one, or those that `bits` chooses from."""
+        for override in self.overrides:
+            pattern, _, text = override.partition(":")
+            if names(path, (pattern,)):
+                return (Scheme.parse(text, weights=True),)
+        weights = self.schemes()["weights"]
+        if weights is None:
+            return ()
+        return ladder(weights, self.among) if self.bits else (weights,)
+
+    def scheme(self, site: Site, decision: SitePlan | None) -> Scheme | None:
+        """What a site's weight is rounded to; decision: the plan's, where there is one."""
+        if decision is not None and "scheme" in decision.structure:
+            return Scheme.parse(decision.structure["scheme"], weights=True)
+        found = self.candidates(site.path)
+        return found[0] if len(found) == 1 else None
+
     def run(self, program: Program, rewriter: Rewriter) -> None:
         if self.method in (Method.AWQ, Method.SMOOTH):
             fold_scales(self, program, rewriter)
-        weights = self.schemes()["weights"]
-        self.apply(program, rewriter, None if weights is None else lambda site: self._codes(rewriter, site, weights))
+        codes = lambda site: coded(self, rewriter, site)
+        self.apply(program, rewriter, codes if self.weights else None)
 
     def apply(self, program: Program, rewriter: Rewriter, codes: Codes | None) -> None:
         """Rounds all that this pass names, the weights of products by `codes`; None leaves those as they are."""
         schemes = self.schemes()
-        weights, activations = schemes["weights"], schemes["activations"]
-        if codes or activations:
-            self._products(program, rewriter, codes, activations)
+        if codes or schemes["activations"]:
+            self._products(program, rewriter, codes, schemes["activations"])
         for node in list(program.graph.nodes):
-            if node.target is aten.embedding.default and self._names(path_of(node.args[0])) and weights:
-                self._embedding(program, rewriter, node, weights)
+            path = path_of(node.args[0]) if node.target is aten.embedding.default else None
+            if path is not None and names(path, self.only) and (candidates := self.candidates(path)):
+                if len(candidates) == 1:
+                    rounded_embedding(program, rewriter, node, candidates[0])
+                else:
+                    rewriter.refuse(node, f"bits chooses for products: give it a format, overrides={path}:FORMAT")
         if schemes["keys"] or schemes["values"]:
             rounded_attention(program, rewriter, schemes["keys"], schemes["values"], self._left_out)
 
@@ -166,149 +203,40 @@ class Quantize(Pass):
             if self._refuse(program, site, site.node in over_vocabulary) is None:
                 yield site
 
-    def _codes(self, rewriter: Rewriter, site: Site, scheme: Scheme) -> Expression | None:
-        if self.method is Method.HQQ:
-            return HalfQuadratic(site.weight, scheme)
-        if self.method is not Method.GPTQ:
-            return QuantizeExpression(site.weight, scheme)
-        decision = rewriter.decision(site.node)
-        if decision is None or "reason" in decision.structure:
-            if decision is not None:
-                rewriter.refuse(site.node, decision.structure["reason"])
-            return None
-        device = str(site.node.meta["val"].device)
-        found = {name: Planned.of(tensor, device) for name, tensor in decision.tensors.items()}
-        one, other = decision.structure["probe"]
-        return Decided(site.weight, found["codes"], found["scale"], found.get("zero"), (one, other))
-
     def _products(self, program: Program, rewriter: Rewriter, codes: Codes | None, activations: Scheme | None) -> None:
-        weights = self.schemes()["weights"]
-        quantized_inputs: dict[Node, Node] = {}
+        products = Products(rewriter)
         over_vocabulary = heads(program)
-        for node, path, why in out_of_reach(program) if weights else ():
+        for node, path, why in out_of_reach(program) if self.weights else ():
             if not self._left_out(path):
                 rewriter.refuse(node, why)
         for site in sites(program):  # found one by one: a rewrite changes what the next one reads
             reason = self._refuse(program, site, site.node in over_vocabulary)
-            chosen = codes(site) if codes is not None and reason is None else None
-            if reason is None and (chosen is not None or codes is None):
-                rewriter.rewrite(
-                    site.node,
-                    [site.node],
-                    lambda new, site=site, chosen=chosen: _quantized(  # type: ignore[misc]
-                        new, site, chosen, weights, activations, quantized_inputs
-                    ),
-                    "convolution" if site.kernel else "linear",
-                )
-            elif reason:
-                rewriter.refuse(site.node, reason)
-
-    def _embedding(self, program: Program, rewriter: Rewriter, node: Node, scheme: Scheme) -> None:
-        """Gathers codes and scales by row, then dequantizes the gathered rows only."""
-        table, indices = node.args[:2]
-        expression = table.meta.get("weight") if isinstance(table, Node) else None
-        if not isinstance(expression, Param):
-            rewriter.refuse(node, "the embedding's table is computed, not a parameter")
-            return
-        rows, channels = (int(s) for s in table.meta["val"].shape)  # type: ignore[union-attr]
-        reason = scheme.refuse(channels, rows) or _needs_gradient(program, expression)
-        if reason:
-            rewriter.refuse(node, reason)
-            return
-
-        def build(new: Builder) -> Node:
-            gathered = lambda part: new(aten.embedding.default, part, indices)
-            codes = QuantizeExpression(expression, scheme)
-            return rounded_weight(new, codes, scheme, channels, node.meta["val"].dtype, gathered)
-
-        rewriter.rewrite(node, [node], build, "embedding")
-
-    def _names(self, path: str) -> bool:
-        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.only)
+            if reason is not None:
+                if reason:
+                    rewriter.refuse(site.node, reason)
+                continue
+            decision, rounding = None, activations
+            if activations is not None and activations.static:
+                decision = rewriter.decision(site.node)
+                if decision is None:
+                    continue
+                rounding = decided_activations(activations, decision)
+            chosen = codes(site) if codes is not None else None
+            if chosen is not None or codes is None:
+                products.round(site, chosen, rounding, decision)
 
     def _left_out(self, path: str) -> bool:
-        skipped = any(fnmatch.fnmatchcase(path, pattern) for pattern in self.skip)
-        return skipped or bool(self.only and not self._names(path))
+        return left_out(path, self.only, self.skip)
 
     def _refuse(self, program: Program, site: Site, head: bool) -> str | None:
         """A reason; "" for a site that the options leave out without a word; None to go ahead."""
         if self._left_out(site.path):
             return ""
-        schemes = self.schemes()
-        weights, activations = schemes["weights"], schemes["activations"]
-        if head and not self._names(site.path):
-            return f"the model's head over its vocabulary: name it to quantize it, only={site.path}"
-        if not site.node.meta["val"].dtype.is_floating_point:
-            return f"its result is {site.node.meta['val'].dtype}, not a floating-point type"
-        if activations and site.kernel:
-            return "a convolution's input has no tokens to share a scale: leave the convolutions out, skip=…"
-        reason = weights.refuse(site.shape[1], site.shape[0]) if weights else None
-        reason = reason or (activations.refuse_group(site.shape[1]) if activations else None)
-        return reason or _needs_gradient(program, site.weight)
+        unnamed = head and not names(site.path, self.only)
+        return refuse(program, site, self.candidates(site.path), self.schemes()["activations"], unnamed)
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
-        found = list(sites(program))
-        asked = ", ".join(f"{k}={v}" for k, v in self.asked().items() if v)
-        if not (self.weights or self.activations):
-            return (f"asked for: {asked}; no attention was found that makes its own", "does `raise` run before?")
-        if not found:
-            return (f"asked for: {asked}; the program has no product with a parameter",)
-        closest = found[0]
-        return (f"asked for: {asked} on {len(found)} linears, such as {closest.path} ({closest.shape[1]} inputs)",)
+        return nothing_matched(self, program)
 
     def remedy(self, program: Program) -> str | None:
-        weights = self.schemes()["weights"]
-        widths = [site.shape[1] for site in sites(program)]
-        if weights is None or not weights.group or not widths or any(w % weights.group == 0 for w in widths):
-            return None
-        common = weights.fitting(math.gcd(*widths))
-        if not common or weights.rows != 1:
-            return None
-        if weights.of.group:  # its own numbers, in other groups
-            return str(replace(self, weights=f"{weights.of.element.name}:g{common[0]}"))
-        return str(replace(self, weights=f"{self.weights}".replace(f"g{weights.group}", f"g{common[0]}")))
-
-
-def _needs_gradient(program: Program, weight: Expression) -> str | None:
-    if program.training and any(program.sources[n].trainable for n in weight.parameters()):
-        return (
-            "its weight wants a gradient, and rounding has none: freeze it (requires_grad_(False)) or compile under "
-            "torch.no_grad()"
-        )
-    return None
-
-
-def _quantized(
-    new: Builder,
-    site: Site,
-    codes: Expression | None,
-    weights: Scheme | None,
-    activations: Scheme | None,
-    inputs: dict[Node, Node],
-) -> Node:
-    x, (_, channels) = site.x, site.shape
-    dtype = x.meta["val"].dtype
-    if activations is not None:
-        if x not in inputs:
-            inputs[x] = round_trip(new, x, activations)
-        x = inputs[x]
-    if codes is not None and weights is not None:
-        table = rounded_weight(new, codes, weights, channels, dtype)
-    else:
-        table = new.weight(site.weight)
-    if site.kernel is not None:
-        return _convolution(new, site, table)
-    if site.bias is not None and site.bias.meta["val"].dim() != 1:  # `addmm` adds anything that broadcasts
-        return new(aten.add.Tensor, new(aten.linear.default, x, table, None), site.bias)
-    return new(aten.linear.default, x, table, site.bias)
-
-
-def _convolution(new: Builder, site: Site, matrix: Node) -> Node:
-    """The same call on the matrix folded back to [out, in / groups, *kernel], in the memory format that it had."""
-    before = site.node.args[1].meta["val"]  # type: ignore[union-attr]
-    table = new(aten.view.default, matrix, list(site.kernel))  # type: ignore[arg-type]
-    for layout in (torch.channels_last, torch.channels_last_3d):
-        if before.dim() == (4 if layout is torch.channels_last else 5) and not before.is_contiguous():
-            if before.is_contiguous(memory_format=layout):
-                table = new(aten.clone.default, table, memory_format=layout)
-    return new(site.node.target, site.x, table, *site.node.args[2:], **site.node.kwargs)
+        return other_groups(self, program)

@@ -9,9 +9,12 @@ import torch
 from torch.fx import Node
 
 from ..compiler import ops
-from ..compiler.expressions import Expression, Output, Pack
+from ..compiler.expressions import Expression, Output, Pack, Planned
+from ..compiler.plan import SitePlan
 from ..compiler.rewriter import Builder
 from ..compiler.schemes import KERNELS, Scheme
+
+aten = torch.ops.aten
 
 
 def round_trip(new: Builder, x: Node, scheme: Scheme) -> Node:
@@ -25,6 +28,20 @@ def round_trip(new: Builder, x: Node, scheme: Scheme) -> Node:
     made = new(ops.quantize if scheme.symmetric else ops.quantize_affine, x, scheme.bits, group)
     parts = [new(operator.getitem, made, i) for i in range(2 if scheme.symmetric else 3)]
     return new(ops.dequantize, *parts, *([None] if scheme.symmetric else []), 8, group, dtype)
+
+
+def round_trip_at(new: Builder, x: Node, scheme: Scheme, decision: SitePlan) -> Node:
+    """The same by a range that a plan holds: `input_scale` [1], `input_zero` [1] where the scheme has a zero point, and
+    `input_shift` [n] where channels are multiplied by powers of two before."""
+    value, device = x.meta["val"], str(x.meta["val"].device)
+    held = {name: Planned.of(tensor, device) for name, tensor in decision.tensors.items() if name.startswith("input_")}
+    if "input_shift" in held:
+        shift = new.weight(Planned.of(decision.tensors["input_shift"].to(value.dtype), device))
+        x = new(aten.mul.Tensor, x, shift)
+    scale = new.weight(held["input_scale"])
+    zero = new.weight(held["input_zero"]) if "input_zero" in held else None
+    codes = new(ops.encode_at, x, scale, zero, scheme.format)
+    return new(ops.decode, codes, scale, zero, None, scheme.format, int(value.shape[-1]), False, value.dtype)
 
 
 def rounded_weight(

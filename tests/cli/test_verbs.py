@@ -33,6 +33,17 @@ def test_a_pass_page_has_its_options(cli: Callable) -> None:
     assert "Before" in result.err and "weights" in result.err
 
 
+def test_passes_lists_the_recipes(cli: Callable) -> None:
+    from fuseline.compiler.recipes import recipes
+
+    listed = cli("passes", "--json", "-")
+    assert [r["name"] for r in json.loads(listed.out)["recipes"]] == list(recipes())
+    assert "w4a4kv4-rotated" in listed.err and max(map(len, listed.err.splitlines())) <= 80
+    one = cli("passes", "w4a16", "--json", "-")
+    assert json.loads(one.out)["recipe"]["pipeline"] == recipes()["w4a16"].pipeline
+    assert "quantize{weights=int4:g64" in one.err
+
+
 @pytest.mark.parametrize("model", ["demo:tiny-decoder", pytest.param("demo:tiny-llama", marks=pytest.mark.slow)])
 def test_opt_writes_a_program_that_computes_the_same(cli: Callable, tmp_path: Path, model: str) -> None:
     out = tmp_path / "out.pt2"

@@ -48,6 +48,10 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (torch.randn(2, 3, 8), "e4m3", 8), (torch.randn(2, 8), "ternary", 4), (torch.randn(2, 8), "int8", 0),
         (torch.randn(2, 32).half(), "nvfp4", 16),
     ],
+    "encode_at": [
+        (torch.randn(2, 3, 8), torch.rand(1), None, "e2m1"), (torch.randn(2, 8), torch.rand(1), None, "int8"),
+        (torch.randn(2, 8).half(), torch.rand(1), codes(255, torch.uint8, 1), "int8"),
+    ],
     "decode": [
         (
             codes(255, torch.uint8, 3, 3), torch.rand(3, 2), codes(7, torch.uint8, 3, 2), None, "int3", 4, True,

@@ -113,7 +113,7 @@ def test_the_search_is_never_worse_than_no_factors(seed: int, symmetric: bool, m
     normal = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
     weights, x = [normal(5, 32), normal(3, 32)], normal(40, 32) * normal(32).exp()
     scheme = Scheme("int4", group, symmetric, mse)
-    alpha, scales, nearest, found = search(weights, statistics(x), scheme)
+    alpha, scales, nearest, found = search(weights, statistics(x), [scheme] * len(weights))
     part = scheme.narrowed
     plain = [scheme.rounded(w, part(w)) for w in weights]
     scaled = [scheme.rounded(w * scales, part(w * scales)) / scales for w in weights]
@@ -129,7 +129,7 @@ def test_channels_that_matter_are_kept_finer() -> None:
     x[:, :3] *= 30
     x[:, 5] = 0
     alpha, scales, nearest, found = search(
-        [torch.randn(16, 64, dtype=torch.float64)], statistics(x), Scheme("int4", 64)
+        [torch.randn(16, 64, dtype=torch.float64)], statistics(x), [Scheme("int4", 64)]
     )
     assert alpha > 0 and found < 0.6 * nearest
     assert scales[:3].min() > scales[6:].max() and scales[5] == 1

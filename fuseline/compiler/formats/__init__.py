@@ -14,7 +14,7 @@ from .integer import Integer
 from .scales import PowerOfTwo, Real, Scales, TwoLevel, outer_scale, stretched
 from .ternary import Binary, Ternary
 
-__all__ = ["ALIASES", "FORMATS", "Element", "Format", "Integer", "Real", "Scales", "named", "stretched"]
+__all__ = ["ALIASES", "FORMATS", "Element", "Float", "Format", "Integer", "Real", "Scales", "named", "stretched"]
 
 ALIASES = {
     "fp8": "e4m3", "fp6": "e3m2", "fp4": "e2m1", "mxfp8_e4m3": "mxfp8", "mxfp6_e3m2": "mxfp6",

@@ -24,6 +24,8 @@ from .element import Element
 
 NATIVE = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _UNUSED = {"e4m3": 1, "e5m2": 4}  # the last codes of each sign, which are no numbers
+LAYOUTS = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
+"""The integer of a type's width, the bits of its fraction, and its exponent's bias."""
 STEADY = 4.0
 """The least |b₀| by which biases are varied."""
 
@@ -83,9 +85,21 @@ class Float(Element):
     def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
         if self.stored.is_floating_point and scaled.dtype == torch.float32:
             return scaled.clamp(-self.top, self.top).to(self.stored).to(scaled.dtype)
+        if self.mantissa and scaled.dtype in LAYOUTS:
+            return self._rounded_by_step(scaled)
         grid = self._magnitudes(scaled)
         found = grid[torch.bucketize(scaled.abs(), self._boundaries(grid)).clamp_(max=self.last)]
         return torch.where(scaled.isnan(), scaled, found.copysign(scaled))
+
+    def _rounded_by_step(self, scaled: torch.Tensor) -> torch.Tensor:
+        """To multiples of 2^(e − M), e the exponent of each number, by the bits that it has in memory.
+
+        A multiple of even parity has an even code where there is a mantissa; ten times as fast as a search.
+        """
+        integer, fraction, offset = LAYOUTS[scaled.dtype]
+        exponent = (scaled.abs().view(integer) >> fraction).clamp_(min=1 - self.bias + offset)
+        step = (exponent.sub_(self.mantissa) << fraction).view(scaled.dtype)
+        return (scaled / step).round_().mul_(step).clamp_(-self.top, self.top)
 
     def codes(self, numbers: torch.Tensor) -> torch.Tensor:
         numbers = torch.nan_to_num(numbers, nan=0.0)

@@ -5,6 +5,7 @@ from .attention import attention
 from .decode import decode
 from .dequantize import dequantize, pack_nibbles
 from .encode import encode
+from .encode_at import encode_at
 from .glu import glu
 from .hadamard import hadamard
 from .layer_norm import layer_norm
@@ -14,6 +15,6 @@ from .rms_norm import rms_norm
 from .rotary import rotary
 
 __all__ = [
-    "REGISTRY", "Kind", "Op", "attention", "decode", "dequantize", "encode", "find", "glu", "hadamard", "layer_norm",
-    "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
+    "REGISTRY", "Kind", "Op", "attention", "decode", "dequantize", "encode", "encode_at", "find", "glu", "hadamard",
+    "layer_norm", "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
 ]  # fmt: skip

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from ...compiler.framework import Study
-from ...compiler.ops import dequantize
+from ...compiler.ops import decode, dequantize
 from ...compiler.plan import SitePlan
 from ...compiler.planned import probe
 from ...compiler.progress import steps
 from ...compiler.rewriter import Rewriter
-from ...compiler.schemes import Scheme
+from ...compiler.schemes import KERNELS, Scheme
 from ..quantize_sites import Site
 from .gptq import Rounded, gptq
 from .inputs import Moments, groups_of, moments
@@ -24,25 +24,29 @@ if TYPE_CHECKING:
     from ..quantize import Quantize
 
 
-def decide_columns(step: Quantize, study: Study) -> dict[str, SitePlan]:
+def decide_columns(step: Quantize, study: Study, decided: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
     """Codes, scales and zero points of every site, or the reason why it has none.
 
-    What rounds activations, keys and values at run time is put in first: it is part of what a site reads.
+    What rounds activations, keys and values at run time is put in first: it is part of what a site reads. decided:
+    formats and ranges by site, where they were chosen before.
     """
     program = study.program.copy()
     rewriter = Rewriter(program, step.name)
+    rewriter.decisions = decided
     names = [rewriter.site(site.node) for site in step.admitted(program)]
     step.apply(program, rewriter, None)
     found = list(step.admitted(program))
     name_of = {site.node: name for site, name in zip(found, names, strict=True)}
-    refused, groups = _grouped(found)
+    refused, groups = grouped(found)
     stream = Stream(program, study.data, step.offload)
     journal = Journal(study.checkpoint, f"{step} on data {study.digest()}")
     for site, reason in refused.items():
         journal.decisions[name_of[site.node]] = SitePlan({"reason": reason})
     try:
         for stop in steps(stream.stops(groups), "calibrating", total=len(groups)):
-            _decide(step, stop, [name_of[site.node] for site in stop.sites], journal)
+            stopped = [name_of[site.node] for site in stop.sites]
+            schemes = [step.scheme(site, decided.get(name)) for site, name in zip(stop.sites, stopped, strict=True)]
+            _decide(step, stop, stopped, schemes, journal)
     except BaseException:
         journal.write()
         raise
@@ -50,7 +54,7 @@ def decide_columns(step: Quantize, study: Study) -> dict[str, SitePlan]:
     return journal.decisions
 
 
-def _grouped(found: Sequence[Site]) -> tuple[dict[Site, str], list[tuple[Site, ...]]]:
+def grouped(found: Sequence[Site]) -> tuple[dict[Site, str], list[tuple[Site, ...]]]:
     """Sites that cannot be decided, and the others by what they read: these share a Hessian."""
     groups: dict[object, list[Site]] = {}
     refused: dict[Site, str] = {}
@@ -69,16 +73,22 @@ def _grouped(found: Sequence[Site]) -> tuple[dict[Site, str], list[tuple[Site, .
     return refused, [tuple(group) for group in groups.values()]
 
 
-def _decide(step: Quantize, stop: Stop, names: Sequence[str], journal: Journal) -> None:
-    scheme = step.schemes()["weights"]
-    assert scheme is not None
+def _decide(
+    step: Quantize, stop: Stop, names: Sequence[str], chosen: Sequence[Scheme | None], journal: Journal
+) -> None:
+    schemes = [scheme for scheme in chosen if scheme is not None]
     weights = [stop.weight(site) for site in stop.sites]
     if all(name in journal.decisions for name in names):
         decisions = [journal.decisions[name] for name in names]
     else:
         seen = moments(stop.sites[0], names[0], stop.x())
-        decisions = _decisions(step, stop.sites, weights, seen, scheme)
-    for site, name, weight, decision in zip(stop.sites, names, weights, decisions, strict=True):
+        decisions = [SitePlan()] * len(names)
+        for scheme in dict.fromkeys(schemes):  # rows of one scheme are rounded together
+            of = [i for i, other in enumerate(schemes) if other == scheme]
+            made = _decisions(step, [stop.sites[i] for i in of], [weights[i] for i in of], seen, scheme)
+            for i, decision in zip(of, made, strict=True):
+                decisions[i] = decision
+    for site, name, weight, scheme, decision in zip(stop.sites, names, weights, schemes, decisions, strict=True):
         if "reason" not in decision.structure:
             stop.set(site, expanded(decision, scheme, weight))
         journal.add(name, decision)
@@ -87,9 +97,13 @@ def _decide(step: Quantize, stop: Stop, names: Sequence[str], journal: Journal) 
 def expanded(decision: SitePlan, scheme: Scheme, weight: torch.Tensor) -> torch.Tensor:
     """The matrix [out, in] that a decision's codes stand for, in the weight's dtype and on its device."""
     parts = {name: tensor.to(weight.device) for name, tensor in decision.tensors.items()}
-    group = scheme.group_of(weight.shape[1])
-    codes = scheme.pack(parts["codes"])
-    made: torch.Tensor = dequantize.naive(codes, parts["scale"], parts.get("zero"), scheme.bits, group, weight.dtype)
+    codes, group = scheme.pack(parts["codes"]), scheme.group_of(weight.shape[1])
+    scale, zero = parts["scale"], parts.get("zero")
+    made: torch.Tensor
+    if scheme.format in KERNELS:
+        made = dequantize.naive(codes, scale, zero, scheme.bits, group, weight.dtype)
+    else:
+        made = decode.naive(codes, scale, zero, None, scheme.format, group, True, weight.dtype)
     return made
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +35,7 @@ def moments(site: Site, name: str, batches: Iterable[torch.Tensor]) -> Moments:
         UserError: a value is infinite or no number; names the site and the batch.
     """
     found: Moments | None = None
-    for number, x in enumerate(batches):
-        if not bool(torch.isfinite(x).all()):
-            raise UserError(
-                f"calibration batch {number} makes values that are no finite numbers at {name}",
-                [f"{int((~torch.isfinite(x)).sum())} of {x.numel()} that the product reads"],
-                "look at the batch, or run the model in a wider dtype",
-            )
+    for x in finite(batches, name):
         rows = as_rows(site, x)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         sizes = rows.abs()
@@ -56,6 +50,22 @@ def moments(site: Site, name: str, batches: Iterable[torch.Tensor]) -> Moments:
     assert found is not None
     found.mean /= max(1, found.rows)
     return found
+
+
+def finite(batches: Iterable[torch.Tensor], name: str) -> Iterator[torch.Tensor]:
+    """The batches of what a site reads, each looked at.
+
+    Raises:
+        UserError: a value is infinite or no number; names the site and the batch.
+    """
+    for number, x in enumerate(batches):
+        if not bool(torch.isfinite(x).all()):
+            raise UserError(
+                f"calibration batch {number} makes values that are no finite numbers at {name}",
+                [f"{int((~torch.isfinite(x)).sum())} of {x.numel()} that the product reads"],
+                "look at the batch, or run the model in a wider dtype",
+            )
+        yield x
 
 
 def as_rows(site: Site, x: torch.Tensor) -> torch.Tensor:

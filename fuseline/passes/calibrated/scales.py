@@ -10,7 +10,7 @@ are those of the program as it is, unrounded. A channel that was zero throughout
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 STEPS = 20
 
 
-def decide_scales(step: Quantize, study: Study) -> dict[str, SitePlan]:
-    """The factors of each site's input channels, or why they fold nowhere."""
+def decide_scales(step: Quantize, study: Study, decided: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
+    """The factors of each site's input channels, or why they fold nowhere; decided: formats by site, where chosen."""
     program = study.program
     rewriter, folds = Rewriter(program, step.name), Folds(program, untie=False)
     stream = Stream(program, study.data, step.offload)
@@ -53,7 +53,8 @@ def decide_scales(step: Quantize, study: Study) -> dict[str, SitePlan]:
     try:
         for stop in steps(stream.stops(groups), "calibrating", total=len(groups)):
             seen = moments(stop.sites[0], rewriter.site(stop.sites[0].node), stop.x())
-            decision = _decision(step, stop, seen)
+            schemes = [step.scheme(site, decided.get(rewriter.site(site.node))) for site in stop.sites]
+            decision = _decision(step, stop, seen, [scheme for scheme in schemes if scheme is not None])
             for number, site in enumerate(stop.sites):  # the first holds the factors of all
                 tensors = {} if number else decision.tensors
                 journal.add(rewriter.site(site.node), SitePlan(decision.structure, tensors))
@@ -86,16 +87,14 @@ def _groups(step: Quantize, program: Program) -> list[tuple[Site, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def _decision(step: Quantize, stop: Stop, seen: Moments) -> SitePlan:
+def _decision(step: Quantize, stop: Stop, seen: Moments, schemes: Sequence[Scheme]) -> SitePlan:
     weights = [stop.weight(site) for site in stop.sites]
-    scheme = step.schemes()["weights"]
     structure = {"method": step.method.value, "rows": seen.rows, "channels": int(weights[0].shape[1])}
     if step.method is Method.SMOOTH:
         scales = smooth(weights, seen.largest[0], step.alpha)
         before, after = (float(v.max()) for v in (seen.largest[0], seen.largest[0] / scales))
         return SitePlan({**structure, "largest_before": before, "largest": after}, {"scale": scales.cpu()})
-    assert scheme is not None
-    alpha, scales, nearest, found = search(weights, seen, scheme)
+    alpha, scales, nearest, found = search(weights, seen, schemes)
     whole = cost(weights, [torch.zeros_like(weight) for weight in weights], seen.hessian[0])
     shares = {"error_nearest": nearest / whole if whole else 0.0, "error": found / whole if whole else 0.0}
     return SitePlan({**structure, "alpha": alpha, **shares}, {"scale": scales.cpu()})
@@ -108,17 +107,19 @@ def smooth(weights: Sequence[torch.Tensor], largest: torch.Tensor, alpha: float)
     return torch.where((largest > 0) & (reach > 0), scales, torch.ones_like(scales))
 
 
-def search(weights: Sequence[torch.Tensor], seen: Moments, scheme: Scheme) -> tuple[float, torch.Tensor, float, float]:
+def search(
+    weights: Sequence[torch.Tensor], seen: Moments, schemes: Sequence[Scheme]
+) -> tuple[float, torch.Tensor, float, float]:
     """The best α, its s [n] in float64, and the errors without factors and with them.
 
     With `mse` the ranges are narrowed for the best candidate alone, and it is kept where it still is the better one.
     """
     candidates = [(step / STEPS, factors(seen.mean[0], step / STEPS)) for step in range(STEPS + 1)]
     hessian = seen.hessian[0]
-    tried = [cost(weights, _rounded(weights, scales, scheme, narrowed=False), hessian) for _, scales in candidates]
+    tried = [cost(weights, _rounded(weights, scales, schemes, narrowed=False), hessian) for _, scales in candidates]
     best = min(range(len(tried)), key=tried.__getitem__)
     nearest, found = (
-        cost(weights, _rounded(weights, candidates[i][1], scheme, narrowed=True), hessian) for i in (0, best)
+        cost(weights, _rounded(weights, candidates[i][1], schemes, narrowed=True), hessian) for i in (0, best)
     )
     best = best if found < nearest else 0
     return *candidates[best], nearest, min(nearest, found)
@@ -134,11 +135,11 @@ def factors(mean: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def _rounded(
-    weights: Sequence[torch.Tensor], scales: torch.Tensor, scheme: Scheme, narrowed: bool
+    weights: Sequence[torch.Tensor], scales: torch.Tensor, schemes: Sequence[Scheme], narrowed: bool
 ) -> list[torch.Tensor]:
     """What each weight stands for behind its factors."""
     found = []
-    for weight in weights:
+    for weight, scheme in zip(weights, schemes, strict=True):
         scaled = (weight.double() * scales).to(weight.dtype)
         part = scheme.narrowed(scaled) if narrowed else 1.0
         found.append(scheme.rounded(scaled, part).double().div(scales).to(weight.dtype))

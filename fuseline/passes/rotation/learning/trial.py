@@ -100,10 +100,11 @@ class Trial(Interpreter):
             return super().run_node(node)
         if op is ops.hadamard:
             return self._transformed(*args, **kwargs)
-        if op.name not in ("quantize", "quantize_affine", "encode"):
+        if op.name not in ("quantize", "quantize_affine", "encode", "encode_at"):
             return op.naive(*args, **kwargs)
         made = op.naive(args[0].detach(), *args[1:], **kwargs)
-        made[0].rounded_from = args[0]  # for `_dequantized`
+        codes = made if isinstance(made, torch.Tensor) else made[0]
+        codes.rounded_from = args[0]  # for `_dequantized`
         return made
 
     def _dequantized(self, node: Node, args: Sequence[Any]) -> torch.Tensor:

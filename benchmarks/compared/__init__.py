@@ -1,0 +1,1 @@
+"""Quantization schemes beside the same schemes of other libraries: settings, scores, and the libraries' own calls."""

@@ -1,0 +1,48 @@
+"""`activations=…:static`: the range of what each product reads, in the program as it is, unrounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+from ...compiler.framework import Study
+from ...compiler.plan import SitePlan
+from ...compiler.progress import steps
+from ...compiler.rewriter import Rewriter
+from ..quantize_sites import Site
+from .inputs import finite
+from .methods import Method
+from .observers import Observer, scale_of
+from .scales import fold_scales
+from .stream import Stream
+
+if TYPE_CHECKING:
+    from ..quantize import Quantize
+
+
+def decide_ranges(step: Quantize, study: Study, decided: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
+    """Each site's `input_scale` and `input_zero`; where channels are scaled first, those are what is looked at."""
+    program = study.program.copy()
+    rewriter = Rewriter(program, step.name)
+    names = [rewriter.site(site.node) for site in step.admitted(program)]
+    if step.method in (Method.AWQ, Method.SMOOTH):
+        rewriter.decisions = decided
+        fold_scales(step, program, rewriter)
+    scheme = step.schemes()["activations"]
+    assert scheme is not None
+    observer, groups = Observer.parse(step.observe), dict[Node, list[Site]]()
+    found = list(step.admitted(program))
+    name_of = {site.node: name for site, name in zip(found, names, strict=True)}
+    for site in found:
+        groups.setdefault(site.x, []).append(site)
+    made: dict[str, SitePlan] = {}
+    stream = Stream(program, study.data, step.offload)
+    stops = stream.stops([tuple(group) for group in groups.values()])
+    for stop in steps(stops, "observing ranges", total=len(groups)):
+        name = name_of[stop.sites[0].node]
+        low, high = observer.range(finite(stop.x(), name), scheme.symmetric)
+        for site in stop.sites:
+            made[name_of[site.node]] = SitePlan({"range": [low, high]}, scale_of(low, high, scheme))
+    return made

@@ -31,6 +31,7 @@ from .kernel_text import call, kernel_source
 from .schedule import Domain, Schedule
 from .sizes import product, same, shape, size
 from .templates import hadamard as transforms
+from .templates.hadamard_few import emit_few
 from .tile import Tile
 from .values import Index, Mask, Term
 
@@ -55,6 +56,8 @@ def emit_region(region: torch.fx.GraphModule, name: str) -> Launcher | Refusal:
         host = Host(name, nodes)
     except Unsupported as reason:
         return Refusal(str(reason))
+    if (few := emit_few(nodes, host)) is not None:
+        return few
     reasons: dict[str, None] = {}
     for domain in _domains(nodes, host):
         try:

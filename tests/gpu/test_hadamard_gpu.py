@@ -33,6 +33,20 @@ def test_sizes(n: int, dtype: torch.dtype, tmp_path: Path) -> None:
         assert torch.equal(call(x, *core), result)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [8192, 8960, 11008, 14336, 18944, 28672])
+def test_few_rows(n: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    core, signs = operands(n, dtype, "cuda")
+    for rows in (1, 2, 16):
+        x = torch.randn(rows, n, device="cuda").to(dtype)
+        call = loaded(emitted(transform(n, signs), x.cpu(), *(c.cpu() for c in core)), tmp_path)
+        exact = transform(n, signs)(x.double(), *core)
+        plain = error(transform(n, signs)(x, *core), exact)
+        result = call(x, *core)
+        assert result.dtype == dtype and error(result, exact) <= 1.5 * plain + 1e-4
+        assert torch.equal(call(x, *core), result)
+
+
 @pytest.mark.parametrize("n", [64, 576, 1536, 4096])
 def test_float32_is_not_tf32(n: int, tmp_path: Path) -> None:
     call = loaded(launcher(n, torch.float32), tmp_path)

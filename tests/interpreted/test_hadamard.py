@@ -138,6 +138,27 @@ def test_codes_of_a_row_in_tiles(tmp_path: Path) -> None:
     assert ((codes * scale).double() - exact).abs().max() < 0.6 * scale.max()
 
 
+@pytest.mark.parametrize(("n", "lead"), [(14336, (1, 1)), (8192, (2, 3)), (172 * 64, (3,)), (148 * 64, (1,))])
+def test_few_rows_are_shared_by_programs(n: int, lead: tuple[int, ...], tmp_path: Path) -> None:
+    x = torch.randn(*lead, n).half() * torch.logspace(-3, 2, n)[torch.randperm(n)].half()
+    launcher = check(hadamard, x, *dense(n), folder=tmp_path, bound=1e-3)
+    programs = int(launcher.source.partition("[(")[2].partition(",")[0])
+    assert programs >= 8 * x[..., 0].numel()
+
+
+def test_few_rows_with_a_core_of_real_numbers(tmp_path: Path) -> None:
+    rotation = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64)).Q.contiguous()
+    x = torch.randn(2, 40 * 256).half()
+    for core_of in (rotation, rotation.float().t()):
+        check(hadamard, x, core_of, folder=tmp_path, bound=1e-3)
+    for row in (torch.zeros(1, 8192), torch.full((1, 8192), 700.0), torch.full((1, 8192), 1e-5)):
+        check(lambda x: hadamard(x), row.half(), folder=tmp_path)
+    # others than one whole block of 16 bits are taken by the row
+    for given in (torch.randn(17, 8192).half(), torch.randn(1, 8192)):
+        assert "while pid" in emitted(lambda x: hadamard(x), given).kernels[0].source
+    assert "while pid" in emitted(lambda x: hadamard(x, None, 8192), torch.randn(1, 16384).half()).kernels[0].source
+
+
 def test_what_the_kernel_does_not_take() -> None:
     assert "float64" in refused(hadamard, torch.randn(2, 64, dtype=torch.float64))
     assert "at most 32768" in refused(hadamard, torch.randn(1, 65536).half())

@@ -17,6 +17,8 @@ Other rows: log2(C) butterflies between columns in float32. The columns of one p
 the accumulators the bits of `row` then lie where a thread's neighbours hold other columns, and every butterfly stays
 inside of a thread when a program has four rows.
 
+A few long rows alone, as in decoding, are shared by many programs: `hadamard_few.py`.
+
 What precedes and follows the op in its region is evaluated on the same tile: SwiGLU or signs before, casts, absmax and
 codes after. The tile holds the next power of two of n; A is cut into pieces of 64, of which empty ones are not
 multiplied. 16-bit signs times 16-bit inputs with float32 sums are exact products; a core of other numbers is taken as

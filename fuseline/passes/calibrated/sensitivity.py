@@ -24,14 +24,14 @@ from ...compiler.progress import steps
 from ...compiler.schemes import Scheme
 from ..quantize_sites import Site
 from ..rotation.learning.losses import logits_position
-from ..rotation.learning.trial import Trial
 from .inputs import as_rows, finite
+from .running import Running
 
 ROWS = 512
 """Tokens of a batch that formats are compared on."""
 
 
-class Tangent(Trial):
+class Tangent(Running):
     """Runs a program and gives the gradient of a drawn label by the result of each site."""
 
     def __init__(self, program: Program, sites: Sequence[Site]):

@@ -67,7 +67,7 @@ def test_a_model_is_cut_where_one_value_crosses() -> None:
     [
         "weights=int3:g8:sym",
         "weights=int2:g8",
-        "weights=int4:sym,activations=int8",
+        "weights=int3:g8:sym,activations=int8",
         "weights=fp4:g8,activations=fp8:static",
     ],
 )

@@ -60,7 +60,7 @@ class Part(Running):
     def result(self, segment: Segment, number: int) -> torch.Tensor:
         """What a part makes of a batch."""
         made: torch.Tensor = self._values(segment, number)[segment.result]
-        self.env = {}
+        self.env = {}  # type: ignore[var-annotated]
         return made
 
     def keep(self, segment: Segment, number: int) -> None:

@@ -40,9 +40,10 @@ model's own type, `actorder="static"` where a row says `order`, their `mse` obse
 {summary}
 """
 CIRCUMSTANCES = (
-    "{model} in float32, {tokens} held-out tokens in windows of {length}; {calibration} tokens to calibrate on, the same "
-    "for all libraries. Both are halves of one text, the standard library's `pydoc_data.topics`. The original has a "
-    "perplexity of {perplexity:.2f}. Head and embedding are left alone on all sides. {versions}; {date}, commit {commit}."
+    "{model} in float32, {tokens} held-out tokens in windows of {length}; {calibration} tokens to calibrate on, the "
+    "same for all libraries. Both are halves of one text, the standard library's `pydoc_data.topics`. The original has "
+    "a perplexity of {perplexity:.2f}. Head and embedding are left alone on all sides. {versions}; {date}, commit "
+    "{commit}."
 )
 NOTES = """\
 ## Notes

@@ -143,6 +143,7 @@ def main(words: list[str] | None = None) -> None:
     run.check(tuple(known))
     benchmark = Benchmark(options)
     run.record |= {"loss": benchmark.judge.loss, "perplexity": math.exp(benchmark.judge.loss)}
+    run.record["options"].pop("json")  # a machine's own path
     run.record["environment"]["peers"] = {name: version(module) for name, module in PEERS.items()}
     current = {name: benchmark.key(setting) for name, setting in known.items()}
     stale = lambda row: run.wanted(row["name"]) and row.get("key") != current.get(row["name"])

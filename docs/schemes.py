@@ -21,9 +21,7 @@ pip install --no-deps torchao llmcompressor  # and what they import; without the
 python benchmarks/schemes.py
 ```
 
-{model} in float32, {tokens} held-out tokens in windows of {length}; {calibration} tokens to calibrate on, the same for
-all libraries. Both are halves of one text, the standard library's `pydoc_data.topics`. The original has a perplexity of
-{perplexity:.2f}. Head and embedding are left alone on all sides. {versions}.
+{circumstances}
 
 | column | |
 |---|---|
@@ -41,14 +39,19 @@ model's own type, `actorder="static"` where a row says `order`, their `mse` obse
 
 {summary}
 """
+CIRCUMSTANCES = (
+    "{model} in float32, {tokens} held-out tokens in windows of {length}; {calibration} tokens to calibrate on, the "
+    "same for all libraries. Both are halves of one text, the standard library's `pydoc_data.topics`. The original has "
+    "a perplexity of {perplexity:.2f}. Head and embedding are left alone on all sides. {versions}; {date}, commit "
+    "{commit}."
+)
 NOTES = """\
 ## Notes
 
 - A row `recipe NAME` is what the recipe quantizes with: see [quantization.md](quantization.md#recipes).
-- torchao has no GPTQ in a released form, and its W8A8 and W4A8 give activations a scale a token, W4A8 with a zero
-  point. Its FP8 activations are refused on a CPU.
-- Keys and values are not quantized by either of the two on a CPU, and neither has a rotation that leaves a tied
-  embedding tied: those rows have no figure beside them.
+- torchao's W8A8 and W4A8 give activations a scale a token, W4A8 with a zero point. It refuses FP8 activations on a CPU,
+  and its GPTQ is a prototype, which was not tried.
+- Rows of keys and values, of rotations and of formats that these libraries do not have stand alone.
 """
 
 
@@ -59,13 +62,12 @@ def page() -> str:
     versions = ", ".join(
         f"{name} {known[name]}" for name in ("torch", "transformers", *PEERS.values()) if name in known
     )
-    parts = [
-        INTRODUCTION.format(
-            model="SmolLM2-135M-Instruct" if options["model"] == "demo:smollm2" else options["model"],
-            tokens=options["tokens"], length=options["length"], calibration=options["calibration"],
-            perplexity=record["perplexity"], versions=versions, summary=summary(rows),
-        )
-    ]  # fmt: skip
+    circumstances = CIRCUMSTANCES.format(
+        model="SmolLM2-135M-Instruct" if options["model"] == "demo:smollm2" else options["model"],
+        tokens=options["tokens"], length=options["length"], calibration=options["calibration"],
+        perplexity=record["perplexity"], versions=versions, date=facts["date"], commit=facts["commit"],
+    )  # fmt: skip
+    parts = [INTRODUCTION.format(circumstances=wrapped(circumstances), summary=summary(rows))]
     for part in dict.fromkeys(row["part"] for row in rows if "part" in row):
         lines = [COLUMNS, ("---",) * len(COLUMNS), *(cells(row) for row in rows if row.get("part") == part)]
         table = "".join(f"| {' | '.join(line)} |\n" for line in lines)

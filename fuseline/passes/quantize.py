@@ -26,6 +26,8 @@ Before                                  after  quantize{weights=int4:g64,activat
                 fpq     floating-point formats of as many bits (or those of `among`) and the ends of their ranges, by
                         the products' error; of static activations too, whose channels are first brought near each
                         other by powers of two
+                lkd     part by part of the model, between places that one value crosses: weights are trained, over
+                        `rounds` of the batches, so that the rounded part gives what it gave before
 `only`, `skip`  module paths to take or to leave, with `*`, separated by `|`: `only=*.mlp.*|*.o_proj`.
 `overrides`     other weights by module path, the first that fits: `overrides=*.down_proj:int8|*.o_proj:int6:g64`. For
                 other activations, write the pass twice: products that one has rounded are left by the next.
@@ -50,8 +52,8 @@ model, again when the parameter changes; those that gptq chose are the plan's, a
 awq and smooth scale where it is exact: in the scale of a norm, or the rows of a product, whose result nothing else
 reads; everywhere else the site is rounded as it is, with the reason. A weight of several uses is refused by gptq.
 
-Lossy. Sources: ZeroQuant (Yao et al., 2022), group-wise weights and token-wise activations; LLM-QAT (Liu et al., 2023),
-token-wise keys and values; HQQ (Badri and Shaji, 2023); GPTQ (Frantar et al., 2023); AWQ (Lin et al., 2024);
+Lossy. Sources: ZeroQuant (Yao et al., 2022), group-wise weights, token-wise activations, lkd; LLM-QAT (Liu et al.,
+2023), token-wise keys and values; HQQ (Badri and Shaji, 2023); GPTQ (Frantar et al., 2023); AWQ (Lin et al., 2024);
 SmoothQuant (Xiao et al., 2023); LLM-FP4 (Liu et al., 2023), real biases, pre-shifted ones and their search; SDQ (Huang
 et al., 2022), bits by site; OCP Microscaling Formats 1.0; BitNet b1.58 (Ma et al., 2024), ternary; XNOR-Net (Rastegari
 et al., 2016), binary.
@@ -74,7 +76,7 @@ from ..compiler.schemes import Scheme
 from .calibrated import CALIBRATED, Method, check_options, decide, findings, fold_scales, ladder
 from .quantize_advice import nothing_matched, other_groups
 from .quantize_attention import rounded_attention
-from .quantize_codes import coded, decided_activations
+from .quantize_codes import PLANNED, coded, decided_activations
 from .quantize_embeddings import rounded_embedding
 from .quantize_products import Codes, Products
 from .quantize_sites import Site, heads, out_of_reach, path_of, sites
@@ -108,6 +110,7 @@ class Quantize(Pass):
     damp: float = 0.01  # gptq: share of the mean diagonal that is added to the Hessian
     offload: bool = False  # gptq, awq, smooth: values between layers on the CPU
     alpha: float = 0.5  # smooth: how much of the range goes from activations to weights
+    rounds: int = 10  # lkd: how often over the batches
 
     def __post_init__(self) -> None:
         if not any(self.asked().values()):
@@ -132,7 +135,7 @@ class Quantize(Pass):
         not what an earlier pass should be chosen by (SpinQuant, Liu et al., 2024)."""
         if not self.needs_data:
             return self
-        by_product = self.method in (Method.GPTQ, Method.FPQ)
+        by_product = self.method in PLANNED
         weights, overrides = (None, ()) if self.activations and by_product else (self.weights, self.overrides)
         activations = self.activations and self.activations.replace(":static", "")
         return Quantize(

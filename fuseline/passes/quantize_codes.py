@@ -38,7 +38,7 @@ def coded(step: Quantize, rewriter: Rewriter, site: Site) -> Coded | None:
     return Coded(Decided(weight, found["codes"], found["scale"], found.get("zero"), (one, other)), scheme)
 
 
-PLANNED = (Method.GPTQ, Method.FPQ)
+PLANNED = (Method.GPTQ, Method.FPQ, Method.LKD)
 """Methods whose codes the plan holds."""
 
 

@@ -15,23 +15,23 @@ RECIPES = (
     ),
     Recipe(
         "w4a16",
-        "raise,quantize{weights=int4:g64:mse,method=gptq,static,order},fuse",
+        "raise,quantize{weights=int4:g64:mse,method=gptq,static,order,damp=0.1},fuse",
         "4-bit weights in groups of 64, by GPTQ: needs data",
     ),
     Recipe(
         "w4a8",
-        "raise,quantize{weights=int4:g64:sym:mse,activations=int8:token,method=gptq,static,order},fuse",
+        "raise,quantize{weights=int4:g64:sym:mse,activations=int8:token,method=gptq,static,order,damp=0.1},fuse",
         "4-bit weights by GPTQ, 8-bit activations: needs data",
     ),
     Recipe(
         "w4a4kv4-rotated",
         "raise,rotate{r1,r2,r3,r4},quantize{weights=int4:sym:mse,activations=int4:token,keys=int4:asym,values=int4:asym,"
-        "method=gptq,static,order},fuse",
+        "method=gptq,static,order,damp=0.1},fuse",
         "everything in 4 bits, rotated, weights by GPTQ: needs data",
     ),
     Recipe(
         "fp8",
-        "raise,quantize{weights=fp8,activations=fp8:token,method=gptq,static,order},fuse",
+        "raise,quantize{weights=fp8,activations=fp8:token,method=gptq,static,order,damp=0.1},fuse",
         "E4M3 weights by GPTQ, E4M3 activations: needs data",
     ),
     Recipe(

@@ -9,6 +9,7 @@ from ...compiler.plan import SitePlan
 from .allot import decide_formats
 from .budget import ladder
 from .columns import decide_columns
+from .distil import decide_by_distillation
 from .findings import findings
 from .floats import decide_floats
 from .methods import CALIBRATED, Method, check_options
@@ -25,6 +26,7 @@ METHODS = {
     Method.SMOOTH: decide_scales,
     Method.GPTQ: decide_columns,
     Method.FPQ: decide_floats,
+    Method.LKD: decide_by_distillation,
 }
 
 
@@ -40,7 +42,7 @@ def decide(step: Quantize, study: Study) -> dict[str, SitePlan]:
         phases.append(METHODS[step.method])
     if activations is not None and activations.static and step.method is not Method.FPQ:
         phases.append(decide_ranges)
-    if step.method in (Method.GPTQ, Method.FPQ):
+    if step.method in (Method.GPTQ, Method.FPQ, Method.LKD):
         phases.append(METHODS[step.method])
     decided: dict[str, SitePlan] = {}
     for phase in phases:

@@ -2,8 +2,9 @@
 
     minimise   Σ cost(site, format)      over one format a site      with Σ bytes(site, format) ≤ budget
 
-Costs are `sensitivity.py`'s; the choice is an integer program (scipy's milp, HiGHS), solved to within a thousandth. The
-question is SDQ's (Huang et al., 2022), which learns the choice; here it is measured, then solved.
+Costs are `sensitivity.py`'s; the choice is an integer program (scipy's milp, HiGHS), solved to within a thousandth, as
+in HAWQ-V3 (Yao et al., 2021). The question is SDQ's too (Huang et al., 2022), which learns the choice. A weight that
+several products read counts once for each.
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ class Method(enum.Enum):
     AWQ = "awq"  # channels scaled by what they are multiplied with, the exponent searched
     SMOOTH = "smooth"  # channels scaled, so that activations are easier to round
     FPQ = "fpq"  # floating-point formats and their ranges, by the products' error
+    LKD = "lkd"  # part by part, weights trained to give what the part gave
 
 
-CALIBRATED = (Method.GPTQ, Method.AWQ, Method.SMOOTH, Method.FPQ)
+CALIBRATED = (Method.GPTQ, Method.AWQ, Method.SMOOTH, Method.FPQ, Method.LKD)
 """Those that decide from data."""
 
 _OF = {
@@ -34,6 +35,7 @@ _OF = {
     "order": (Method.GPTQ,),
     "damp": (Method.GPTQ,),
     "alpha": (Method.SMOOTH,),
+    "rounds": (Method.LKD,),
 }
 
 
@@ -50,13 +52,18 @@ def check_options(step: Quantize) -> None:
             "method=smooth makes activations easier to round, and none are",
             remedy="quantize{weights=int8,activations=int8,method=smooth}",
         )
-    if method in (Method.GPTQ, Method.AWQ, Method.HQQ, Method.FPQ) and not step.weights:
+    if method in (Method.GPTQ, Method.AWQ, Method.HQQ, Method.FPQ, Method.LKD) and not step.weights:
         raise UserError(f"method={method.value} chooses the codes of weights, and none are rounded", remedy=example)
     for scheme in weight_schemes(step):
         if method in (Method.GPTQ, Method.HQQ) and (scheme.rows != 1 or scheme.of.scaling != "real"):
             raise UserError(
                 f"method={method.value} fits real scales of a channel or group, and '{scheme}' has others",
                 remedy=example.replace("gptq", method.value),
+            )
+        if method in (Method.FPQ, Method.LKD) and scheme.of.scaling == "e4m3":
+            raise UserError(
+                f"method={method.value} keeps one scale a group, and '{scheme}' has one more for the tensor",
+                remedy=f"weights={scheme.element.name}:g16",
             )
     for name, methods in _OF.items():
         if getattr(step, name) != getattr(type(step), name) and method not in methods:
@@ -68,6 +75,8 @@ def check_options(step: Quantize) -> None:
             "columns keep their groups in another order only where scales are known before: 'order' needs 'static'",
             remedy=example.replace("gptq}", "gptq,static,order}"),
         )
+    if step.rounds < 1:
+        raise UserError("rounds is 1 or more")
     if step.damp <= 0 or not 0 <= step.alpha <= 1:
         raise UserError("damp is above 0, and alpha between 0 and 1")
 

@@ -6,8 +6,8 @@ predictions has a gradient g with E[ggᵀ] = JᵀFJ, so that ½·E[(g·δ)²] is
 all sites and formats. For a model without logits a normal vector takes the label's place, and the cost is the squared
 error as a share of Σ|z|². Tokens are taken to be independent, and so are sites.
 
-Sources: the Fisher metric as in HAWQ-V3 (Yao et al., 2021) and SqueezeLLM (Kim et al., 2023), there with labels of the
-data and by weight; here by product.
+Source: the Fisher metric as in SqueezeLLM (Kim et al., 2023), there with the data's labels and weight by weight, here
+with drawn ones and by product.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ...compiler.progress import steps
 from ...compiler.schemes import Scheme
 from ..quantize_sites import Site
 from ..rotation.learning.losses import logits_position
-from ..rotation.learning.trial import Trial
 from .inputs import as_rows, finite
+from .running import Running
 
 ROWS = 512
 """Tokens of a batch that formats are compared on."""
 
 
-class Tangent(Trial):
+class Tangent(Running):
     """Runs a program and gives the gradient of a drawn label by the result of each site."""
 
     def __init__(self, program: Program, sites: Sequence[Site]):

@@ -27,11 +27,12 @@ class Argument:
 
 def operands(anchor: Anchor) -> list[Node]:
     """Placeholders that the kernels read besides x, in the order of the region's own."""
-    read: set[Node] = set()
+    read: set[Node] = set() if anchor.activation is None else {anchor.activation.scale}
     if anchor.norm is not None:
         read |= {n for n in (anchor.norm.weight, anchor.norm.bias) if n is not None}
     for linear in anchor.linears:
-        parts = (linear.weight.tensor, linear.weight.scale, linear.weight.zero, linear.bias)
+        weight = linear.weight
+        parts = (weight.tensor, weight.scale, weight.zero, getattr(weight, "outer", None), linear.bias)
         read |= {n for n in parts if n is not None}
     for section in anchor.sections:
         for node in section.pointwise:

@@ -1,0 +1,266 @@
+"""Codes → the values of one tile, as kernel text: all of the template that knows number formats.
+
+No code is converted by a conversion instruction, which runs at a fraction of the rate of a logic operation:
+
+integers  the bits of a code or-ed into those of 128 (bfloat16: 0x4300), 1024 (float16: 0x6400) or 2^23 (float32) are
+          that number plus the code; one subtraction takes it away with the zero point, exactly (Kim et al., 2022).
+floats    a code's exponent and mantissa, moved to where those of the result lie, are its number times a power of two
+          that makes up for the biases; subnormal codes become subnormal numbers, so that the factor is exact for them.
+int8      for products with 8-bit activations: the code in the upper bits of a byte, its sign bit flipped, is
+          (q − 2^(b−1))·2^(8−b); other centres are subtracted.
+
+In 16 bits an instruction works on the two codes of a word's halves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ....compiler.formats.floating import Float
+from ....compiler.formats.ternary import Binary, Ternary
+from ...dtypes import triton_type
+from ..text import Text
+from .weight import Coded
+
+FP8 = torch.float8_e4m3fn
+# dtype → (bits of the mantissa, bias of the exponent, the magic number's bits)
+_TARGETS = {torch.bfloat16: (7, 127, 0x4300), torch.float16: (10, 15, 0x6400), torch.float32: (23, 127, 0x4B000000)}
+
+
+@dataclass(frozen=True)
+class Values:
+    """Writes tiles of one weight's values in `target`, a floating-point type, int8, or FP8 for e4m3 codes."""
+
+    weight: Coded
+    target: torch.dtype
+
+    @property
+    def factor(self) -> float:
+        """What the products have to be multiplied by: int8 values may be larger than the codes' numbers."""
+        return 2.0 ** (self.weight.element.bits - 8) if self._in_upper_bits else 1.0
+
+    @property
+    def magic(self) -> int | None:
+        """The bits that codes are or-ed into; None where there are none."""
+        if self.target not in _TARGETS or isinstance(self.weight.element, Float):
+            return None
+        bits = _TARGETS[self.target][2]
+        return bits if self._wide else bits * 0x10001
+
+    @property
+    def base(self) -> float:
+        """What values lie above their codes before anything is subtracted."""
+        if self.magic is None:
+            return 0.0
+        if self.in_two:
+            return -128.0
+        return {torch.bfloat16: 128.0, torch.float16: 1024.0}.get(self.target, 2.0**23)
+
+    @property
+    def centre(self) -> float | None:
+        """What a code's number lies below the code, where no zero point says so; None for floats."""
+        element = self.weight.element
+        if isinstance(element, Float) or self.weight.zero is not None:
+            return None
+        if isinstance(element, (Ternary, Binary)):
+            return 1.0
+        return 0.0 if self._in_upper_bits or not self.weight.run else 2.0 ** (element.bits - 1)
+
+    @property
+    def _in_upper_bits(self) -> bool:
+        element = self.weight.element
+        plain = isinstance(element, (Ternary, Binary)) or self.weight.zero is not None
+        return self.target == torch.int8 and self.weight.run > 0 and not plain
+
+    @property
+    def in_two(self) -> bool:
+        """Whether a code is made of two numbers: bfloat16 has no room for 8 bits below 128."""
+        integer = not isinstance(self.weight.element, Float)
+        return self.target == torch.bfloat16 and integer and self.weight.element.bits == 8 and self.weight.run > 0
+
+    @property
+    def zero_bits(self) -> int | None:
+        """The bits into which a zero point's are or-ed to be base + zero in 16 bits; None where it has to be added."""
+        if self._wide or self.in_two or self.target not in (torch.bfloat16, torch.float16):
+            return None
+        return _TARGETS[self.target][2]
+
+    @property
+    def _wide(self) -> bool:
+        """Whether values are made as float32: for that type, and for exponents that float16 has not."""
+        element = self.weight.element
+        beyond = isinstance(element, Float) and element.exponent == 5 and self.weight.run > 0
+        return self.target == torch.float32 or (self.target == torch.float16 and beyond)
+
+    def loads(self, name: str, tensor: str, row: str, turn: str, masks: str) -> list[str]:
+        """Lines that load what a turn of the loop reads; row: the address of the rows' starts, [BLOCK_N, 1]."""
+        words = self.weight.words
+        if words is None:
+            return [f"codes_{name} = tl.load({tensor} + {row} + k[None, :]{masks})"]
+        lines = []
+        for at in range(words.chunk_words // words.run):
+            column = f"({turn} * {words.chunk_words} + {at * words.run} + tl.arange(0, {words.run}))[None, :]"
+            lines.append(f"words{at}_{name} = tl.load({tensor} + {row} + {column}{masks})")
+        return lines
+
+    def write(self, text: Text, name: str, dot: int, scale: str | None, zero: str | None) -> None:
+        """Defines w_<name>, [BLOCK_N, step], of the dot-th part of a turn.
+
+        scale: of each piece, [BLOCK_N, pieces] or, where all share it, [BLOCK_N]; multiplied in. zero: the same, as
+        the number to subtract, the base included. None: there is none.
+        """
+        weight, w = self.weight, f"w_{name}"
+        pieces = weight.step // weight.piece
+        if weight.words is None:
+            self._bytes(text, name, w)
+        elif self.target in _TARGETS:
+            self._halves(text, name, w, dot)
+        else:
+            self._small_integers(text, name, w, dot)
+        several = pieces > 1 and weight.groups > 1 and weight.group % weight.step != 0
+        around = "[:, :, None]" if several else "[:, None]"
+        subtract = f"{zero}{around}" if zero else repr(self.base + (self.centre or 0.0))
+        # a one-element float would be a float32 scalar beside int8
+        if self.target == torch.int8 and not zero:
+            subtract = str(int(self.centre or 0))
+        subtracts = zero is not None or (self.centre is not None and float(subtract) != 0)
+        if several and (scale or zero):
+            text.add(f"{w} = {w}.reshape(BLOCK_N, {pieces}, {weight.piece})")
+        if subtracts:
+            text.add(f"{w} = {w} - {subtract}")
+        if scale:
+            text.add(f"{w} = {self._times(w, f'{scale}{around}')}")
+        elif self.made_in != self.target:
+            text.add(f"{w} = {self._narrowed(w)}")
+        if several and (scale or zero):
+            text.add(f"{w} = {w}.reshape(BLOCK_N, {weight.step})")
+
+    @property
+    def made_in(self) -> torch.dtype:
+        """The type in which values are before the scale."""
+        return torch.float32 if self._wide else self.target
+
+    def _times(self, w: str, scale: str) -> str:
+        """The scale (float32) multiplied in: in bfloat16 where both are, which rounds once as float32 would."""
+        exact = self.weight.scaling != "real" or self.weight.scale.meta["val"].dtype == torch.bfloat16
+        if self.made_in == torch.bfloat16 and exact:
+            return f"{w} * {scale}.to(tl.bfloat16)"
+        return self._narrowed(f"({w}.to(tl.float32) * {scale})")
+
+    def _narrowed(self, w: str) -> str:
+        if self.target == torch.float32:
+            return w
+        if self.target == torch.float16:  # what is not a number stays so
+            w = f"tl.where({w} > 65504.0, 65504.0, tl.where({w} < -65504.0, -65504.0, {w}))"
+        return f"{w}.to({triton_type(self.target)})"
+
+    def _bytes(self, text: Text, name: str, w: str) -> None:
+        """Codes that are multiplied as they are stored."""
+        text.add(f"{w} = codes_{name}" + (".to(tl.float8e4nv, bitcast=True)" if self.target == FP8 else ""))
+
+    def _pieces(self, dot: int) -> range:
+        count = self.weight.step // self.weight.piece
+        return range(dot * count, (dot + 1) * count)
+
+    def _code(self, name: str, piece: int, to: int) -> str:
+        """The two codes of a piece in each word, as int32, their bits from bit `to` of each half."""
+        found = self._parts(name, piece, to, together=True)
+        return found[0] if len(found) == 1 else f"({' | '.join(found)})"
+
+    def _parts(self, name: str, piece: int, to: int = 0, together: bool = False) -> list[str]:
+        """The parts of those codes, each from bit `to`, or where together they are the codes."""
+        assert self.weight.words is not None
+        found = []
+        for at, bit, width, low in self.weight.words.places(piece):
+            word, place = f"words{at}_{name}", to + (low if together else 0)
+            if bit > place:
+                word = f"({word} >> {bit - place})"
+            elif bit < place:
+                word = f"({word} << {place - bit})"
+            found.append(f"({word} & {_pair((1 << width) - 1 << place)})")
+        return found
+
+    def _halves(self, text: Text, name: str, w: str, dot: int) -> None:
+        """Pieces, put side by side, then both halves of each word: codes in the channels' order."""
+        element = self.weight.element
+        names = []
+        for number, piece in enumerate(self._pieces(dot)):
+            names.append(f"piece{number}_{name}")
+            if self.in_two:
+                low, high = (f"{code} | magic{tail}" for code, tail in zip(self._parts(name, piece), ("", "_high")))
+                text.add(f"{names[-1]} = {low}", f"high{number}_{name} = {high}")
+                continue
+            code = self._code(name, piece, 1 if isinstance(element, Binary) else 0)
+            if isinstance(element, Float) and not self._wide:
+                text.add(f"{names[-1]} = {code}")
+                code = _moved(names[-1], element, _TARGETS[self.target][0], 16)
+            elif self.magic and not self._wide:
+                code = f"{code} | magic"
+            text.add(f"{names[-1]} = {code}")
+        text.add(f"{w} = {self._side_by_side(names)}")
+        if self.in_two:  # 2048 + 16·high, and 128 + low
+            text.add(f"high_{name} = {self._side_by_side([f'high{i}_{name}' for i in range(len(names))])}")
+            low, high = (self._split(x, "tl.bfloat16") for x in (w, f"high_{name}"))
+            text.add(f"{w} = {low} + ({high} - 2304.0)")
+            return
+        if self._wide:
+            low, high = f"({w} & 65535)", f"(({w} >> 16) & 65535)"
+            text.add(f"{w} = tl.join({low}, {high}).reshape(BLOCK_N, {self.weight.step})")
+            code = _moved(w, element, 23, 32) if isinstance(element, Float) else f"{w} | magic"
+            text.add(f"{w} = ({code}).to(tl.float32, bitcast=True)")
+            bias = 127
+        else:
+            text.add(f"{w} = {self._split(w, triton_type(self.target))}")
+            bias = _TARGETS[self.target][1]
+        if isinstance(element, Float) and (unbiased := self._unbiased(bias, element)):
+            text.add(f"{w} = {w}{unbiased}")
+
+    def _split(self, w: str, kind: str) -> str:
+        """Both halves of int32 words as 16-bit numbers, neighbours."""
+        low, high = (f"{x}.to(tl.int16).to({kind}, bitcast=True)" for x in (w, f"({w} >> 16)"))
+        return f"tl.join({low}, {high}).reshape(BLOCK_N, {self.weight.step})"
+
+    def _small_integers(self, text: Text, name: str, w: str, dot: int) -> None:
+        bits, names = self.weight.element.bits, []
+        upper = self._in_upper_bits
+        to = 8 - bits if upper else 1 if isinstance(self.weight.element, Binary) else 0
+        for number, piece in enumerate(self._pieces(dot)):
+            names.append(f"piece{number}_{name}")
+            code = self._code(name, piece, to)
+            text.add(f"{names[-1]} = {code}{f' ^ {_pair(128)}' if upper else ''}")
+        text.add(f"{w} = {self._side_by_side(names)}")
+        halves = f"tl.join({w}.to(tl.int8), ({w} >> 16).to(tl.int8))"
+        text.add(f"{w} = {halves}.reshape(BLOCK_N, {self.weight.step})")
+
+    def _side_by_side(self, names: list[str]) -> str:
+        """Tiles [BLOCK_N, run] → [BLOCK_N, len(names)·run]."""
+        if len(names) == 1:
+            return names[0]
+        levels = len(names).bit_length() - 1
+        order = ", ".join(map(str, (0, *range(2, 2 + levels), 1)))
+        return f"{_joined(names)}.permute({order}).reshape(BLOCK_N, {len(names) * self.weight.run})"
+
+    def _unbiased(self, bias: int, element: Float) -> str:
+        return f" * {2.0 ** (bias - element.bias)!r}" if bias != element.bias else ""
+
+
+def _joined(names: list[str]) -> str:
+    """A tile with one dimension of 2 for each bit of a name's number, the lowest bit last."""
+    if len(names) == 1:
+        return names[0]
+    return f"tl.join({_joined(names[::2])}, {_joined(names[1::2])})"
+
+
+def _moved(code: str, element: Float, mantissa: int, width: int) -> str:
+    """Sign, exponent and mantissa of codes in each `width` bits, moved to their places in a floating-point number."""
+    low, sign = 2 ** (element.bits - 1) - 1, 2 ** (element.bits - 1)
+    low, sign = (_pair(low), _pair(sign)) if width == 16 else (low, sign)
+    return f"(({code} & {low}) << {mantissa - element.mantissa}) | (({code} & {sign}) << {width - element.bits})"
+
+
+def _pair(bits: int) -> int:
+    """The same bits in both halves of an int32."""
+    both = bits * 0x10001
+    return both - (1 << 32) if both >= 1 << 31 else both

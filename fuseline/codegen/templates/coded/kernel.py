@@ -249,9 +249,8 @@ class _Section:
         loaded = load(f"{self.anchor.names[weight.zero]}_ptr + {at}", self._masks(at), "0")
         if self.product.integers:
             return f"{loaded}.to(tl.int8)"
-        if values.zero_bits is not None:
-            kind = triton_type(self.product.target)
-            return f"({loaded}.to(tl.int16) | {values.zero_bits:#x}).to({kind}, bitcast=True)"
+        if values.zero_added is not None:
+            return f"({values.zero_added} - {loaded}.to(tl.int32)) * 0x10001 + magic"
         kind = triton_type(values.made_in)
         return f"({loaded}.to(tl.float32) + {values.base!r}).to({kind})"
 

@@ -81,11 +81,17 @@ class Values:
         return self.target == torch.bfloat16 and integer and self.weight.element.bits == 8 and self.weight.run > 0
 
     @property
-    def zero_bits(self) -> int | None:
-        """The bits into which a zero point's are or-ed to be base + zero in 16 bits; None where it has to be added."""
-        if self._wide or self.in_two or self.target not in (torch.bfloat16, torch.float16):
+    def zero_added(self) -> int | None:
+        """Where codes and zero points meet as bits: 2^b − 1 − zero is added to a code, and this number is 2^b − 1.
+
+        A half has room for the sum, which an addition of two codes at once makes; None where it has not, or where the
+        pieces of a tile have zero points of their own.
+        """
+        weight, rooms = self.weight, {torch.bfloat16: 6, torch.float16: 8}
+        one = weight.groups == 1 or weight.group % weight.step == 0
+        if weight.zero is None or self._wide or not one or weight.element.bits > rooms.get(self.target, 0):
             return None
-        return _TARGETS[self.target][2]
+        return 2**weight.element.bits - 1
 
     @property
     def _wide(self) -> bool:
@@ -121,11 +127,15 @@ class Values:
             self._small_integers(text, name, w, dot)
         several = pieces > 1 and weight.groups > 1 and weight.group % weight.step != 0
         around = "[:, :, None]" if several else "[:, None]"
-        subtract = f"{zero}{around}" if zero else repr(self.base + (self.centre or 0.0))
+        added = self.zero_added if zero else None
+        if added is not None:
+            zero = None
+        subtract = f"{zero}{around}" if zero else repr(self.base + (added or self.centre or 0.0))
         # a one-element float would be a float32 scalar beside int8
         if self.target == torch.int8 and not zero:
             subtract = str(int(self.centre or 0))
-        subtracts = zero is not None or (self.centre is not None and float(subtract) != 0)
+        has_centre = added is not None or self.centre is not None
+        subtracts = zero is not None or (has_centre and float(subtract) != 0)
         if several and (scale or zero):
             text.add(f"{w} = {w}.reshape(BLOCK_N, {pieces}, {weight.piece})")
         if subtracts:
@@ -196,6 +206,8 @@ class Values:
             if isinstance(element, Float) and not self._wide:
                 text.add(f"{names[-1]} = {code}")
                 code = _moved(names[-1], element, _TARGETS[self.target][0], 16)
+            elif self.zero_added is not None:
+                code = f"{code} + zero_{name}[:, None]"
             elif self.magic and not self._wide:
                 code = f"{code} | magic"
             text.add(f"{names[-1]} = {code}")

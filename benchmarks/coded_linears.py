@@ -77,7 +77,7 @@ def error(result: torch.Tensor, exact: torch.Tensor) -> float:
 def ours(row: dict[str, Any], problem: Problem, m: int, tried: list[Candidate], folder: Path) -> None:
     """All candidates of one problem; the first is the template's own."""
     torch.manual_seed(0)
-    x, first = problem.x(m, "cuda"), problem.weight("cuda")
+    x, first = problem.x(m, DEVICE), problem.weight(DEVICE)
     inputs = problem.coded(x)
     size = sum(t.numel() * t.element_size() for t in first)
     copies = rotated(size, DEVICE)
@@ -116,7 +116,7 @@ def ours(row: dict[str, Any], problem: Problem, m: int, tried: list[Candidate], 
 def layers(make: Callable[[str, torch.Tensor], Any], problem: Problem, m: int) -> float | None:
     """Microseconds of a peer's layer, over copies of it; None where it has no such kernel."""
     weight = torch.randn(problem.n, problem.k, device=DEVICE, dtype=torch.bfloat16) * problem.k**-0.5
-    x = problem.x(m, "cuda")
+    x = problem.x(m, DEVICE)
     first = make(problem.kind, weight.clone())
     if first is None:
         return None
@@ -133,7 +133,7 @@ def layers(make: Callable[[str, torch.Tensor], Any], problem: Problem, m: int) -
 
 def cublas(problem: Problem, m: int) -> float:
     copies = rotated(2 * problem.n * problem.k, DEVICE)
-    x = problem.x(m, "cuda")
+    x = problem.x(m, DEVICE)
     weights = [torch.randn(problem.n, problem.k, device=DEVICE, dtype=torch.bfloat16) for _ in range(copies)]
     return graph_replays(lambda i: F.linear(x, weights[i]), copies, DEVICE).median * 1e6
 

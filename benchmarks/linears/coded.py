@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fuseline.codegen.templates.coded.config import CodedTiling, tiling
 from fuseline.codegen.templates.coded.host import target_of
 from fuseline.codegen.templates.coded.weight import Coded
 from fuseline.codegen.templates.linear import emit_linear
-from fuseline.compiler.formats.words import Words
+from fuseline.compiler.formats.words import Words, as_bits
 from fuseline.compiler.ops import decode, decode_words, encode, quantize
 from fuseline.compiler.schemes import Scheme
 
@@ -67,7 +68,7 @@ class Problem:
         assert words is not None
         return 0 if self.activations and self.scheme.bits == 8 else words.run
 
-    def weight(self, device: str) -> list[torch.Tensor]:
+    def weight(self, device: str | torch.device) -> list[torch.Tensor]:
         """Random codes, scales, zero points and the tensor's scale, as the kernel reads them."""
         scheme, n, k = self.scheme, self.n, self.k
         groups, bits = k // scheme.group_of(k), scheme.bits
@@ -76,6 +77,8 @@ class Problem:
             codes = torch.randn(n, k, device=device).to(stored)
         elif not self.run:
             codes = torch.randint(-127, 128, (n, k), device=device, dtype=torch.int8)
+        elif stored.is_floating_point:  # not every code is a number
+            codes = Words(bits, self.run).pack(as_bits(torch.randn(n, k, device=device).to(stored)))
         else:
             row = Words(bits, self.run).row(k)
             codes = torch.randint(-(2**31), 2**31, (n, row), device=device, dtype=torch.int64).to(torch.int32)
@@ -91,7 +94,7 @@ class Problem:
         zero = [torch.randint(0, 2**bits, (groups, n), device=device, dtype=torch.uint8)] * (not scheme.symmetric)
         return [codes, made, *zero, *outer]
 
-    def x(self, m: int, device: str) -> torch.Tensor:
+    def x(self, m: int, device: str | torch.device) -> torch.Tensor:
         return torch.randn(m, self.k, device=device, dtype=torch.bfloat16)
 
     def coded(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -116,6 +119,7 @@ class Problem:
         wide = lambda t: t.double() if t.is_floating_point() and t.dtype not in kept else t
         return self.product(*map(wide, inputs), *map(wide, weight), dtype=torch.float64)
 
+    @cache
     def graph(self) -> GraphModule:
         return _traced(lambda *t: self.product(*t), lambda: [*self.coded(self.x(4, "cpu")), *self.weight("cpu")])
 

@@ -49,7 +49,8 @@ def tiling(anchor: Anchor, target: torch.dtype) -> CodedTiling:
     block_n = 64 if widest > 1 or anchor.columns < 16384 else 128
     tiles = sum(-(-section.n // block_n) for section in anchor.sections)
     few = Tile(16, block_n, split(weight, tiles))
-    many = Tile(128, 64 if widest > 1 else 128, num_warps=8, stages=3, scale_after=False)
+    block_m, stages = (128, 3) if weight.chunk == weight.step else (64, 2)  # each tl.dot keeps an x of its own
+    many = Tile(block_m, 64 if widest > 1 else 128, num_warps=8, stages=stages, scale_after=False)
     return CodedTiling(few, many)
 
 

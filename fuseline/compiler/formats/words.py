@@ -2,9 +2,9 @@
 
 A word is two halves of 16 bits, and word j of a run of R holds neighbours: with a mask and a shift its halves become
 codes 2j and 2j + 1 of a *piece* of 2R channels, so that one instruction works on two codes and pieces come out in the
-channels' order. Codes of 4, 2 or 1 bits fill a half; other widths are split into such parts (3 = 2 + 1, the low bits
-first; 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1, 8 = 4 + 4), each in words of its own. The narrowest part has 16 / width pieces a word,
-and so many pieces are a *chunk*:
+channels' order. Codes of 4, 2 or 1 bits fill a half; other widths are split into such parts, the low bits first, each
+in words of its own (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1, 8 = 4 + 4). The narrowest part has 16 / width
+pieces a word, and so many pieces are a *chunk*:
 
     4 bits, R = 16     chunk = 16 words: 4 pieces of 32 channels; bits 4i … 4i + 3 of both halves are piece i
     3 bits, R = 16     chunk = 48 words: two sets of 16 with 2 bits of 8 pieces each, one with the high bit of all 16

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from .formats import FORMATS
 from .formats.words import Words
-from .ops import decode, dequantize
+from .ops import decode, dequantize, encode
 from .traits import arguments
 
 LONGEST = 2**31 // 127**2
@@ -95,3 +95,21 @@ def words_of(weight: Node, with_codes: bool) -> tuple[dict[str, Any], int] | Non
         return given, 0
     words = Words.fitting(bits, given["channels"], given["group"])
     return None if words is None else (given, words.run)
+
+
+def refuse_rows(node: Node) -> str | None:
+    """Why a kernel of rows cannot make or read such codes, or None; None for other nodes, too."""
+    given = arguments(node) if node.target in (encode.overload, decode.overload) else None
+    if given is None:
+        return None
+    if node.target is decode.overload:
+        return "scales in float64" if given["scale"].meta["val"].dtype == torch.float64 else None
+    if given["x"].meta["val"].dtype == torch.float64:
+        return "codes of float64 values"
+    if not given["group"]:
+        return "one scale for all rows, which takes all of them before the first code"
+    if FORMATS[given["format"]].scaling == "e4m3":
+        return (
+            f"{given['format']} scales groups within a token's own scale, which takes the token before the first code"
+        )
+    return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ..compiler import products
 from ..compiler.expressions import Expression, InWords, Transpose
@@ -32,13 +32,25 @@ def repack(module: GraphModule, weights: Sequence[Expression]) -> list[Expressio
     for call in list(module.graph.nodes):
         region = module.get_submodule(str(call.target)) if call.op == "call_module" else None
         if isinstance(region, GraphModule) and region.meta.get("kind") == "linear":
-            layout.rewrite(call, region)
+            changed = _copy(region)  # the program's own stays as it is
+            if layout.rewrite(call, changed):
+                module.add_submodule(str(call.target), changed)
     for node in list(of_node):
         if not node.users:
             module.graph.erase_node(node)
             del of_node[node]
     module.recompile()
     return list(of_node.values())
+
+
+def _copy(region: GraphModule) -> GraphModule:
+    """The region over a graph of its own; fake values are shared."""
+    graph = Graph()
+    output = graph.output(graph.graph_copy(region.graph, {}))
+    output.meta = dict(next(iter(reversed(region.graph.nodes))).meta)
+    copied = GraphModule(region, graph, class_name=type(region).__name__)
+    copied.meta.update(region.meta)
+    return copied
 
 
 class _Layout:
@@ -48,23 +60,24 @@ class _Layout:
         self.module, self.of_node, self.last = module, of_node, last
         self.nodes = {expression: node for node, expression in of_node.items()}
 
-    def rewrite(self, call: Node, region: GraphModule) -> None:
-        """All weights of a region, or none: a template reads one layout."""
+    def rewrite(self, call: Node, region: GraphModule) -> bool:
+        """Lays out all weights of a region, or none: a template reads one layout. Whether it did."""
         inside = [n for n in region.graph.nodes if n.op == "placeholder"]
         outside: dict[Node, Node] = dict(zip(inside, call.args, strict=True))  # type: ignore[arg-type]
         decoded = [n.args[1] for n in region.graph.nodes if n.target is torch.ops.aten.linear.default]
         inputs = {n.args[0] for n in region.graph.nodes if n.target is torch.ops.aten.linear.default}
         codes = any(products.activation(x) is not None for x in inputs if isinstance(x, Node))
         if not decoded or not all(self._served(node, codes, outside) for node in decoded):
-            return
+            return False
         if len({products.words_of(n, codes)[1] for n in decoded}) > 1:  # type: ignore[index]
-            return
+            return False
         for node in dict.fromkeys(decoded):
             self._replace(node, codes, region, outside)
         for node in [n for n in region.graph.nodes if n.op == "placeholder" and not n.users]:
             region.graph.erase_node(node)
         call.args = tuple(outside[n] for n in region.graph.nodes if n.op == "placeholder")
         region.recompile()
+        return True
 
     def _served(self, node: object, codes: bool, outside: dict[Node, Node]) -> bool:
         found = products.words_of(node, codes) if isinstance(node, Node) else None

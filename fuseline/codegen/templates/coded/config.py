@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from .weight import Coded
 FEW_ROWS = 64
 """Up to this many rows a tile holds them all, in blocks of 16, 32 or 64, and its channels may be shared out."""
 PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
+HOPPER = 227 << 10  # bytes of shared memory
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,44 @@ def tiling(anchor: Anchor, target: torch.dtype) -> CodedTiling:
     weight = anchor.linears[0].weight
     assert isinstance(weight, Coded)
     widest = max(len(section.linears) for section in anchor.sections)
+    room = shared_memory(anchor.x.meta["val"].device)
     if target == torch.float32:  # no tensor cores: float32 is multiplied as IEEE says
         return CodedTiling(Tile(16, 32, stages=2), Tile(32, 32, stages=2, scale_after=False))
     block_n = 64 if widest > 1 or anchor.columns < 16384 else 128
     tiles = sum(-(-section.n // block_n) for section in anchor.sections)
-    few = Tile(16, block_n, split(weight, tiles))
+    few = within(Tile(16, block_n, split(weight, tiles)), 64, weight, target, widest, room)
     block_m, stages = (128, 3) if weight.chunk == weight.step else (64, 2)  # each tl.dot keeps an x of its own
     many = Tile(block_m, 64 if widest > 1 else 128, num_warps=8, stages=stages, scale_after=False)
-    return CodedTiling(few, many)
+    return CodedTiling(few, within(many, many.block_m, weight, target, widest, room))
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may use: of the GPU that is there, else of Hopper."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return HOPPER
+    found = torch.cuda.get_device_properties(device)
+    return int(getattr(found, "shared_memory_per_block_optin", 0)) or 64 << 10
+
+
+def within(tile: Tile, rows: int, weight: Coded, target: torch.dtype, linears: int, room: int) -> Tile:
+    """The tile with fewer stages, rows or columns, as far as `room` asks for it. rows: the most that it may hold."""
+    while shared(tile, rows, weight, target, linears) > room:
+        if tile.stages > 2:
+            tile = replace(tile, stages=tile.stages - 1)
+        elif tile.block_m == rows and rows > 32:
+            rows //= 2
+            tile = replace(tile, block_m=rows)
+        elif tile.block_n > 32:
+            tile = replace(tile, block_n=tile.block_n // 2)
+        else:
+            return tile
+    return tile
+
+
+def shared(tile: Tile, rows: int, weight: Coded, target: torch.dtype, linears: int) -> int:
+    """Bytes of shared memory, about: what is read ahead, and one tile of values."""
+    codes = tile.block_n * weight.chunk * weight.element.bits // 8 * linears
+    return tile.stages * (codes + weight.chunk * rows * target.itemsize) + tile.block_n * weight.step * target.itemsize
 
 
 def split(weight: Coded, tiles: int) -> int:

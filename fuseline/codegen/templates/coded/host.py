@@ -17,6 +17,7 @@ from ..signature import DECORATOR, operands, outputs
 from ..text import Names, Text
 from .config import CodedTiling, Tile, tiling
 from .kernel import Product, product_body, sum_body
+from .values import FP8
 from .weight import Coded
 
 SUM_BLOCK = 64  # output columns of a program that adds partial sums
@@ -49,6 +50,11 @@ def check(anchor: Anchor) -> None:
     if len(formats) > 1 or not all(isinstance(linear.weight, Coded) for linear in anchor.linears):
         titles = ", ".join(dict.fromkeys(linear.weight.title for linear in anchor.linears))
         raise Refused(f"weights of several formats read by one kernel: {titles}")
+    device = value(anchor.x).device
+    if target_of(anchor) == FP8 and device.type == "cuda" and torch.cuda.is_available():
+        if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 9):
+            name = torch.cuda.get_device_name(device)
+            raise Refused(f"{name} has no products of e4m3, which compute capability 8.9 has: activations=int8 runs")
 
 
 def target_of(anchor: Anchor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Linears with coded weights under hypothesis: schemes, sizes that divide nothing, values at the ends of their types."""
+"""Linears with coded weights under hypothesis: schemes, sizes that divide nothing, values at the ends of types."""
 
 from __future__ import annotations
 

@@ -50,6 +50,18 @@ class Linear:
     bias: Node | None
     n: int
 
+    @property
+    def plain(self) -> Weight:
+        """The weight, where it is floats or bytes of codes."""
+        assert isinstance(self.weight, Weight)
+        return self.weight
+
+    @property
+    def coded(self) -> Coded:
+        """The weight, where it is codes in the layout of their own template."""
+        assert isinstance(self.weight, Coded)
+        return self.weight
+
 
 @dataclass(frozen=True)
 class Activation:

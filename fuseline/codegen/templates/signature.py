@@ -96,5 +96,5 @@ def by_format(section: Section) -> list[list[Linear]]:
 
 def column_offset(n: str, linear: Linear) -> str:
     """Where the stored rows of columns `n` begin; 64-bit where the weight has more than 2^31 elements."""
-    wide = linear.n * linear.weight.stored >= 2**31
-    return f"({n}{'.to(tl.int64)' if wide else ''} * {linear.weight.stored})"
+    wide = linear.n * linear.plain.stored >= 2**31
+    return f"({n}{'.to(tl.int64)' if wide else ''} * {linear.plain.stored})"

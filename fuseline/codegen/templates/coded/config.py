@@ -42,8 +42,7 @@ class CodedTiling:
 
 def tiling(anchor: Anchor, target: torch.dtype) -> CodedTiling:
     """The tile sizes for a region; target: the type that is multiplied."""
-    weight = anchor.linears[0].weight
-    assert isinstance(weight, Coded)
+    weight = anchor.linears[0].coded
     widest = max(len(section.linears) for section in anchor.sections)
     room = shared_memory(anchor.x.meta["val"].device)
     if target == torch.float32:  # no tensor cores: float32 is multiplied as IEEE says

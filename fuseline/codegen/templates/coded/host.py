@@ -22,11 +22,10 @@ from .weight import Coded
 
 SUM_BLOCK = 64  # output columns of a program that adds partial sums
 CONSTANTS = ("BLOCK_M", "BLOCK_N")
+About = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
-def emit_coded(
-    anchor: Anchor, name: str, about: tuple[tuple[str, ...], ...], header: str, tiles: CodedTiling | None
-) -> Launcher | Refusal:
+def emit_coded(anchor: Anchor, name: str, about: About, header: str, tiles: CodedTiling | None) -> Launcher | Refusal:
     """The kernels of an anchor whose weights are all coded. about: ops, lines and makers of its kernels."""
     try:
         check(anchor)
@@ -75,19 +74,21 @@ def _kernel(
     product: Product,
     name: str,
     body: str,
-    about: tuple[tuple[str, ...], ...],
+    about: About,
     header: str,
     block_n: int | None = None,
 ) -> Kernel:
     """A kernel with the arguments that its body mentions."""
     anchor, tile = product.anchor, product.tile
-    pointers = {f"{anchor.names[n]}_ptr": (_pointer(value(n).dtype), n.name, "read", None) for n in _nodes(anchor)}
+    pointers: dict[str, tuple[str, str, str, tuple[int | str, ...] | None]] = {
+        f"{anchor.names[n]}_ptr": (_pointer(value(n).dtype), n.name, "read", None) for n in _nodes(anchor)
+    }
     access, shape = "write" if block_n is None else "read", (tile.split, product.total, "m")
     pointers["parts_ptr"] = ("*fp32", "parts", access, shape)
     pointers["squares_ptr"] = ("*fp32", "squares", access, shape[::2])
     pointers |= {f"{anchor.names[n]}_out": (_pointer(value(n).dtype), n.name, "write", None) for n in outputs(anchor)}
     used = {p: kind for p, kind in pointers.items() if re.search(rf"\b{p}\b", body)}
-    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": block_n or tile.block_n}
+    constants: dict[str, int | float | bool] = {"BLOCK_M": tile.block_m, "BLOCK_N": block_n or tile.block_n}
     first = call(f"def {name}(", [*used, "M", *(f"{c}: tl.constexpr" for c in CONSTANTS)], "):")
     return Kernel(
         name,
@@ -97,7 +98,7 @@ def _kernel(
         *about,
         4 if block_n else tile.num_warps,
         1 if block_n else tile.stages,
-        tuple(BufferUse(p, *use) for p, (_, *use) in used.items()),
+        tuple(BufferUse(p, node, access, shape) for p, (_, node, access, shape) in used.items()),
     )
 
 

@@ -44,9 +44,7 @@ class Product:
     @property
     def weight(self) -> Coded:
         """Any of the weights: they are of one format and width."""
-        weight = self.anchor.linears[0].weight
-        assert isinstance(weight, Coded)
-        return weight
+        return self.anchor.linears[0].coded
 
     @property
     def total(self) -> int:
@@ -67,13 +65,11 @@ class Product:
         return self.target == torch.int8
 
     def values(self, linear: Linear) -> Values:
-        assert isinstance(linear.weight, Coded)
-        return Values(linear.weight, self.target)
+        return Values(linear.coded, self.target)
 
     def scaled_after(self, linear: Linear) -> bool:
         """Whether each tl.dot has one scale a column, which multiplies its sums."""
-        weight = linear.weight
-        assert isinstance(weight, Coded)
+        weight = linear.coded
         whole = weight.group % weight.step == 0
         return weight.groups > 1 and whole and (self.integers or self.tile.scale_after)
 
@@ -146,8 +142,7 @@ class _Section:
         name = self.anchor.names[linear.node]
         kind = "tl.int32" if self.product.integers and not self.product.scaled_after(linear) else "tl.float32"
         text.add(f"acc_{name} = tl.zeros((BLOCK_N, BLOCK_M), {kind})")
-        weight = linear.weight
-        assert isinstance(weight, Coded)
+        weight = linear.coded
         wide = linear.n * weight.row >= 2**31
         text.add(f"row_{name} = ({self.n}{'.to(tl.int64)' if wide else ''} * {weight.row})[:, None]")
         if weight.zero is not None and weight.groups == 1:
@@ -162,7 +157,7 @@ class _Section:
         masks = joined((row_mask, tail))
         masks += ", other=0" if masks else ""
         for linear in self.section.linears:
-            name, tensor = self.anchor.names[linear.node], f"{self.anchor.names[linear.weight.tensor]}_ptr"
+            name, tensor = self.anchor.names[linear.node], f"{self.anchor.names[linear.coded.tensor]}_ptr"
             text.add(*self.product.values(linear).loads(name, tensor, f"row_{name}", f"chunk{tag}", masks))
         for dot in range(weight.chunk // weight.step):
             self._x(text, dot)
@@ -191,8 +186,7 @@ class _Section:
         return (scaled if self.product.squares else normalised)(self.anchor, x, k, live)
 
     def _accumulate(self, text: Text, linear: Linear, dot: int) -> None:
-        product, name, weight = self.product, self.anchor.names[linear.node], linear.weight
-        assert isinstance(weight, Coded)
+        product, name, weight = self.product, self.anchor.names[linear.node], linear.coded
         after, scale, zero = product.scaled_after(linear), None, None
         if weight.groups > 1:
             group = self._group(weight, dot)
@@ -225,8 +219,7 @@ class _Section:
         return f"tl.minimum({group}, {weight.groups - 1})" if weight.k % weight.chunk else group
 
     def _at(self, linear: Linear, group: str) -> str:
-        weight = linear.weight
-        assert isinstance(weight, Coded)
+        weight = linear.coded
         if weight.group % weight.step:
             return f"({group})[None, :] * {linear.n} + {self.n}[:, None]"
         return f"{group} * {linear.n} + {self.n}"
@@ -236,16 +229,15 @@ class _Section:
 
     def _scale(self, text: Text, linear: Linear, group: str) -> None:
         """Defines scale_<linear>, [BLOCK_N] or [BLOCK_N, pieces]."""
-        weight, name = linear.weight, f"scale_{self.anchor.names[linear.node]}"
-        assert isinstance(weight, Coded)
+        weight, name = linear.coded, f"scale_{self.anchor.names[linear.node]}"
         at = self._at(linear, group)
         loaded = load(f"{self.anchor.names[weight.scale]}_ptr + {at}", self._masks(at), "0")
         text.add(f"{name} = {number(text, name, loaded, weight.scaling)}")
 
     def _zero(self, linear: Linear, at: str) -> str:
         """What a code lies above the number that it stands for, with the base of `values.py`, in the values' type."""
-        weight, values = linear.weight, self.product.values(linear)
-        assert isinstance(weight, Coded) and weight.zero is not None
+        weight, values = linear.coded, self.product.values(linear)
+        assert weight.zero is not None
         loaded = load(f"{self.anchor.names[weight.zero]}_ptr + {at}", self._masks(at), "0")
         if self.product.integers:
             return f"{loaded}.to(tl.int8)"
@@ -289,8 +281,7 @@ def finish(
     if anchor.activation is not None:
         text.add(f"x_scale{tag} = {load('x_scale_ptr + m', ('m < M',))}.to(tl.float32)")
     for linear in section.linears:
-        weight, name, values = linear.weight, anchor.names[linear.node], product.values(linear)
-        assert isinstance(weight, Coded)
+        weight, name, values = linear.coded, anchor.names[linear.node], product.values(linear)
         factors = [f"acc_{name}" + (".to(tl.float32)" if product.integers and not summed else "")]
         if weight.groups == 1:
             at = f"{anchor.names[weight.scale]}_ptr + {n}"

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 # What the kernels and the host function call their own variables, with any suffix.
 RESERVED_STEMS = frozenset(
     """tl triton torch libdevice min row rows m block pid pids first height n inside x h k j k0 j0 piece group live
-    squares total mean rstd acc w codes scale zero magic out q q0 q1 turn chunk part parts split words row rows piece
-    blocks""".split()  # noqa: SIM905
+    squares total mean rstd acc w codes scale zero magic out q q0 q1 turn chunk part parts split words at left
+    right high x_rows x_columns blocks""".split()  # noqa: SIM905
 )
 
 

@@ -143,8 +143,8 @@ class _Section:
         kind = "tl.int32" if self.product.integers and not self.product.scaled_after(linear) else "tl.float32"
         text.add(f"acc_{name} = tl.zeros((BLOCK_N, BLOCK_M), {kind})")
         weight = linear.coded
-        wide = linear.n * weight.row >= 2**31
-        text.add(f"row_{name} = ({self.n}{'.to(tl.int64)' if wide else ''} * {weight.row})[:, None]")
+        n = f"{self.n}.to(tl.int64)" if linear.n * weight.row >= 2**31 else self.n
+        text.add(f"row_{name} = {self.anchor.names[weight.tensor]}_ptr + ({n} * {weight.row})[:, None]")
         if weight.zero is not None and weight.groups == 1:
             text.add(f"zero_{name} = {self._zero(linear, self.n)}")
 
@@ -157,10 +157,12 @@ class _Section:
         masks = joined((row_mask, tail))
         masks += ", other=0" if masks else ""
         for linear in self.section.linears:
-            name, tensor = self.anchor.names[linear.node], f"{self.anchor.names[linear.coded.tensor]}_ptr"
-            text.add(*self.product.values(linear).loads(name, tensor, f"row_{name}", f"chunk{tag}", masks))
+            name = self.anchor.names[linear.node]
+            text.add(*self.product.values(linear).loads(name, f"row_{name}", f"chunk{tag}", masks))
         for dot in range(weight.chunk // weight.step):
             self._x(text, dot)
+            if weight.groups > 1:
+                self._groups(text, dot)
             for linear in self.section.linears:
                 self._accumulate(text, linear, dot)
 
@@ -168,7 +170,7 @@ class _Section:
         """Loads x for one tl.dot, [step, BLOCK_M], and normalises it."""
         weight, anchor, tag = self.weight, self.anchor, self.tag
         k, x = f"k{tag}_{dot}", f"x{tag}"
-        text.add(f"{k} = (chunk{tag} * {weight.chunk} + {dot * weight.step} + tl.arange(0, {weight.step}))[:, None]")
+        text.add(f"{k} = ({self._start_of(dot)} + tl.arange(0, {weight.step}))[:, None]")
         live = f"({k} < {weight.k})" if weight.k % weight.chunk else None
         target, integral = triton_type_of(self.product.target), anchor.activation is not None
         text.add(f"{x} = {load(f'x_columns + {k}', ('inside_rows', live), '0' if integral else '0.0')}")
@@ -189,11 +191,9 @@ class _Section:
         product, name, weight = self.product, self.anchor.names[linear.node], linear.coded
         after, scale, zero = product.scaled_after(linear), None, None
         if weight.groups > 1:
-            group = self._group(weight, dot)
-            self._scale(text, linear, group)
-            scale = f"scale_{name}"
+            scale = self._scale(text, linear)
             if weight.zero is not None:
-                text.add(f"zero_{name} = {self._zero(linear, self._at(linear, group))}")
+                text.add(f"zero_{name} = {self._zero(linear, f'at{self.tag}')}")
         if weight.zero is not None:
             zero = f"zero_{name}"
         product.values(linear).write(text, name, dot, None if after else scale, zero)
@@ -210,35 +210,45 @@ class _Section:
             part = f"(part_{name}.to(tl.float32, bitcast=True) - 12582912.0)"
         text.add(f"acc_{name} += {part} * scale_{name}[:, None]")
 
-    def _group(self, weight: Coded, dot: int) -> str:
-        """The number of the group that a dot's channels lie in, or of each piece, [pieces]."""
-        start = f"chunk{self.tag} * {weight.chunk} + {dot * weight.step}"
-        if weight.group % weight.step:
-            start = f"({start} + tl.arange(0, {weight.step // weight.piece}) * {weight.piece})"
+    def _start_of(self, dot: int) -> str:
+        """The first channel of a dot."""
+        start = f"chunk{self.tag} * {self.weight.chunk}"
+        return f"{start} + {dot * self.weight.step}" if dot else start
+
+    def _groups(self, text: Text, dot: int) -> None:
+        """Defines at<tag>, where the scales of a dot lie: of each column, [BLOCK_N], or of each of its pieces."""
+        weight, n = self.weight, self.n
+        start = self._start_of(dot)
+        if self.several:
+            start = f"{start} + tl.arange(0, {weight.step // weight.piece}) * {weight.piece}"
         group = f"({start}) // {weight.group}"
-        return f"tl.minimum({group}, {weight.groups - 1})" if weight.k % weight.chunk else group
+        if weight.k % weight.chunk:
+            group = f"tl.minimum({group}, {weight.groups - 1})"
+        text.add(f"group{self.tag} = {group}")
+        row, column = (f"group{self.tag}[None, :]", f"{n}[:, None]") if self.several else (f"group{self.tag}", n)
+        text.add(f"at{self.tag} = {row} * {self.section.n} + {column}")
 
-    def _at(self, linear: Linear, group: str) -> str:
-        weight = linear.coded
-        if weight.group % weight.step:
-            return f"({group})[None, :] * {linear.n} + {self.n}[:, None]"
-        return f"{group} * {linear.n} + {self.n}"
+    @property
+    def several(self) -> bool:
+        """Whether a dot's channels have several scales."""
+        return self.weight.groups > 1 and self.weight.group % self.weight.step != 0
 
-    def _masks(self, at: str) -> tuple[str | None]:
-        return (self.inside and f"{self.inside}{'[:, None]' if '[None, :]' in at else ''}",)
+    @property
+    def _inside_groups(self) -> tuple[str | None]:
+        return (self.inside and (f"{self.inside}[:, None]" if self.several else self.inside),)
 
-    def _scale(self, text: Text, linear: Linear, group: str) -> None:
-        """Defines scale_<linear>, [BLOCK_N] or [BLOCK_N, pieces]."""
+    def _scale(self, text: Text, linear: Linear) -> str:
+        """Defines scale_<linear>, [BLOCK_N] or [BLOCK_N, pieces]; returns its name."""
         weight, name = linear.coded, f"scale_{self.anchor.names[linear.node]}"
-        at = self._at(linear, group)
-        loaded = load(f"{self.anchor.names[weight.scale]}_ptr + {at}", self._masks(at), "0")
+        loaded = load(f"{self.anchor.names[weight.scale]}_ptr + at{self.tag}", self._inside_groups, "0")
         text.add(f"{name} = {number(text, name, loaded, weight.scaling)}")
+        return name
 
     def _zero(self, linear: Linear, at: str) -> str:
         """What a code lies above the number that it stands for, with the base of `values.py`, in the values' type."""
         weight, values = linear.coded, self.product.values(linear)
         assert weight.zero is not None
-        loaded = load(f"{self.anchor.names[weight.zero]}_ptr + {at}", self._masks(at), "0")
+        loaded = load(f"{self.anchor.names[weight.zero]}_ptr + {at}", self._inside_groups, "0")
         if self.product.integers:
             return f"{loaded}.to(tl.int8)"
         if values.zero_added is not None:
@@ -251,7 +261,9 @@ class _Section:
         conditions = (self.inside and f"{self.inside}[:, None]", "inside_rows")
         for linear in self.section.linears:
             name = self.anchor.names[linear.node]
-            at = f"((split * {product.total} + {offset(product, linear)} + {self.n}).to(tl.int64) * M)[:, None]"
+            first = offset(product, linear)
+            column = f"split * {product.total} + {f'{first} + ' if first else ''}{self.n}"
+            at = f"(({column}).to(tl.int64) * M)[:, None]"
             acc = f"acc_{name}.to(tl.float32)" if product.integers else f"acc_{name}"
             text.add(f"tl.store(parts_ptr + {at} + m[None, :], {acc}{joined(conditions)})")
         if product.squares and self.section is self.anchor.sections[0]:
@@ -326,9 +338,11 @@ def sum_body(product: Product) -> str:
                     acc = f"acc_{anchor.names[linear.node]}"
                     text.add(f"{acc} = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)")
                     with text.block(f"for part in tl.static_range({split}):"):
-                        at = f"((part * {product.total} + {offset(product, linear)} + {n}).to(tl.int64) * M)[:, None]"
+                        first_n = offset(product, linear)
+                        column = f"part * {product.total} + {f'{first_n} + ' if first_n else ''}{n}"
                         mask = f"inside_n{tag}[:, None] & inside_rows"
-                        text.add(f"{acc} += tl.load(parts_ptr + {at} + m[None, :], mask={mask}, other=0.0)")
+                        text.add(f"row = parts_ptr + (({column}).to(tl.int64) * M)[:, None]")
+                        text.add(f"{acc} += tl.load(row + m[None, :], mask={mask}, other=0.0)")
                 if product.squares:
                     text.add(rstd_line(product, tag, "squares"))
                 finish(product, section, tag, n, f"inside_n{tag}", text, summed=True)

@@ -100,15 +100,15 @@ class Values:
         beyond = isinstance(element, Float) and element.exponent == 5 and self.weight.run > 0
         return self.target == torch.float32 or (self.target == torch.float16 and beyond)
 
-    def loads(self, name: str, tensor: str, row: str, turn: str, masks: str) -> list[str]:
-        """Lines that load what a turn of the loop reads; row: the address of the rows' starts, [BLOCK_N, 1]."""
+    def loads(self, name: str, row: str, turn: str, masks: str) -> list[str]:
+        """Lines that load what a turn of the loop reads; row: the addresses of the rows' starts, [BLOCK_N, 1]."""
         words = self.weight.words
         if words is None:
-            return [f"codes_{name} = tl.load({tensor} + {row} + k[None, :]{masks})"]
-        lines = []
+            return [f"codes_{name} = tl.load({row} + k[None, :]{masks})"]
+        lines = [f"chunk_{name} = {row} + {turn} * {words.chunk_words}"]
         for at in range(words.chunk_words // words.run):
-            column = f"({turn} * {words.chunk_words} + {at * words.run} + tl.arange(0, {words.run}))[None, :]"
-            lines.append(f"words{at}_{name} = tl.load({tensor} + {row} + {column}{masks})")
+            column = f"{at * words.run} + tl.arange(0, {words.run})" if at else f"tl.arange(0, {words.run})"
+            lines.append(f"words{at}_{name} = tl.load(chunk_{name} + ({column})[None, :]{masks})")
         return lines
 
     def write(self, text: Text, name: str, dot: int, scale: str | None, zero: str | None) -> None:
@@ -211,11 +211,13 @@ class Values:
             elif self.magic and not self._wide:
                 code = f"{code} | magic"
             text.add(f"{names[-1]} = {code}")
-        text.add(f"{w} = {self._side_by_side(names)}")
-        if self.in_two:  # 2048 + 16·high, and 128 + low
-            text.add(f"high_{name} = {self._side_by_side([f'high{i}_{name}' for i in range(len(names))])}")
-            low, high = (self._split(x, "tl.bfloat16") for x in (w, f"high_{name}"))
-            text.add(f"{w} = {low} + ({high} - 2304.0)")
+        self._side_by_side(text, w, names)
+        if self.in_two:  # 128 + low, and 2048 + 16·high
+            high = f"high_{name}"
+            self._side_by_side(text, high, [f"high{i}_{name}" for i in range(len(names))])
+            for x in (w, high):
+                self._split(text, x, name, "tl.bfloat16")
+            text.add(f"{w} = {w} + ({high} - 2304.0)")
             return
         if self._wide:
             low, high = f"({w} & 65535)", f"(({w} >> 16) & 65535)"
@@ -224,15 +226,16 @@ class Values:
             text.add(f"{w} = ({code}).to(tl.float32, bitcast=True)")
             bias = 127
         else:
-            text.add(f"{w} = {self._split(w, triton_type(self.target))}")
+            self._split(text, w, name, triton_type(self.target))
             bias = _TARGETS[self.target][1]
         if isinstance(element, Float) and (unbiased := self._unbiased(bias, element)):
             text.add(f"{w} = {w}{unbiased}")
 
-    def _split(self, w: str, kind: str) -> str:
+    def _split(self, text: Text, w: str, name: str, kind: str) -> None:
         """Both halves of int32 words as 16-bit numbers, neighbours."""
-        low, high = (f"{x}.to(tl.int16).to({kind}, bitcast=True)" for x in (w, f"({w} >> 16)"))
-        return f"tl.join({low}, {high}).reshape(BLOCK_N, {self.weight.step})"
+        for half, x in (("left", w), ("right", f"({w} >> 16)")):
+            text.add(f"{half}_{name} = {x}.to(tl.int16).to({kind}, bitcast=True)")
+        text.add(f"{w} = tl.join(left_{name}, right_{name}).reshape(BLOCK_N, {self.weight.step})")
 
     def _small_integers(self, text: Text, name: str, w: str, dot: int) -> None:
         bits, names = self.weight.element.bits, []
@@ -242,27 +245,24 @@ class Values:
             names.append(f"piece{number}_{name}")
             code = self._code(name, piece, to)
             text.add(f"{names[-1]} = {code}{f' ^ {_pair(128)}' if upper else ''}")
-        text.add(f"{w} = {self._side_by_side(names)}")
+        self._side_by_side(text, w, names)
         halves = f"tl.join({w}.to(tl.int8), ({w} >> 16).to(tl.int8))"
         text.add(f"{w} = {halves}.reshape(BLOCK_N, {self.weight.step})")
 
-    def _side_by_side(self, names: list[str]) -> str:
-        """Tiles [BLOCK_N, run] → [BLOCK_N, len(names)·run]."""
-        if len(names) == 1:
-            return names[0]
-        levels = len(names).bit_length() - 1
+    def _side_by_side(self, text: Text, w: str, names: list[str]) -> None:
+        """Tiles [BLOCK_N, run], in order → w, [BLOCK_N, len(names)·run]; a level of joins is a bit of their number."""
+        levels, count = len(names).bit_length() - 1, len(names)
+        for _ in range(levels):
+            half = len(names) // 2
+            for first, second in zip(names[:half], names[half:], strict=True):
+                text.add(f"{first} = tl.join({first}, {second})")
+            names = names[:half]
         order = ", ".join(map(str, (0, *range(2, 2 + levels), 1)))
-        return f"{_joined(names)}.permute({order}).reshape(BLOCK_N, {len(names) * self.weight.run})"
+        tail = f".permute({order}).reshape(BLOCK_N, {count * self.weight.run})" if levels else ""
+        text.add(f"{w} = {names[0]}{tail}")
 
     def _unbiased(self, bias: int, element: Float) -> str:
         return f" * {2.0 ** (bias - element.bias)!r}" if bias != element.bias else ""
-
-
-def _joined(names: list[str]) -> str:
-    """A tile with one dimension of 2 for each bit of a name's number, the lowest bit last."""
-    if len(names) == 1:
-        return names[0]
-    return f"tl.join({_joined(names[::2])}, {_joined(names[1::2])})"
 
 
 def _moved(code: str, element: Float, mantissa: int, width: int) -> str:

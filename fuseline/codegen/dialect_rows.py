@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..compiler.ops import dequantize, hadamard, layer_norm, rms_norm, rotary
+from ..compiler.ops import decode, dequantize, hadamard, layer_norm, rms_norm, rotary
 from ..compiler.traits import arguments, is_last_dim_reduction
-from . import quantize_rows
+from . import decode_rows, encode_rows, quantize_rows
 from .call import Unsupported, dtype_of
 from .dtypes import cast, compute_dtype, literal, rounded
 from .indexing import flatten, split
@@ -175,7 +175,7 @@ def domains(node: torch.fx.Node) -> tuple[tuple[Size, ...], ...]:
     assert isinstance(x, torch.fx.Node)
     if node.target is hadamard.overload:
         return transform.domains(node)
-    if node.target in quantize_rows.RESULTS:
+    if node.target in RESULTS:
         return quantize_rows.domains(node)
     return (shape(x),)
 
@@ -187,5 +187,6 @@ RULES[torch.ops.aten.layer_norm.default] = _layer_norm
 RULES[rotary.overload] = _rotary
 RULES[dequantize.overload] = _dequantize
 RULES[hadamard.overload] = transform.rule
-RULES.update(dict.fromkeys(quantize_rows.RESULTS, quantize_rows.no_value))
-RESULTS.update(quantize_rows.RESULTS)
+RULES[decode.overload] = decode_rows.rule
+RESULTS.update(quantize_rows.RESULTS | encode_rows.RESULTS)
+RULES.update(dict.fromkeys(RESULTS, quantize_rows.no_value))

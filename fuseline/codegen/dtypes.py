@@ -26,6 +26,11 @@ def is_supported(dtype: torch.dtype) -> bool:
     return dtype in NAMES
 
 
+def is_byte_float(dtype: torch.dtype) -> bool:
+    """Whether it is one of the floating-point types of 8 bits, which kernels of rows hold as bytes."""
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
 def triton_type(dtype: torch.dtype) -> str:
     """`torch.bfloat16` → `"tl.bfloat16"`. KeyError for a type that `is_supported` denies."""
     return f"tl.{NAMES[dtype][0]}"

@@ -18,7 +18,7 @@ from pathlib import PurePath
 
 import torch
 
-from ..compiler.ops import hadamard, layer_norm, quantize, quantize_affine, rms_norm
+from ..compiler.ops import encode, hadamard, layer_norm, quantize, quantize_affine, rms_norm
 from ..compiler.provenance import makers, source_lines
 from ..compiler.traits import NORMS, REDUCTIONS
 from . import creations, dialect_rows, expressions, rearrangements, rows
@@ -37,7 +37,7 @@ from .values import Index, Mask, Term
 
 ROW_RULES = {**rows.RULES, **dialect_rows.RULES}
 RULES = {**rearrangements.RULES, **creations.RULES, **ROW_RULES}
-ROWS = (rms_norm, layer_norm, quantize, quantize_affine, hadamard)
+ROWS = (rms_norm, layer_norm, quantize, quantize_affine, encode, hadamard)
 REDUCING = REDUCTIONS | NORMS | {op.overload for op in ROWS}
 
 

@@ -26,6 +26,7 @@ from .kernel import Kernel, Launcher, Refusal, function_name
 from .leftovers import gather
 from .manifest import describe
 from .module_file import deduplicate, load_module, render, write_text
+from .repack import repack
 from .templates.attention import emit_attention
 from .templates.linear import emit_linear
 
@@ -70,6 +71,7 @@ def lower(program: Program, leftovers: bool = False) -> Lowered:
     leftovers: whether what no region takes is gathered into functions of its own, for Inductor.
     """
     module, weights = program.lift()
+    weights = repack(module, weights)
     names = gather(replace(program, module=module)) if leftovers else []
     gathered = {name: _region(module, name) for name in names}
     found: list[Launcher] = []

@@ -13,7 +13,7 @@ from .call import Unsupported, dtype_of
 from .dtypes import literal
 from .formulas import divide, round_half_even
 from .indexing import flatten, split
-from .rows import Rule, element
+from .rows import Rule, as_number, element
 from .sizes import Size, same, shape, size
 from .tile import Tile
 from .values import ZERO, Index, Mask, Term
@@ -26,36 +26,41 @@ def no_value(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
 def domains(node: torch.fx.Node) -> tuple[tuple[Size, ...], ...]:
     """The shape over which rows are whole: groups."""
     whole = shape(arguments(node)["x"])
-    return (whole if same(_groups(node), 1) else (*whole[:-1], _groups(node), _group(node)),)
+    return (whole if same(groups(node), 1) else (*whole[:-1], groups(node), group_length(node)),)
 
 
 def _compute(node: torch.fx.Node) -> torch.dtype:
     return torch.promote_types(dtype_of(arguments(node)["x"]), torch.float32)
 
 
-def _group(node: torch.fx.Node) -> Size:
+def group_length(node: torch.fx.Node) -> Size:
     """The group's length; a group as long as the row has the row's own size, which may be symbolic."""
     length, group = shape(arguments(node)["x"])[-1], arguments(node)["group"]
     return length if isinstance(group, torch.fx.Node) or same(length, group) else group
 
 
-def _groups(node: torch.fx.Node) -> Size:
+def groups(node: torch.fx.Node) -> Size:
     """How many groups a row has: what the shape of the scales says."""
     return size(node.meta["val"][1].shape[-1])
 
 
-def _over_group(tile: Tile, node: torch.fx.Node, lead: Index, group: Term, mask: Mask, what: str) -> Term:
-    """The largest magnitude, the largest or the smallest element of one group of channels."""
+def over_group(tile: Tile, node: torch.fx.Node, lead: Index, group: Term, mask: Mask, what: str) -> Term:
+    """The largest magnitude, the largest or the smallest element of one group of channels, or its mean magnitude.
+
+    what: "magnitude", "high", "low", "mean"; or "spoilt": 0, and NaN where an element is not finite.
+    """
     x, compute = arguments(node)["x"], _compute(node)
+    texts = {"magnitude": "tl.abs({})", "spoilt": "{} * 0.0"}
+    if what == "mean":
+        texts["mean"] = divide("tl.abs({})", as_number(tile, group_length(node), compute), compute)
 
     def value(column: Term, inner: Mask) -> Term:
-        channel = flatten(tile, (group, column), (_groups(node), _group(node)))
+        channel = flatten(tile, (group, column), (groups(node), group_length(node)))
         term = element(tile, x, (*lead, channel), inner, compute)
-        text = f"tl.abs({term.text})" if what == "magnitude" else term.text
-        return tile.bind(f"{node.name}_{what}", text, term.axes)
+        return tile.bind(f"{node.name}_{what}", texts.get(what, "{}").format(term.text), term.axes)
 
-    how = "min" if what == "low" else "max"
-    return tile.reduce(f"{node.name}_{what}_of_all", how, _group(node), (*lead, group), mask, compute, value)
+    how = {"low": "min", "mean": "sum", "spoilt": "sum"}.get(what, "max")
+    return tile.reduce(f"{node.name}_{what}_of_all", how, group_length(node), (*lead, group), mask, compute, value)
 
 
 def _step(tile: Tile, node: torch.fx.Node, span: Term, top: int) -> Term:
@@ -78,9 +83,9 @@ def _clamped(text: str, low: int, high: int, compute: torch.dtype) -> str:
     return f"tl.where({text} < {least}, {least}, tl.where({text} > {most}, {most}, {text}))"
 
 
-def _of_channel(tile: Tile, node: torch.fx.Node, index: Index) -> Term:
+def group_of_channel(tile: Tile, node: torch.fx.Node, index: Index) -> Term:
     """The group that a channel lies in."""
-    return ZERO if same(_groups(node), 1) else split(tile, index[-1], _group(node))[0]
+    return ZERO if same(groups(node), 1) else split(tile, index[-1], group_length(node))[0]
 
 
 def _top(node: torch.fx.Node) -> int:
@@ -89,12 +94,12 @@ def _top(node: torch.fx.Node) -> int:
 
 
 def _scale(tile: Tile, node: torch.fx.Node, lead: Index, group: Term, mask: Mask) -> Term:
-    return _step(tile, node, _over_group(tile, node, lead, group, mask, "magnitude"), _top(node))
+    return _step(tile, node, over_group(tile, node, lead, group, mask, "magnitude"), _top(node))
 
 
 def _codes(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
     compute = _compute(node)
-    scale = _scale(tile, node, index[:-1], _of_channel(tile, node, index), mask)
+    scale = _scale(tile, node, index[:-1], group_of_channel(tile, node, index), mask)
     term = element(tile, arguments(node)["x"], index, mask, compute)
     code = nearest.code(tile, node.name, term, scale, compute)
     return tile.bind(f"{node.name}_codes", f"{code.text}.to(tl.int8)", code.axes)
@@ -102,12 +107,12 @@ def _codes(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
 
 def _low(tile: Tile, node: torch.fx.Node, lead: Index, group: Term, mask: Mask) -> Term:
     """The lower end of a group's range, 0 or below."""
-    found, least = _over_group(tile, node, lead, group, mask, "low"), literal(0, _compute(node))
+    found, least = over_group(tile, node, lead, group, mask, "low"), literal(0, _compute(node))
     return tile.bind(f"{node.name}_least", f"tl.where({found.text} > {least}, {least}, {found.text})", found.axes)
 
 
 def _affine_scale(tile: Tile, node: torch.fx.Node, lead: Index, group: Term, mask: Mask) -> Term:
-    low, high = _low(tile, node, lead, group, mask), _over_group(tile, node, lead, group, mask, "high")
+    low, high = _low(tile, node, lead, group, mask), over_group(tile, node, lead, group, mask, "high")
     least, axes = literal(0, _compute(node)), low.axes | high.axes
     most = f"tl.where({high.text} < {least}, {least}, {high.text})"
     return _step(tile, node, tile.bind(f"{node.name}_span", f"{most} - {low.text}", axes), _top(node))
@@ -123,7 +128,7 @@ def _zero(tile: Tile, node: torch.fx.Node, lead: Index, group: Term, mask: Mask)
 
 
 def _affine_codes(tile: Tile, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
-    compute, group = _compute(node), _of_channel(tile, node, index)
+    compute, group = _compute(node), group_of_channel(tile, node, index)
     scale = _affine_scale(tile, node, index[:-1], group, mask)
     zero = _zero(tile, node, index[:-1], group, mask)
     term = element(tile, arguments(node)["x"], index, mask, compute)

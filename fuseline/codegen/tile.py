@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 
 from .call import Unsupported, dtype_of
-from .dtypes import cast, compute_dtype, is_supported, literal, pointer_type, triton_type
+from .dtypes import cast, compute_dtype, is_byte_float, is_supported, literal, pointer_type, triton_type
 from .sizes import Size, SizeReader, same, shape
 from .values import ROW, ZERO, Blocks, Index, Mask, Names, Range, Scope, Term
 
@@ -33,6 +33,7 @@ class Tile:
         self.prelude = Scope()  # of a program that walks over rows: what is the same for all of them
         self.ranges: list[Range] = []
         self.pointers: dict[torch.fx.Node, str] = {}
+        self.read_as_bytes: set[torch.fx.Node] = set()  # inputs of 8-bit floating-point numbers
         self.signature: dict[str, str] = {}
         self.arguments: dict[str, str] = {}  # kernel argument → its text on the host
         self.size_names: dict[Size, str] = {}
@@ -159,7 +160,9 @@ class Tile:
         return self.value(node, index[len(index) - rank :], mask)
 
     def load(self, node: torch.fx.Node, index: Index, mask: Mask) -> Term:
-        """Reads an input tensor; 16-bit floats are widened."""
+        """Reads an input tensor; 16-bit floats are widened, those of 8 bits are for `decode` alone, as bytes."""
+        if is_byte_float(dtype_of(node)) and node not in self.read_as_bytes:
+            raise Unsupported(f"kernels do not hold {dtype_of(node)}")
         pointer, axes = self.pointer(node, self.pointers[node], index)
         conditions = [m.text for m in mask if m.axes <= axes]
         guard = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
@@ -168,11 +171,13 @@ class Tile:
 
     def pointer(self, node: torch.fx.Node, name: str, index: Index) -> tuple[str, frozenset[str]]:
         """Address arithmetic in int64, with the strides that the tensor has at run time."""
-        dtype, axes = dtype_of(node), frozenset[str]()
+        dtype, axes, tensor = dtype_of(node), frozenset[str](), name
+        if is_byte_float(dtype):
+            dtype, tensor = torch.uint8, f"{name}.view(torch.uint8)"
         if not is_supported(dtype):
             raise Unsupported(f"kernels do not hold {dtype}")
         text = f"{name}_ptr"
-        self.signature[text], self.arguments[text] = pointer_type(dtype), name
+        self.signature[text], self.arguments[text] = pointer_type(dtype), tensor
         for k, (term, length) in enumerate(zip(index, shape(node), strict=True)):
             if term.text == "0" or same(length, 1):
                 continue

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .errors import FuselineError, UserError
+from .formats.words import Words, as_bits, as_stored
 from .hadamard import core, factor, random_orthogonal, random_signs
 from .half_quadratic import half_quadratic
 from .ops import decode, dequantize, hadamard
@@ -414,6 +415,26 @@ class Pack(Expression):
 
 
 @dataclass(frozen=True)
+class InWords(Expression):
+    """Packed codes [rows, …] of n channels in runs of `run` words, as kernels read them (`formats/words.py`).
+
+    `restored` gives the packed codes back, so that nothing has to keep both.
+    """
+
+    codes: Expression
+    scheme: Scheme
+    n: int
+    run: int
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return Words(self.scheme.bits, self.run).pack(as_bits(self.scheme.unpack(values[0], self.n)))
+
+    def restored(self, value: torch.Tensor) -> torch.Tensor:
+        bits = Words(self.scheme.bits, self.run).unpack(value, self.n)
+        return self.scheme.pack(as_stored(bits, self.scheme.element.stored))
+
+
+@dataclass(frozen=True)
 class Dequantize(Expression):
     """Packed codes expanded to floating point, as `fuseline::dequantize` does."""
 
@@ -453,7 +474,7 @@ GRAMMAR: dict[str, type[Expression]] = {
     for kind in (
         Param, Constant, Cast, Matmul, Scale, Add, Offset, Centre, Slice, Concat, Transpose, Reshape, HadamardCore,
         Signs, Hadamard, Orthogonal, Planned, Blocks, Quantize,
-        HalfQuadratic, Decided, Output, Pack, Dequantize, Decode,
+        HalfQuadratic, Decided, Output, Pack, InWords, Dequantize, Decode,
     )
 }  # fmt: skip
 

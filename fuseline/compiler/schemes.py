@@ -9,7 +9,7 @@ import torch
 from .clipping import least_error
 from .errors import UserError, nearest
 from .formats import ALIASES, FORMATS, Element, Format, Grid, named
-from .ops import pack_nibbles
+from .ops import pack_nibbles, unpack_nibbles
 
 KERNELS = ("int8", "int4")
 """Weights that kernels read, in the layout of `fuseline::dequantize`."""
@@ -227,6 +227,10 @@ class Scheme:
         if self.format == "int4":
             return pack_nibbles(codes, self.group_of(codes.shape[-1]))
         return self.element.pack(codes)
+
+    def unpack(self, packed: torch.Tensor, n: int) -> torch.Tensor:
+        """The inverse: codes [..., n]."""
+        return unpack_nibbles(packed, self.group_of(n)) if self.format == "int4" else self.element.unpack(packed, n)
 
     def bytes_per_weight(self, channels: int, scale_bytes: int = 4) -> float:
         """Stored bytes a weight, scales and zero points included, without nvfp4's four bytes a tensor.

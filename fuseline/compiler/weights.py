@@ -21,7 +21,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from .compat import real_tensors, storages
 from .errors import UserError
-from .expressions import Expression, Memo, Output, Pack, Param
+from .expressions import Expression, InWords, Memo, Output, Pack, Param, Transpose
 
 State = tuple[int, int]
 
@@ -202,7 +202,12 @@ class WeightStore:
         parts: Memo = {}
         for key, over, value in self.held(tensors):
             if all(id(t) in name_of for t in over):
-                parts[key.rename({f"${i}": name_of[id(t)] for i, t in enumerate(over)})] = value
+                part = key.rename({f"${i}": name_of[id(t)] for i, t in enumerate(over)})
+                parts[part] = value
+                if isinstance(part, InWords):  # what it was laid out from is not held beside it
+                    parts.setdefault(part.codes, part.restored(value))
+                elif isinstance(part, Transpose):
+                    parts.setdefault(part.x, value.transpose(part.first, part.second))
         by_name = dict(zip(names, tensors, strict=True))
 
         def read(name: str) -> torch.Tensor:

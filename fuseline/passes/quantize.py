@@ -38,8 +38,8 @@ Before                                  after  quantize{weights=int4:g64,activat
 Formats: `int8` … `int2`; `fp8` (e4m3), `e5m2`, `fp6` (e3m2), `fp4` (e2m1), and any ExMy of 3 to 8 bits, with a real
 number as its exponent's bias in each group; `mxfp8`, `mxfp6`, `mxfp4` (blocks of 32, a power of two as their scale),
 `nvfp4` (blocks of 16, E4M3 scales and one for the tensor, of activations for the token); `ternary`, `binary`. Codes are
-packed without unused bits. Kernels read int8 and int4 weights; those of other formats are expanded before each product
-(`fuseline.decode`), which saves memory, not time. A NaN or an infinity in a weight makes NaN of all that shares its
+packed without unused bits; kernels read all of them, and multiply int8 and e4m3 activations by codes as they are where
+the weight's format allows (docs/quantization.md, Kernels). A NaN or an infinity in a weight makes NaN of all that shares its
 scale, and so it does in activations, but for integers with a scale a token or group.
 
 Every linear whose weight is a parameter is a site, and so is a product with a parameter of the transposed layout

@@ -60,6 +60,10 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (codes(255, torch.uint8, 3, 16), codes(200, torch.uint8, 3, 1), None, None, "mxfp4", 32, True, torch.bfloat16),
         (codes(15, torch.uint8, 3, 8), torch.rand(1, 1), None, torch.rand(1), "e2m1", 8, False, torch.float16),
     ],
+    "decode_words": [
+        (codes(9, torch.int32, 3, 16), torch.rand(4, 3), codes(9, torch.uint8, 4, 3), None, "int4", 32, 16, torch.half),
+        (codes(127, torch.int8, 3, 40), torch.rand(1, 3), None, None, "int8", 40, 0, torch.float32),
+    ],
 }  # fmt: skip
 EACH = [pytest.param(name, args, id=f"{name}-{i}") for name, cases in CASES.items() for i, args in enumerate(cases)]
 

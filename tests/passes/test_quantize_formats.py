@@ -150,8 +150,11 @@ def _fresh(layer: torch.nn.Module) -> torch.nn.Module:
 
 @torch.no_grad()
 def test_a_format_without_a_kernel_is_no_failure() -> None:
-    """`fuse` leaves the expansion outside of the linear's kernel."""
+    """`fuse` leaves the expansion of groups that no kernel reads outside of the linear's region."""
     model, x = Mlp(), torch.randn(2, 8)
-    after, _ = Pipeline("raise,quantize{weights=fp4},fuse").run(fuseline.capture(model, (x,)), verification="full")
-    assert "decode" in ops(after)
-    assert error(after.to_module()(x), quantized(model, (x,), "weights=fp4")[0].to_module()(x)) < 1e-5
+    for weights, outside in (("fp4:g4", True), ("fp4", False)):
+        pipeline = f"raise,quantize{{weights={weights}}},fuse"
+        after, _ = Pipeline(pipeline).run(fuseline.capture(model, (x,)), verification="full")
+        inside = [n.target for m in after.module.children() if m.meta["kind"] == "linear" for n in m.graph.nodes]
+        assert (torch.ops.fuseline.decode.default in inside) != outside
+        assert error(after.to_module()(x), quantized(model, (x,), f"weights={weights}")[0].to_module()(x)) < 1e-5

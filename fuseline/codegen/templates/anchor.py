@@ -15,10 +15,12 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ...compiler import products
 from ...compiler.ops import find
 from ...compiler.traits import arguments
 from ..dtypes import is_supported
 from ..kernel import Refusal
+from .coded.weight import Coded
 from .naming import canonical_names
 from .weights import Weight
 
@@ -44,9 +46,30 @@ class Linear:
     """One matrix product: `node` computes h·Wᵀ + bias, with n columns."""
 
     node: Node
-    weight: Weight
+    weight: Weight | Coded
     bias: Node | None
     n: int
+
+    @property
+    def plain(self) -> Weight:
+        """The weight, where it is floats or bytes of codes."""
+        assert isinstance(self.weight, Weight)
+        return self.weight
+
+    @property
+    def coded(self) -> Coded:
+        """The weight, where it is codes in the layout of their own template."""
+        assert isinstance(self.weight, Coded)
+        return self.weight
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Codes of the run that are multiplied as they are: int8 or e4m3, with one scale a row."""
+
+    codes: Node
+    scale: Node
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -75,6 +98,7 @@ class Anchor:
     outputs: tuple[Node, ...]
     returns_tuple: bool
     names: dict[Node, str]  # of every node that a kernel mentions
+    activation: Activation | None = None  # x is its codes
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -107,10 +131,14 @@ def _analyse(region: GraphModule) -> Anchor:
     if len(inputs) > 1:
         raise Refused(f"the linears read {len(inputs)} different inputs: {', '.join(map(str, inputs))}")
     h = inputs[0]
-    x, norm, prologue = _prologue(h)
+    activation, norm = _activation(h), None
+    if activation is None:
+        x, norm, prologue = _prologue(h)
+    else:
+        x, prologue = activation.codes, activation_nodes(h)
     dtype = value(h).dtype
     for what, checked in (("the input", value(x).dtype), ("the product", dtype)):
-        if checked not in _COMPUTED:
+        if checked not in _COMPUTED and (activation is None or what == "the product"):
             raise Refused(f"{_short(checked)} {what.split()[-1]}: kernels compute in float32, float16 and bfloat16")
     if value(x).dim() < 1:
         raise Refused("the input has no dimensions")
@@ -118,7 +146,7 @@ def _analyse(region: GraphModule) -> Anchor:
     if k == 0:
         raise Refused("the input's last dimension is 0")
 
-    linears = {n: _linear(n, k) for n in calls}
+    linears = {n: _linear(n, k, activation is not None and activation.dtype == torch.int8) for n in calls}
     weight_nodes = {n for linear in linears.values() for n in linear.weight.nodes}
     inner = [n for n in nodes if n.op == "call_function" and n not in linears and n not in weight_nodes | prologue]
     output = next(n for n in nodes if n.op == "output")
@@ -146,9 +174,27 @@ def _analyse(region: GraphModule) -> Anchor:
     devices = {value(n).device for n in placeholders if isinstance(value(n), torch.Tensor)}
     if len(devices) > 1:
         raise Refused(f"its inputs lie on several devices: {', '.join(sorted(map(str, devices)))}")
-    names = canonical_names(x, norm, sections, placeholders)
+    names = canonical_names(x, norm, sections, placeholders, activation and activation.scale)
     tupled = isinstance(returned, (tuple, list))
-    return Anchor(x, k, dtype, norm, sections, placeholders, outputs, tupled, names)
+    if activation is not None and not all(isinstance(linear.weight, Coded) for linear in linears.values()):
+        raise Refused("activations are codes, and the weights are not in the layout of their kernel")
+    return Anchor(x, k, dtype, norm, sections, placeholders, outputs, tupled, names, activation)
+
+
+def _activation(h: Node) -> Activation | None:
+    """The codes behind the linears' input, where it is what they stand for."""
+    node, _ = _through_casts(h)
+    found = products.activation(node) if node.op == "call_function" else None
+    if found is None or any(n.op != "placeholder" for n in found):
+        return None
+    codes, scale = found
+    return Activation(codes, scale, value(codes).dtype)
+
+
+def activation_nodes(h: Node) -> set[Node]:
+    """The decoding of activations and the casts after it."""
+    node, inside = _through_casts(h)
+    return inside | {node}
 
 
 def _prologue(h: Node) -> tuple[Node, Norm | None, set[Node]]:
@@ -179,7 +225,7 @@ def _norm(node: Node) -> Norm:
     return Norm(op.name == "rms_norm", weight, bias, given["eps"], offset, node)
 
 
-def _linear(node: Node, k: int) -> Linear:
+def _linear(node: Node, k: int, integers: bool) -> Linear:
     source, inside = _through_casts(node.args[1])
     bias = arguments(node)["bias"]
     if bias is not None and bias.op != "placeholder":
@@ -194,6 +240,10 @@ def _linear(node: Node, k: int) -> Linear:
             raise Refused(f"the weight of {node.name} is {_short(value(source).dtype)}")
         return Linear(node, Weight(source, k, frozenset(inside)), bias, n)
     op = find(source.target)
+    if op is not None and op.name == "decode_words":
+        return Linear(node, _coded(source, k, frozenset(inside | {source}), integers), bias, n)
+    if op is not None and op.name == "decode":
+        raise Refused(f"{source.args[4]} codes of {node.name}'s weight: {products.refuse_words(source) or 'unpacked'}")
     if op is None or op.name != "dequantize":
         raise Refused(f"the weight of {node.name} is computed by {source.target}")
     codes, scale, zero, bits, group, _ = arguments(source).values()
@@ -210,6 +260,17 @@ def _linear(node: Node, k: int) -> Linear:
         codes, k, frozenset(inside | {source}), bits, group, scale, zero, signed=value(codes).dtype is torch.int8
     )
     return Linear(node, weight, bias, n)
+
+
+def _coded(node: Node, k: int, inside: frozenset[Node], integers: bool) -> Coded:
+    given = arguments(node)
+    for operand in (given["codes"], given["scale"], given["zero"], given["outer"]):
+        if operand is not None and operand.op != "placeholder":
+            raise Refused(f"{operand.name} of the weight {node.name} is computed in the region")
+    return Coded(
+        given["codes"], k, inside, given["format"], given["group"], given["run"], given["scale"], given["zero"],
+        given["outer"], apart=integers,
+    )  # fmt: skip
 
 
 def _sections(linears: dict[Node, Linear], inner: list[Node], outputs: tuple[Node, ...]) -> tuple[Section, ...]:

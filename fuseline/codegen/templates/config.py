@@ -55,7 +55,7 @@ class Tiling:
 def tiling(anchor: Anchor) -> Tiling:
     """The tile sizes for a region."""
     widest = max(len(s.linears) for s in anchor.sections)
-    weights = [linear.weight for linear in anchor.linears]
+    weights = [linear.plain for linear in anchor.linears]
     stored = max(w.stored for w in weights)
     bits = max(w.bits for w in weights)
     shortest = min(power_of_two_divisor(w.run, 64) for w in weights if w.bits) if any(w.bits for w in weights) else 64

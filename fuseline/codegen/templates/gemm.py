@@ -34,7 +34,7 @@ def tile_kernel(anchor: Anchor, name: str, config: TileConfig) -> str:
             "height = min(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)",
             "m = (first_m + pid % pids_in_group % height) * BLOCK_M + tl.arange(0, BLOCK_M)",
             "block = pid % pids_in_group // height",
-            *(MAGIC_VARIABLE if any(linear.weight.bits for linear in anchor.linears) else ()),
+            *(MAGIC_VARIABLE if any(linear.plain.bits for linear in anchor.linears) else ()),
             "inside_m = (m < M)[:, None]",
             f"x_rows = x_ptr + m.to(tl.int64)[:, None] * {anchor.k}",
         )
@@ -56,7 +56,7 @@ def _section(text: Text, anchor: Anchor, section: Section, tag: str, first: str,
     for number, linears in enumerate(by_format(section)):
         Product(anchor, linears, f"{tag}_{number}" if number else tag, n, inside, config).write(text)
         for linear in linears:
-            weight = linear.weight
+            weight = linear.plain
             results[linear] = f"acc_{anchor.names[linear.node]}"
             if weight.bits and weight.groups == 1:
                 scale = load(f"{anchor.names[weight.scale]}_ptr + {n}", (inside,))
@@ -77,7 +77,7 @@ class Product:
     ) -> None:
         self.anchor, self.linears, self.tag, self.n = anchor, linears, tag, n
         self.inside, self.inside_row = inside, inside and f"{inside}[None, :]"
-        self.weight = weight = linears[0].weight
+        self.weight = weight = linears[0].plain
         self.grouped = weight.bits > 0 and weight.groups > 1
         self.whole = weight.run % config.block_k == 0
         self.live = f"live{tag}" if weight.stored % config.block_k else None
@@ -87,8 +87,8 @@ class Product:
         for linear in self.linears:
             name = names[linear.node]
             text.add(f"acc_{name} = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)")
-            if linear.weight.zero is not None and not self.grouped:
-                zero = load(f"{names[linear.weight.zero]}_ptr + {self.n}", (self.inside,), "0")
+            if linear.plain.zero is not None and not self.grouped:
+                zero = load(f"{names[linear.plain.zero]}_ptr + {self.n}", (self.inside,), "0")
                 text.add(f"zero_{name} = {zero}.to(tl.float32)[None, :]")
         with text.block(f"for j0{tag} in range(0, {weight.stored}, BLOCK_K):"):
             text.add(f"j{tag} = j0{tag} + tl.arange(0, BLOCK_K)")
@@ -117,7 +117,7 @@ class Product:
             text.add(f"{name} = ({normalised(self.anchor, name, k, live)}).to({dtype})")
 
     def _accumulate(self, text: Text, linear: Linear) -> None:
-        weight, name, tag = linear.weight, self.anchor.names[linear.node], self.tag
+        weight, name, tag = linear.plain, self.anchor.names[linear.node], self.tag
         dtype = triton_type(self.anchor.dtype)
         precision = ', input_precision="ieee"' if self.anchor.dtype is torch.float32 else ""
         masks: tuple[str | None, ...] = (self.live and f"{self.live}[:, None]", self.inside_row)

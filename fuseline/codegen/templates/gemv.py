@@ -27,7 +27,7 @@ def row_kernel(anchor: Anchor, name: str, config: RowConfig) -> str:
         text.add(
             "row = tl.program_id(0) % M  # neighbours read the same weights",
             "block = tl.program_id(0) // M",
-            *(MAGIC_VARIABLE if any(linear.weight.bits for linear in anchor.linears) else ()),
+            *(MAGIC_VARIABLE if any(linear.plain.bits for linear in anchor.linears) else ()),
             f"x_row = x_ptr + row.to(tl.int64) * {anchor.k}",
         )
         if anchor.norm is not None and not anchor.norm.rms:
@@ -55,8 +55,8 @@ def _section(text: Text, anchor: Anchor, section: Section, tag: str, first: str,
             total = f"tl.sum(tl.sum(acc_{anchor.names[linear.node]}, 2), 1)"
             if norm is not None and norm.rms:
                 total += f" * rstd{tag}"
-            if linear.weight.bits and linear.weight.groups == 1:
-                scale = f"{anchor.names[linear.weight.scale]}_ptr + {n}"
+            if linear.plain.bits and linear.plain.groups == 1:
+                scale = f"{anchor.names[linear.plain.scale]}_ptr + {n}"
                 total += f" * {load(scale, (inside,))}.to(tl.float32)"
             results[linear] = total
     Epilogue(anchor, section, columns=n, inside=inside, rows="row", tile=False, tag=tag).write(text, results)
@@ -72,7 +72,7 @@ class Product:
         self, anchor: Anchor, linears: list[Linear], tag: str, n: str, inside: str | None, config: RowConfig
     ) -> None:
         self.anchor, self.linears, self.tag, self.n, self.inside = anchor, linears, tag, n, inside
-        self.weight = weight = linears[0].weight
+        self.weight = weight = linears[0].plain
         limit = min(PIECE_MAX, config.elements)
         self.grouped = weight.bits > 0 and weight.groups > 1
         self.piece = power_of_two_divisor(weight.run, limit) if self.grouped else limit
@@ -85,8 +85,8 @@ class Product:
         for linear in self.linears:
             name = names[linear.node]
             text.add(f"acc_{name} = tl.zeros((BLOCK_N, {pieces}, {piece}), tl.float32)")
-            if linear.weight.zero is not None and not self.grouped:
-                zero = load(f"{names[linear.weight.zero]}_ptr + {self.n}", (self.inside,), "0")
+            if linear.plain.zero is not None and not self.grouped:
+                zero = load(f"{names[linear.plain.zero]}_ptr + {self.n}", (self.inside,), "0")
                 text.add(f"zero_{name} = {zero}.to(tl.float32)[:, None, None]")
         if takes_squares:
             text.add(f"squares{tag} = tl.zeros(({pieces}, {piece}), tl.float32)")
@@ -123,7 +123,7 @@ class Product:
         return f"{name}[None, :, :]"
 
     def _accumulate(self, text: Text, linear: Linear, activations: list[str]) -> None:
-        weight, name, tag = linear.weight, self.anchor.names[linear.node], self.tag
+        weight, name, tag = linear.plain, self.anchor.names[linear.node], self.tag
         masks = (self.inside and f"{self.inside}[:, None, None]", self.live and f"{self.live}[None, :, :]")
         offset = column_offset(self.n, linear)
         pointer = f"{self.anchor.names[weight.tensor]}_ptr + {offset}[:, None, None] + j{tag}[None, :, :]"

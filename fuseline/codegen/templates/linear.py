@@ -20,13 +20,16 @@ from ..kernel_text import call
 from ..sizes import size
 from . import gemm, gemv
 from .anchor import Anchor, Refused, analyse, value
+from .coded.config import CodedTiling
+from .coded.host import emit_coded
+from .coded.weight import Coded
 from .config import FEW_ROWS_BLOCK_M, FEW_ROWS_MAX, RowConfig, TileConfig, Tiling, tiling
 from .epilogue import check_operands
 from .signature import arguments, buffers, operands, outputs, signature
 from .text import Names, Text
 
 
-def emit_linear(region: GraphModule, name: str, tiles: Tiling | None = None) -> Launcher | Refusal:
+def emit_linear(region: GraphModule, name: str, tiles: Tiling | CodedTiling | None = None) -> Launcher | Refusal:
     """The kernels of a linear region and their host function `name`, or why there are none.
 
     Args:
@@ -38,7 +41,11 @@ def emit_linear(region: GraphModule, name: str, tiles: Tiling | None = None) -> 
     anchor = analyse(region)
     if isinstance(anchor, Refusal):
         return anchor
-    tiles = tiles or tiling(anchor)
+    if any(isinstance(linear.weight, Coded) for linear in anchor.linears):
+        heading = "".join(f"# {line}\n" for line in header(anchor))
+        return emit_coded(anchor, name, about(anchor), heading, tiles if isinstance(tiles, CodedTiling) else None)
+    if not isinstance(tiles, Tiling):
+        tiles = tiling(anchor)
     try:
         check_operands(anchor)
         kernels = (_row(anchor, f"{name}_row", tiles.row), _tile(anchor, f"{name}_tile", tiles.tile))
@@ -65,18 +72,25 @@ def _tile(anchor: Anchor, name: str, config: TileConfig) -> Kernel:
 def _kernel(
     anchor: Anchor, name: str, source: str, constants: dict[str, int], num_warps: int, num_stages: int
 ) -> Kernel:
-    nodes = region_nodes(anchor)
     return Kernel(
         name,
         "".join(f"# {line}\n" for line in header(anchor)) + source,
         signature(arguments(anchor), tuple(constants)),
         dict(constants),
-        tuple(dict.fromkeys(str(n.target) for n in nodes)),
-        tuple(dict.fromkeys(PurePath(line).name for line in source_lines(nodes))),
-        tuple(dict.fromkeys(maker for n in nodes for maker in makers(n))),
+        *about(anchor),
         num_warps,
         num_stages,
         buffers(anchor),
+    )
+
+
+def about(anchor: Anchor) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """What a kernel of this region is made of: ops, the user's lines, the passes that made them."""
+    nodes = region_nodes(anchor)
+    return (
+        tuple(dict.fromkeys(str(n.target) for n in nodes)),
+        tuple(dict.fromkeys(PurePath(line).name for line in source_lines(nodes))),
+        tuple(dict.fromkeys(maker for n in nodes for maker in makers(n))),
     )
 
 

@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 # What the kernels and the host function call their own variables, with any suffix.
 RESERVED_STEMS = frozenset(
     """tl triton torch libdevice min row rows m block pid pids first height n inside x h k j k0 j0 piece group live
-    squares total mean rstd acc w codes scale zero magic out q q0 q1""".split()  # noqa: SIM905
+    squares total mean rstd acc w codes scale zero magic out q q0 q1 turn chunk part parts split words at left
+    right high x_rows x_columns blocks""".split()  # noqa: SIM905
 )
 
 
 def canonical_names(
-    x: Node, norm: Norm | None, sections: Iterable[Section], placeholders: Iterable[Node]
+    x: Node,
+    norm: Norm | None,
+    sections: Iterable[Section],
+    placeholders: Iterable[Node],
+    x_scale: Node | None = None,
 ) -> dict[Node, str]:
     """A name for every node that a kernel or the host function mentions; no two are equal."""
     names = Names(())
@@ -31,6 +36,7 @@ def canonical_names(
         if node is not None and node not in found:
             found[node] = names.new(wish)
 
+    give(x_scale, "x_scale")
     if norm is not None:
         give(norm.weight, "norm_weight")
         give(norm.bias, "norm_bias")
@@ -39,9 +45,10 @@ def canonical_names(
     for number, linear in enumerate(linears):
         suffix = f"_{number}" if len(linears) > 1 else ""
         give(linear.node, f"linear{suffix}")
-        give(linear.weight.tensor, f"{'codes' if linear.weight.bits else 'weight'}{suffix}")
+        give(linear.weight.tensor, f"{'codes' if linear.weight.scale else 'weight'}{suffix}")
         give(linear.weight.scale, f"scale{suffix}")
         give(linear.weight.zero, f"zero{suffix}")
+        give(getattr(linear.weight, "outer", None), f"outer{suffix}")
         give(linear.bias, f"bias{suffix}")
     for section in sections:
         for node in section.pointwise:

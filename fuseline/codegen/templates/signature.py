@@ -27,11 +27,12 @@ class Argument:
 
 def operands(anchor: Anchor) -> list[Node]:
     """Placeholders that the kernels read besides x, in the order of the region's own."""
-    read: set[Node] = set()
+    read: set[Node] = set() if anchor.activation is None else {anchor.activation.scale}
     if anchor.norm is not None:
         read |= {n for n in (anchor.norm.weight, anchor.norm.bias) if n is not None}
     for linear in anchor.linears:
-        parts = (linear.weight.tensor, linear.weight.scale, linear.weight.zero, linear.bias)
+        weight = linear.weight
+        parts = (weight.tensor, weight.scale, weight.zero, getattr(weight, "outer", None), linear.bias)
         read |= {n for n in parts if n is not None}
     for section in anchor.sections:
         for node in section.pointwise:
@@ -95,5 +96,5 @@ def by_format(section: Section) -> list[list[Linear]]:
 
 def column_offset(n: str, linear: Linear) -> str:
     """Where the stored rows of columns `n` begin; 64-bit where the weight has more than 2^31 elements."""
-    wide = linear.n * linear.weight.stored >= 2**31
-    return f"({n}{'.to(tl.int64)' if wide else ''} * {linear.weight.stored})"
+    wide = linear.n * linear.plain.stored >= 2**31
+    return f"({n}{'.to(tl.int64)' if wide else ''} * {linear.plain.stored})"

@@ -3,7 +3,8 @@
 from ._define import REGISTRY, Kind, Op, find, op
 from .attention import attention
 from .decode import decode
-from .dequantize import dequantize, pack_nibbles
+from .decode_words import decode_words
+from .dequantize import dequantize, pack_nibbles, unpack_nibbles
 from .encode import encode
 from .encode_at import encode_at
 from .glu import glu
@@ -15,6 +16,7 @@ from .rms_norm import rms_norm
 from .rotary import rotary
 
 __all__ = [
-    "REGISTRY", "Kind", "Op", "attention", "decode", "dequantize", "encode", "encode_at", "find", "glu", "hadamard",
-    "layer_norm", "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
+    "REGISTRY", "Kind", "Op", "attention", "decode", "decode_words", "dequantize", "encode", "encode_at", "find", "glu",
+    "hadamard", "layer_norm", "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
+    "unpack_nibbles",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from ._define import Kind, op
 @op(
     "decode(Tensor codes, Tensor scale, Tensor? zero, Tensor? outer, str format, int group, bool packed, "
     "ScalarType dtype) -> Tensor",
-    kind=Kind.OTHER,
+    kind=Kind.ROW,
 )
 def decode(
     codes: torch.Tensor,
@@ -50,3 +50,6 @@ def decode(
 def _(codes, scale, zero, outer, format, group, packed, dtype):
     n = scale.shape[-1] * group if packed else codes.shape[-1]
     return codes.new_empty((*codes.shape[:-1], n), dtype=dtype)
+
+
+decode.lowers_to("codegen/decode_rows.py")

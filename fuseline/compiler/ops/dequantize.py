@@ -30,8 +30,7 @@ def dequantize(
     without `zero` they stand for code − 8. scale: [..., n/group]; zero: uint8 of scale's shape.
     """
     if bits == 4:
-        pairs = codes.unflatten(-1, (-1, group // 2))
-        groups = torch.cat((pairs & 15, pairs >> 4), -1)
+        groups = unpack_nibbles(codes, group).unflatten(-1, (-1, group))
     else:
         groups = codes.unflatten(-1, (-1, group))
     compute = torch.promote_types(scale.dtype, torch.float32)
@@ -53,6 +52,12 @@ def pack_nibbles(codes: torch.Tensor, group: int) -> torch.Tensor:
     """Codes 0…15 as uint8 [..., n] → uint8 [..., n/2] in the layout above. `group` is even and divides n."""
     low, high = codes.unflatten(-1, (-1, group)).chunk(2, -1)
     return (low | (high << 4)).flatten(-2)
+
+
+def unpack_nibbles(packed: torch.Tensor, group: int) -> torch.Tensor:
+    """The inverse: uint8 [..., n]."""
+    pairs = packed.unflatten(-1, (-1, group // 2))
+    return torch.cat((pairs & 15, pairs >> 4), -1).flatten(-2)
 
 
 dequantize.lowers_to("codegen/templates/linear.py")

@@ -8,7 +8,7 @@ from ..formats import FORMATS
 from ._define import Kind, op
 
 
-@op("encode(Tensor x, str format, int group) -> (Tensor, Tensor)", kind=Kind.OTHER)
+@op("encode(Tensor x, str format, int group) -> (Tensor, Tensor)", kind=Kind.ROW)
 def encode(x: torch.Tensor, format: str, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x: [..., n] → codes [..., n], one in each element; scale [..., n / group] in float32 at least.
 
@@ -32,3 +32,6 @@ def _(x, format, group):
     compute = torch.promote_types(x.dtype, torch.float32)
     shape = (*x.shape[:-1], x.shape[-1] // group) if group else [1] * x.dim()
     return x.new_empty(x.shape, dtype=FORMATS[format].element.stored), x.new_empty(shape, dtype=compute)
+
+
+encode.lowers_to("codegen/encode_rows.py")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ...compiler import ops
+from ...compiler import ops, products
 from ...compiler.compat import symbolic_expression
 from ...compiler.ops import Kind
 from ...compiler.order import Partition, is_barrier, touches_written
@@ -53,7 +53,7 @@ def clusters(program: Program, partition: Partition, taken: set[object]) -> Iter
 def _fusable(node: Node) -> bool:
     value = _first(node.meta.get("val"))
     if node.target is operator.getitem:
-        return isinstance(node.args[0], Node) and kind(node.args[0]) is Kind.ROW
+        return isinstance(node.args[0], Node) and kind(node.args[0]) is Kind.ROW and _fusable(node.args[0])
     return (
         node.op == "call_function"
         and kind(node) in (Kind.POINTWISE, Kind.ROW)
@@ -63,6 +63,7 @@ def _fusable(node: Node) -> bool:
         and value.dim() > 0
         and not touches_written(node)
         and not is_barrier(node)
+        and products.refuse_rows(node) is None
     )
 
 

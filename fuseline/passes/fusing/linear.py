@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from ...compiler import ops
+from ...compiler import ops, products
 from ...compiler.compat import symbolic_expression
 from ...compiler.ops import Kind
 from ...compiler.order import Partition, touches_written
 from ...compiler.program import Program
-from ...compiler.traits import is_view, kind
+from ...compiler.traits import arguments, is_view, kind
 
 aten = torch.ops.aten
 LONGEST_EPILOGUE = 8
+DECODINGS = (ops.dequantize.overload, ops.decode.overload)
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ def _independent(linears: list[Node], partition: Partition) -> Iterator[list[Nod
 def _format(linear: Node) -> str:
     """What a template must agree on among sibling linears: how the weight is stored, and whether there is a bias."""
     weight = linear.args[1]
-    if isinstance(weight, Node) and weight.target is ops.dequantize.overload:
-        codes, _, zero, bits, group, dtype = weight.args
-        return f"{codes.meta['val'].dtype} {zero is None} {bits} {group} {dtype}"  # type: ignore[union-attr]
+    if isinstance(weight, Node) and weight.target in DECODINGS:
+        given = arguments(weight)
+        kind = given.get("bits") or f"{given['format']} {given['packed']}"
+        return f"{given['codes'].meta['val'].dtype} {given['zero'] is None} {kind} {given['group']} {given['dtype']}"
     return str(weight.meta["val"].dtype)  # type: ignore[union-attr]
 
 
@@ -85,10 +87,11 @@ def _grow(linears: list[Node], partition: Partition, taken: set[Node]) -> tuple[
     words = ["linear" if len(linears) == 1 else f"linear x{len(linears)}"]
     for linear in linears:
         weight = linear.args[1]
-        if isinstance(weight, Node) and weight.target is ops.dequantize.overload and len(weight.users) == 1:
+        if isinstance(weight, Node) and _is_decoded(weight) and len(weight.users) == 1:
             nodes.add(weight)
             if len(words) == 1:
-                words.insert(0, f"int{weight.args[3]}")
+                given = arguments(weight)
+                words.insert(0, f"int{given['bits']}" if "bits" in given else given["format"])
     tail = _only_user_of_all(linears)
     if tail is not None and tail.target is ops.glu.overload and _may_join(tail, nodes, partition, taken):
         nodes.add(tail)
@@ -112,7 +115,26 @@ def _grow(linears: list[Node], partition: Partition, taken: set[Node]) -> tuple[
     ):
         nodes.add(source)
         words.insert(0, source.target._opname)  # type: ignore[union-attr]
+    elif isinstance(source, Node) and _multiplied_as_codes(source, linears, nodes):
+        if _may_join(source, nodes, partition, taken):
+            nodes.add(source)
+            words.insert(0, f"{source.args[0].meta['val'].dtype} codes".removeprefix("torch."))  # type: ignore[union-attr]
     return nodes, " + ".join(words)
+
+
+def _is_decoded(weight: Node) -> bool:
+    """Whether a template can read a weight's codes."""
+    return weight.target is ops.dequantize.overload or products.refuse_words(weight) is None
+
+
+def _multiplied_as_codes(source: Node, linears: list[Node], nodes: set[Node]) -> bool:
+    """Whether the input is decoded for these linears alone, whose kernels multiply its codes as they are."""
+    codes = products.activation(source)
+    if codes is None or any(user not in nodes for user in source.users):
+        return False
+    weights = [linear.args[1] for linear in linears]
+    dtype = codes[0].meta["val"].dtype
+    return all(w in nodes and products.refuse_codes(w, dtype) is None for w in weights)  # type: ignore[arg-type, operator]
 
 
 def _only_user_of_all(linears: list[Node]) -> Node | None:

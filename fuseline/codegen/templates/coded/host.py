@@ -1,0 +1,170 @@
+"""The launcher of a region with coded weights: kernels for few rows and for many, and the host function."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch.fx import Node
+
+from ...dtypes import pointer_type
+from ...kernel import BufferUse, Kernel, Launcher, Out, Refusal
+from ...kernel_text import call
+from ...sizes import size
+from ..anchor import Anchor, Refused, value
+from ..epilogue import check_operands
+from ..signature import DECORATOR, operands, outputs
+from ..text import Names, Text
+from .config import CodedTiling, Tile, tiling
+from .kernel import Product, product_body, sum_body
+from .values import FP8
+from .weight import Coded
+
+SUM_BLOCK = 64  # output columns of a program that adds partial sums
+CONSTANTS = ("BLOCK_M", "BLOCK_N")
+About = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+
+
+def emit_coded(anchor: Anchor, name: str, about: About, header: str, tiles: CodedTiling | None) -> Launcher | Refusal:
+    """The kernels of an anchor whose weights are all coded. about: ops, lines and makers of its kernels."""
+    try:
+        check(anchor)
+        check_operands(anchor)
+        target = target_of(anchor)
+        tiles = tiles or tiling(anchor, target)
+        few, many = Product(anchor, target, tiles.few), Product(anchor, target, tiles.many)
+        kernels = [_kernel(few, f"{name}_few", product_body(few), about, header)]
+        if tiles.few.split > 1:
+            kernels.append(_kernel(few, f"{name}_sum", sum_body(few), about, header, SUM_BLOCK))
+        kernels.append(_kernel(many, f"{name}_many", product_body(many), about, header))
+        source, outs = _host(anchor, name, tiles, tuple(kernels), few)
+        return Launcher(name, source, tuple(kernels), outs=outs)
+    except Refused as refused:
+        return Refusal(str(refused))
+
+
+def check(anchor: Anchor) -> None:
+    """Raises Refused for weights that do not meet in one kernel."""
+    formats = {linear.weight.format for linear in anchor.linears}
+    if len(formats) > 1 or not all(isinstance(linear.weight, Coded) for linear in anchor.linears):
+        titles = ", ".join(dict.fromkeys(linear.weight.title for linear in anchor.linears))
+        raise Refused(f"weights of several formats read by one kernel: {titles}")
+    device = value(anchor.x).device
+    if target_of(anchor) == FP8 and device.type == "cuda" and torch.cuda.is_available():
+        if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 9):
+            name = torch.cuda.get_device_name(device)
+            raise Refused(f"{name} has no products of e4m3, which compute capability 8.9 has: activations=int8 runs")
+
+
+def target_of(anchor: Anchor) -> torch.dtype:
+    """The type that is multiplied: that of activations' codes, or of h."""
+    return anchor.dtype if anchor.activation is None else anchor.activation.dtype
+
+
+def _pointer(dtype: torch.dtype) -> str:
+    return "*u8" if dtype.itemsize == 1 and dtype.is_floating_point else pointer_type(dtype)
+
+
+def _nodes(anchor: Anchor) -> list[Node]:
+    """The tensors that kernels read, x first."""
+    return [anchor.x, *operands(anchor)]
+
+
+def _kernel(
+    product: Product,
+    name: str,
+    body: str,
+    about: About,
+    header: str,
+    block_n: int | None = None,
+) -> Kernel:
+    """A kernel with the arguments that its body mentions."""
+    anchor, tile = product.anchor, product.tile
+    pointers: dict[str, tuple[str, str, str, tuple[int | str, ...] | None]] = {
+        f"{anchor.names[n]}_ptr": (_pointer(value(n).dtype), n.name, "read", None) for n in _nodes(anchor)
+    }
+    access, shape = "write" if block_n is None else "read", (tile.split, product.total, "m")
+    pointers["parts_ptr"] = ("*fp32", "parts", access, shape)
+    pointers["squares_ptr"] = ("*fp32", "squares", access, shape[::2])
+    pointers |= {f"{anchor.names[n]}_out": (_pointer(value(n).dtype), n.name, "write", None) for n in outputs(anchor)}
+    used = {p: kind for p, kind in pointers.items() if re.search(rf"\b{p}\b", body)}
+    constants: dict[str, int | float | bool] = {"BLOCK_M": tile.block_m, "BLOCK_N": block_n or tile.block_n}
+    first = call(f"def {name}(", [*used, "M", *(f"{c}: tl.constexpr" for c in CONSTANTS)], "):")
+    return Kernel(
+        name,
+        header + "\n".join([DECORATOR, *first, body]),
+        {p: kind for p, (kind, *_) in used.items()} | {"M": "i32"} | dict.fromkeys(CONSTANTS, "constexpr"),
+        constants,
+        *about,
+        4 if block_n else tile.num_warps,
+        1 if block_n else tile.stages,
+        tuple(BufferUse(p, node, access, shape) for p, (_, node, access, shape) in used.items()),
+    )
+
+
+def _host(
+    anchor: Anchor, name: str, tiles: CodedTiling, kernels: tuple[Kernel, ...], few: Product
+) -> tuple[str, tuple[Out, ...]]:
+    text = Text()
+    given = [anchor.names[n] for n in anchor.placeholders]
+    names = Names([*given, "torch", "triton", name, *(k.name for k in kernels)])
+    rows, m, block_m = (names.new(w) for w in ("rows", "m", "block_m"))
+    parts, squares = (names.new(w) for w in ("parts", "squares"))
+    out = {n: names.new(f"{anchor.names[n]}_out") for n in outputs(anchor)}
+    widths = {n: section.n for section in anchor.sections for n in section.outputs}
+    known = {f"{anchor.names[n]}_ptr": f"{_bytes(n, anchor.names[n])}.contiguous()" for n in operands(anchor)}
+    known |= {"x_ptr": rows, "parts_ptr": parts, "squares_ptr": squares, "M": m, "BLOCK_M": block_m}
+    known |= {f"{anchor.names[n]}_out": x for n, x in out.items()}
+    shape, device = "(*x.shape[:-1], {})", "device=x.device"
+
+    def launch(kernel: Kernel, columns: int, splits: int = 1) -> None:
+        grid = f"triton.cdiv({m}, {block_m}) * {_blocks(anchor, columns)}"
+        values = [f"{p}={known[p]}" if p in kernel.constants else known[p] for p in kernel.signature if p != "BLOCK_N"]
+        values += [f"BLOCK_N={kernel.constants['BLOCK_N']}"]
+        values += [f"num_warps={kernel.num_warps}", f"num_stages={kernel.num_stages}"]
+        text.add(*call(f"{kernel.name}[({grid}, {splits})](", values, ")"))
+
+    text.add(*call(f"def {name}(", [*given, *(f"{x}=None" for x in out.values())], "):"))
+    with text.indented():
+        text.add(f"{rows} = {_bytes(anchor.x, 'x')}.reshape(-1, {anchor.k}).contiguous()", f"{m} = {rows}.shape[0]")
+        for n, width in widths.items():
+            with text.block(f"if {out[n]} is None:"):
+                text.add(f"{out[n]} = torch.empty({shape.format(width)}, dtype={value(n).dtype}, {device})")
+        with text.block("with torch.cuda.device_of(x):"):
+            with text.block(f"if {m} <= {tiles.few_rows}:"):
+                text.add(f"{block_m} = {_least(tiles.few, m)}")
+                split = tiles.few.split
+                if split > 1:
+                    text.add(f"{parts} = torch.empty(({split}, {few.total}, {m}), dtype=torch.float32, {device})")
+                    if few.squares:
+                        text.add(f"{squares} = torch.empty(({split}, {m}), dtype=torch.float32, {device})")
+                launch(kernels[0], tiles.few.block_n, split)
+                if split > 1:
+                    launch(kernels[1], SUM_BLOCK)
+            with text.block("else:"):
+                text.add(f"{block_m} = {tiles.many.block_m}")
+                launch(kernels[-1], tiles.many.block_n)
+        results = [out[n] for n in anchor.outputs]
+        ending = f"({', '.join(results)}{',' if len(results) == 1 else ''})" if anchor.returns_tuple else results[0]
+        text.add(f"return {ending}")
+    lead = tuple(size(s) for s in value(anchor.x).shape[:-1])
+    return str(text), tuple(
+        Out(out[n], anchor.outputs.index(n), (*lead, width), None, value(n).dtype) for n, width in widths.items()
+    )
+
+
+def _least(tile: Tile, m: str) -> str:
+    """The least block of rows that holds all of them, up to FEW_ROWS; not below the tile's own."""
+    steps = [b for b in (16, 32) if b >= tile.block_m]
+    return " else ".join([*(f"{b} if {m} <= {b}" for b in steps), "64" if tile.block_m < 64 else str(tile.block_m)])
+
+
+def _blocks(anchor: Anchor, block_n: int) -> int:
+    """Programs along the columns of all sections."""
+    return sum(-(-section.n // block_n) for section in anchor.sections)
+
+
+def _bytes(node: Node, text: str) -> str:
+    """A tensor as kernels take it: 8-bit floating-point numbers as their bytes."""
+    dtype = value(node).dtype
+    return f"{text}.view(torch.uint8)" if dtype.itemsize == 1 and dtype.is_floating_point else text

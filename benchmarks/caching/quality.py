@@ -6,7 +6,7 @@ came, in bfloat16. A block's codes depend on that block alone, so all queries sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,9 +158,3 @@ def heads_of(config: Any) -> tuple[int, int, int]:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, config.num_key_value_heads, head
 
-
-def log_perplexity(model: Any, setting: Setting, windows: Sequence[torch.Tensor]) -> float:
-    from fuseline.models import metrics
-
-    with seeing(model, Attention(setting)):
-        return metrics.log_perplexity(lambda ids: model(ids, use_cache=False).logits, windows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from fuseline.models import metrics, text
 from fuseline.models.spec import load
 
 from .bytes_model import train
-from .quality import Attention, Setting, heads_of, log_perplexity, seeing, size
+from .quality import Attention, Setting, heads_of, seeing, size
 
 BITS = (2, 4, 8)
 BAR = 0.30  # of bfloat16's bytes, for TaDA on a multi-head model
@@ -38,7 +39,7 @@ class Model:
         self.notes: dict[str, Any] = {}
         if name == "multi-head":
             with torch.enable_grad():
-                self.model, self.notes = train(device, self.options.train)
+                self.model, self.notes = train(device, self.options.train, self.options.length)
             encode = lambda source: list(source.encode())
         else:
             loaded = load(name)
@@ -57,10 +58,10 @@ class Model:
     def settings(self) -> Iterator[tuple[str, Setting]]:
         """KIVI's with the authors' groups and with longer ones, MiniKV's, and 8 bits; one window and block for all."""
         yield "bf16", Setting()
-        for bits, group in ((4, 32), (4, 64), (2, 16), (2, 32), (2, 64)):
+        for bits, group in ((4, 32), (4, 64), (4, 128), (2, 16), (2, 32), (2, 64)):
             of_keys, of_values = f"int{bits}:channel:g{group}", f"int{bits}:token:g{min(group, self.head)}"
             label = f"minikv g{group}" if (bits, group) == (2, 16) else f"kivi{bits} g{group}"
-            yield label, Setting.same(self.layers, of_keys, of_values)
+            yield label, Setting.same(self.layers, of_keys, of_values, block=max(64, group))
         yield "kivi K4 V2 g32", Setting.same(self.layers, "int4:channel:g32", "int2:token:g32")
         yield "int4 by token", Setting.same(self.layers, "int4:token", "int4:token")
         yield "tada4", Setting.same(self.layers, "int4:token", "int4:token", centred=True)
@@ -74,21 +75,20 @@ class Model:
         row |= {"window": setting.window, "block": setting.block}
         row["ratio"] = setting.bytes_per_token(self.heads, self.head)
         row["held"] = setting.held(self.options.length, self.heads, self.head)
-        plain = log_perplexity(self.model, Setting(), self.held_out)
-        row["loss"] = log_perplexity(self.model, setting, self.held_out) if setting.keys else plain
-        row["cost"] = row["loss"] - plain
-        row["kl"] = self.divergence(setting, self.held_out) if setting.keys else 0.0
-        row["seconds"] = time.monotonic() - began
+        found = self.compared(setting, self.held_out)
+        row["loss"] = math.log(found.perplexity_after)
+        row["cost"] = row["loss"] - math.log(found.perplexity_before)
+        row |= {"kl": found.kl, "top1": found.top1, "tokens": found.tokens, "seconds": time.monotonic() - began}
 
-    def divergence(self, setting: Setting, windows: list[torch.Tensor]) -> float:
-        """KL from the model with a cache of bfloat16, in nats a position."""
+    def compared(self, setting: Setting, windows: list[torch.Tensor]) -> metrics.Metrics:
+        """The model with this cache beside the model with a cache of bfloat16."""
+        run = lambda ids: self.model(ids, use_cache=False).logits
         if id(windows) not in self._plain:
             with seeing(self.model, Attention()):
-                self._plain[id(windows)] = [self.model(ids, use_cache=False).logits for ids in windows]
+                self._plain[id(windows)] = [run(ids) for ids in windows]
         plain = iter(self._plain[id(windows)])
         with seeing(self.model, Attention(setting)):
-            run = lambda ids: self.model(ids, use_cache=False).logits
-            return metrics.compare(lambda _: next(plain), run, windows).kl
+            return metrics.compare(lambda _: next(plain), run, windows)
 
     def searched(self, row: dict[str, Any], budget: float) -> None:
         """TaDA: bits of each layer's keys and values under a budget, measured on calibration text."""
@@ -106,7 +106,7 @@ class Model:
             texts = [f"int{b}:token" for b in bits]
             return Setting(tuple(texts[0::2]), tuple(texts[1::2]), centred=True)
 
-        loss = lambda bits: self.divergence(setting(bits), self.calibration)
+        loss = lambda bits: self.compared(setting(bits), self.calibration).kl
         chosen = search_bits(errors, one.__getitem__, budget * 2 * self.layers, loss, self.options.trials)
         row["bits"] = list(chosen)
         row["search_s"] = time.monotonic() - began

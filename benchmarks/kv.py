@@ -53,7 +53,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--replays", type=int, default=20)
-    parser.add_argument("--sweep", action="store_true", help=f"other tunings of {', '.join(SWEPT)}; the table shows the best")
+    parser.add_argument("--sweep", action="store_true", help=f"other tunings of {' and '.join(SWEPT)}")
     parser.add_argument("--models", nargs="+", default=["demo:smollm2", "multi-head"])
     parser.add_argument("--length", type=int, default=1024, help="quality: tokens of a window")
     parser.add_argument("--windows", type=int, default=2, help="quality: windows of held-out text")

@@ -47,9 +47,7 @@ class QuantizedLayer(CacheLayerMixin):
             UserError: the scheme does not fit the heads.
         """
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.sides = tuple(
-            self._empty(x, self.schemes[i], bool(i)) for i, x in enumerate((key_states, value_states))
-        )
+        self.sides = tuple(self._empty(x, self.schemes[i], bool(i)) for i, x in enumerate((key_states, value_states)))
         self.keys, self.values = (side[0] for side in self.sides)  # that something is there
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():
@@ -64,7 +62,9 @@ class QuantizedLayer(CacheLayerMixin):
             raise UserError(f"{'values' if values else 'keys'}={scheme} does not fit this model: {reason}")
         zeros = lambda *shape, dtype=x.dtype: torch.zeros(batch, *shape, dtype=dtype, device=x.device)
         shapes = scheme.shapes(heads, self.max_cache_len, head, self.block, values)
-        parts = {name: zeros(*shape, dtype=torch.uint8 if name == "codes" else x.dtype) for name, shape in shapes.items()}
+        parts = {
+            name: zeros(*shape, dtype=torch.uint8 if name == "codes" else x.dtype) for name, shape in shapes.items()
+        }
         parts["mean"] = zeros(1, self.max_cache_len, head) if self.centred else None
         parts["recent"] = zeros(heads, self.window + self.block, head)
         return [parts.get(name) for name in PARTS]
@@ -106,9 +106,10 @@ class QuantizedLayer(CacheLayerMixin):
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def offload(self) -> None:
-        raise UserError("a QuantizedCache stays on its device", remedy="a cache that is offloaded: OffloadedCache")
+        raise UserError("a QuantizedCache stays on its device", remedy="DynamicCache(offloading=True)")
 
-    prefetch = offload
+    def prefetch(self) -> None:
+        self.offload()
 
 
 class QuantizedCache(Cache):
@@ -159,7 +160,7 @@ class QuantizedCache(Cache):
 
     @classmethod
     def kivi(cls, config: Any, max_cache_len: int, bits: int = 4, group: int = 32) -> QuantizedCache:
-        """KIVI's setting (Liu et al., 2024): keys by channel, values by token, groups of 32, 128 tokens as they came."""
+        """KIVI's setting (Liu et al., 2024): keys by channel, values by token, groups of 32, a ring of 128 tokens."""
         return cls(config, max_cache_len, f"int{bits}:channel:g{group}", f"int{bits}:token:g{group}", 0, 128)
 
     @classmethod
@@ -171,7 +172,7 @@ class QuantizedCache(Cache):
     def tada(
         cls, config: Any, max_cache_len: int, keys: Sequence[str] | str, values: Sequence[str] | str, window: int = 64
     ) -> QuantizedCache:
-        """TaDA's (Joshi et al., 2025): deviations from the mean over heads, of bits that `tada_bits` found by layer."""
+        """TaDA's (Joshi et al., 2025): deviations from the mean over heads, bits by layer: `cache_bits.search_bits`."""
         return cls(config, max_cache_len, keys, values, window, centred=True)
 
     def nbytes(self) -> int:

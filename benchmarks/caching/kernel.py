@@ -202,7 +202,7 @@ def read(
     row |= {"us": best["us"], "tuning": best["tuning"], "error": best["error"]}
     row["gb_s"] = row["bytes"] / row["us"] / 1e3
     row["share"] = row["gb_s"] * 1e9 / run.rates["bandwidth"] if run.rates else None
-    del rotating
+    rotating.clear()
     plain(row, cache, q, run, folder)
 
 
@@ -225,7 +225,8 @@ def plain(row: dict[str, Any], cache: Cache, q: torch.Tensor, run: Run, folder: 
     mine = lambda q, k, v: attention(q, k, v, None, 1 / math.sqrt(q.shape[-1]), "full")
     emitted = loaded(emit_attention(region(mine, [q, k, v]), "plain"), folder)
     candidates["fuseline bf16"] = lambda k, v: emitted(q, k, v)
-    exact = F.scaled_dot_product_attention(stacked.float(), k.float(), v.float()).unflatten(2, (groups, 1)).flatten(1, 2)
+    exact = F.scaled_dot_product_attention(stacked.float(), k.float(), v.float())
+    exact = exact.unflatten(2, (groups, 1)).flatten(1, 2)
     timed: dict[str, Any] = {}
     row["bf16"] = timed
     for name, function in candidates.items():
@@ -233,7 +234,7 @@ def plain(row: dict[str, Any], cache: Cache, q: torch.Tensor, run: Run, folder: 
             off = error(function(k, v), exact)
             if not off < BOUND:
                 raise RuntimeError(f"error {off:.1e}")
-            call = lambda i, f=function: f(*rotating[i])  # noqa: E731
+            call = lambda i, f=function: f(*rotating[i])
             timed[name] = graph_replays(call, copies, run.device, run.options.replays).median * 1e6
         except Exception as problem:  # a backend that does not take the shape is a result
             timed[name] = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
@@ -269,10 +270,10 @@ def written(row: dict[str, Any], shape: Shape, keys: str, values: str, block: in
             parts = [getattr(side, part) for part in NAMES]
             present = [p for p in parts if p is not None]
 
-            def write(*tensors: torch.Tensor, parts: Any = parts, text: str = text, values_: bool = side.values) -> None:
+            def write(*tensors: torch.Tensor, parts: Any = parts, text: str = text, of: bool = side.values) -> None:
                 taken = iter(tensors)
                 filled = [None if p is None else next(taken) for p in parts]
-                cache_write(*filled, next(taken), next(taken), text, block, values_)
+                cache_write(*filled, next(taken), next(taken), text, block, of)
 
             call = loaded(template.emit_cached(region(write, [*present, x, at]), "bench"), folder)
             ours, twin = [t.clone() for t in present], [t.clone() for t in present]
@@ -280,5 +281,5 @@ def written(row: dict[str, Any], shape: Shape, keys: str, values: str, block: in
             write(*twin, x, at)
             if not all(torch.equal(a, b) for a, b in zip(ours, twin, strict=True)):
                 raise RuntimeError(f"{text} at {length}: the kernel writes other codes than its naive twin")
-            total += graph_replays(lambda i, f=call, t=ours: f(*t, x, at), 20, device, run.options.replays).median
+            total += graph_replays(lambda i, f=call, t=(*ours, x, at): f(*t), 20, device, run.options.replays).median
         row[name] = total * 1e6

@@ -157,4 +157,3 @@ def heads_of(config: Any) -> tuple[int, int, int]:
     """Layers, heads of keys, and channels of a head."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, config.num_key_value_heads, head
-

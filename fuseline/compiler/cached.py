@@ -125,7 +125,7 @@ def coded(length: Any, window: int, block: int) -> Any:
 
 
 def encode(x: torch.Tensor, scheme: CacheScheme, stored: torch.dtype) -> dict[str, torch.Tensor]:
-    """Blocks x [..., block, D] in float32 or wider → `codes` uint8 [..., block, D], `scale`, and `low` where it is kept.
+    """Blocks x [..., block, D] in float32 or wider → `codes` uint8 [..., block, D], `scale`, and `low` if it is kept.
 
     Scales are [..., block / group, D] by channel and [..., block, D / group] by token, rounded to `stored` before codes
     are chosen.

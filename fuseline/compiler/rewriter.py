@@ -169,7 +169,8 @@ class Rewriter:
     ) -> bool:
         """Replaces `root` (or the keys of the mapping that `build` returns) and erases what becomes dead.
 
-        moved: writes in place that what is built does itself; others stay. Returns False when an observer skipped the rewrite.
+        moved: writes in place that what is built does itself; others stay.
+        Returns False when an observer skipped the rewrite.
 
         Raises:
             VerificationError: the new value differs from the old in shape or dtype.

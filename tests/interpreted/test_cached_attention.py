@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fuseline.codegen.kernel import Launcher
-from fuseline.codegen.templates.attention import ROWS_MAX
 from fuseline.codegen.templates.cached import emit_cached
 from tests.codegen.cached_cases import CASES, Cached
 from tests.codegen.regions import BOUNDS, error, loaded

@@ -31,6 +31,6 @@ def test_steps_from_kernels() -> None:
     optimized = fuseline.optimize(model, "raise,fuse", target="triton")
     assert error(logits(optimized), eager) < 1e-5
     step = fuseline.reports(optimized)[-1]
-    assert {"cached_0"} & {name for name in step.program.module._modules} and not step.refusals
+    assert "cached_0" in step.program.module._modules and not step.refusals
     names = " ".join(kernel.name for kernel in step.kernels)
     assert "write_0" in names and "write_1" in names and "split" in names

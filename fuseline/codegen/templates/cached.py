@@ -62,7 +62,7 @@ def emit_cached(region: GraphModule, name: str) -> Launcher | Refusal:
     calls = [n for n in region.graph.nodes if n.op == "call_function"]
     writes = [n for n in calls if n.target is cache_write.overload]
     attentions = [n for n in calls if n.target is cache_attention.overload]
-    if len(writes) + len(attentions) != len(calls) or len(attentions) > 1 or calls[-1:] not in (attentions, writes[-1:]):
+    if not calls or calls not in (writes, [*writes, *attentions[:1]]):
         return Refusal("the region is not an attention over a cache of codes behind what it writes to it")
     updates: list[Update] = []
     for i, node in enumerate(writes):

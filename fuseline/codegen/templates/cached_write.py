@@ -16,7 +16,7 @@ import torch
 
 from ...compiler.cached import E4M3_TOP, CacheScheme
 from ..kernel_text import call
-from .text import Text
+from .text import Text, load
 
 CONSTANTS = ("CODE", "KEEP")
 ROUND = 12582912.0  # 1.5·2^23: what is added to it is rounded to an integer, half to even
@@ -24,7 +24,7 @@ ROUND = 12582912.0  # 1.5·2^23: what is added to it is rounded to an integer, h
 
 @dataclass(frozen=True)
 class Write:
-    """What the kernel is specialised for. recent: rows of the ring; stored: dtype of scales; new: dtype of x."""
+    """What the kernel is specialised for. recent: rows of the ring; stored: dtype of scales, and of x."""
 
     head: int
     scheme: CacheScheme
@@ -125,11 +125,11 @@ def _places(text: Text, write: Write) -> None:
 
 def _rows(text: Text, write: Write) -> None:
     """rows: the block's tokens, float32."""
+    old = f"recent_ptr + (at * {write.recent} + t % {write.recent})[:, None] * {write.head} + d[None, :]"
+    new = "x_rows + (t - length)[:, None] * x_s2 + d[None, :] * x_s3"
     text.add(
-        f"old = tl.load(recent_ptr + (at * {write.recent} + t % {write.recent})[:, None] * {write.head} + d[None, :], "
-        "mask=(t < length)[:, None], other=0.0)",
-        "new = tl.load(x_rows + (t - length)[:, None] * x_s2 + d[None, :] * x_s3, mask=(t >= length)[:, None], other=0.0)",
-        "rows = tl.where((t < length)[:, None], old.to(tl.float32), new.to(recent_ptr.dtype.element_ty).to(tl.float32))",
+        f"rows = {load(old, ('(t < length)[:, None]',))}.to(tl.float32)",
+        f"rows += {load(new, ('(t >= length)[:, None]',))}.to(tl.float32)",
     )
 
 

@@ -17,6 +17,7 @@ from .rms_norm import rms_norm
 from .rotary import rotary
 
 __all__ = [
-    "REGISTRY", "Kind", "Op", "attention", "cache_attention", "cache_read", "cache_write", "decode", "dequantize", "encode",
-    "find", "glu", "hadamard", "layer_norm", "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
+    "REGISTRY", "Kind", "Op", "attention", "cache_attention", "cache_read", "cache_write", "decode", "dequantize",
+    "encode", "find", "glu", "hadamard", "layer_norm", "op", "pack_nibbles", "quantize",
+    "quantize_affine", "rms_norm", "rotary",
 ]  # fmt: skip

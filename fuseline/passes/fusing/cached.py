@@ -1,9 +1,9 @@
 """Attention over a cache of codes: what reads the expanded cache reads the codes, and takes in what wrote them.
 
-    cache_write(k…, length)                                 y = region(q, k…, v…):
-    cache_write(v…, length)                                     cache_write(k…, length)
-    keys, values = cache_read(k…), cache_read(v…)     →         cache_write(v…, length)
-    y = attention(q, keys, values, mask)                        cache_attention(q, k…, v…, mask)
+cache_write(k…, length)                                 y = region(q, k…, v…):
+cache_write(v…, length)                                     cache_write(k…, length)
+keys, values = cache_read(k…), cache_read(v…)     →         cache_write(v…, length)
+y = attention(q, keys, values, mask)                        cache_attention(q, k…, v…, mask)
 """
 
 from __future__ import annotations

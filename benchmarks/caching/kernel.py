@@ -56,7 +56,7 @@ class Tuning:
 def tunings() -> Iterator[Tuning]:
     """The template's own choice, then others."""
     yield Tuning()
-    for warps, stages, programs in itertools.product((4, 8), (3, 2, 4), (528, 264, 396, 792, 1056)):
+    for warps, stages, programs in itertools.product((4, 8), (3, 2, 4), (396, 264, 528, 792, 1056)):
         yield Tuning(warps, stages, programs)
     yield Tuning(ptx=False)
 

@@ -12,7 +12,7 @@ Before                                  after  quantize{weights=int4:g64,activat
                 symmetric unless an integer has `:asym`.
 `keys`, `values`  the same for those that a call makes for attention, one scale a head and token, before they go into a
                 cache, which holds them rounded. Each token's codes depend on that token alone: step by step is as all
-                at once. The cache itself keeps its type.
+                at once. The cache itself keeps its type: it is its caller's. `fuseline.QuantizedCache` holds codes.
 `method`        how codes are chosen; all but rtn and hqq need calibration data (docs/calibration.md):
                 rtn     to the nearest code
                 hqq     ranges fitted to Σ|error|^0.7, with no data

@@ -37,7 +37,7 @@ from .cached_update import Update, analyse_write, launch
 from .decode import join_kernel
 from .text import Names, Text
 
-PROGRAMS = 528  # to divide the blocks among: four a multiprocessor of a large GPU
+PROGRAMS = 396  # to divide the blocks among: three a multiprocessor of a large GPU, which holds as many at once
 WARPS, STAGES = 4, 3
 
 
@@ -90,7 +90,7 @@ def _kernels(found: _Attention, name: str) -> tuple[Kernel, ...]:
     join = join_kernel(f"{name}_join", found.split.head_v, dtype)
     dtypes = {f"{a}_ptr": pointer_type(n.meta["val"].dtype) for a, n in found.pointers.items()}
     dtypes |= {"parts_ptr": "*fp32", "stats_ptr": "*fp32", "out_ptr": dtypes["q_ptr"]}
-    chosen = (("split", split, {"ROWS": 16, "PTX": False}, STAGES), ("join", join, {"SPLITS": 16, "CHUNK": 16}, 2))
+    chosen = (("split", split, {"ROWS": 16, "PTX": False}, STAGES), ("join", join, {"SPLITS": 64, "CHUNK": 64}, 2))
     return tuple(
         Kernel(
             f"{name}_{tag}",

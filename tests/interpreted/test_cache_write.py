@@ -26,16 +26,16 @@ WRITES = [
 ]
 
 
-def run(scheme: str, values: bool, centred: bool, dtype: torch.dtype, folder: Path, device: str = "cpu") -> None:
+def run(scheme: str, values: bool, centred: bool, dtype: torch.dtype, folder: Path) -> None:
     """Tokens come one by one, in odd numbers, and more at once than the ring holds."""
     case = Cached("write", scheme, scheme, batch=2, centred=centred, capacity=192, block=64, window=24)
     launcher = emit_cached(writes(case, values, dtype), "write")
     assert isinstance(launcher, Launcher), launcher
     call = loaded(launcher, folder)
-    ours, naive = (case.side(values, dtype, device) for _ in range(2))
-    length = torch.zeros(1, dtype=torch.int64, device=device)
+    ours, naive = (case.side(values, dtype, "cpu") for _ in range(2))
+    length = torch.zeros(1, dtype=torch.int64)
     for added in (3, 84, 1, 1, 104, 1):
-        x = torch.randn(2, added, case.kv_heads, case.head, device=device).to(dtype).transpose(1, 2)
+        x = torch.randn(2, added, case.kv_heads, case.head).to(dtype).transpose(1, 2)
         x[..., 3], x[:, :, ::7] = 0.5, 0.25
         given: list[Any] = [getattr(ours, name) for name in NAMES]
         assert call(*(g for g in given if g is not None), x, length) is None

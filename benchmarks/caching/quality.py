@@ -28,6 +28,7 @@ class Setting:
     window: int = 32
     block: int = 64
     centred: bool = False
+    dtype: torch.dtype = torch.bfloat16  # of the cache
 
     @staticmethod
     def same(layers: int, keys: str, values: str, **others: Any) -> Setting:
@@ -54,9 +55,9 @@ def size(scheme: CacheScheme, heads: int, head: int, block: int, values: bool, c
     return (total + (2 * block * head if centred else 0)) / (2 * block * heads * head)
 
 
-def rounded(x: torch.Tensor, text: str, block: int, values: bool, centred: bool) -> torch.Tensor:
+def rounded(x: torch.Tensor, text: str, setting: Setting, values: bool) -> torch.Tensor:
     """The whole blocks of x [B, H, L, D] as codes stand for them, in float32; what is left of x as it is."""
-    scheme, x = CacheScheme.parse(text), x.bfloat16()
+    scheme, x, block = CacheScheme.parse(text), x.to(setting.dtype), setting.block
     batch, heads, length, head = x.shape
     reason = scheme.refuse(head, block, values)
     if reason:
@@ -67,7 +68,7 @@ def rounded(x: torch.Tensor, text: str, block: int, values: bool, centred: bool)
         name: zeros(*shape, dtype=torch.uint8 if name == "codes" else x.dtype)
         for name, shape in scheme.shapes(heads, capacity, head, block, values).items()
     }
-    mean = zeros(1, capacity, head) if centred else None
+    mean = zeros(1, capacity, head) if setting.centred else None
     side = Side(
         parts["codes"], parts["scale"], parts.get("low"), mean, zeros(heads, block, head), scheme, block, values
     )
@@ -91,18 +92,18 @@ class Attention:
     ) -> tuple[torch.Tensor, None]:
         scaling = options.get("scaling") or query.shape[-1] ** -0.5
         layer, setting = module.layer_idx, self.setting
-        k, v = key.bfloat16().float(), value.bfloat16().float()
+        k, v = key.to(setting.dtype).float(), value.to(setting.dtype).float()
         codes = (k, v)
         if setting.keys:
             codes = (
-                rounded(key, setting.keys[layer], setting.block, False, setting.centred),
-                rounded(value, setting.values[layer], setting.block, True, setting.centred),
+                rounded(key, setting.keys[layer], setting, False),
+                rounded(value, setting.values[layer], setting, True),
             )
         out = attend(query, (k, v), codes, setting, scaling)
         for bits, (of_keys, of_values) in self.tried.items():
             for place, new in (
-                (0, (rounded(key, of_keys, setting.block, False, setting.centred), v)),
-                (1, (k, rounded(value, of_values, setting.block, True, setting.centred))),
+                (0, (rounded(key, of_keys, setting, False), v)),
+                (1, (k, rounded(value, of_values, setting, True))),
             ):
                 gap = attend(query, (k, v), new, setting, scaling) - out
                 ratio = (gap.square().sum() / out.square().sum()).item()

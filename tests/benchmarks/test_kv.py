@@ -23,9 +23,8 @@ def test_each_query_sees_what_it_would_find_in_the_cache(centred: bool) -> None:
     from fuseline import QuantizedCache
 
     model = load("demo:tiny-llama").model
-    setting = Setting.same(
-        2, "int4:channel:g32", "int4:token", window=8, block=32, centred=centred, dtype=torch.float32
-    )
+    held = {"window": 8, "block": 32, "centred": centred}
+    setting = Setting.same(2, "int4:channel:g32", "int4:token", dtype=torch.float32, **held)
     ids = torch.randint(256, (1, 90), generator=torch.Generator().manual_seed(0))
     with seeing(model, Attention(setting)):
         at_once = model(ids, use_cache=False).logits

@@ -256,8 +256,9 @@ class Side:
         blocks.index_copy_(2, at, torch.where(keep, new.reshape(old.shape).to(old.dtype), old))
 
     def read(self, length: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """All tokens in order, [B, H, T, D], computed in float32 at least; zeros from `length` on."""
-        compute = torch.promote_types(self.recent.dtype, torch.float32) if dtype is None else dtype
+        """All tokens in order, [B, H, T, D] in `dtype`, computed in float32 at least; zeros from `length` on."""
+        dtype = dtype or self.recent.dtype
+        compute = torch.promote_types(torch.promote_types(self.recent.dtype, torch.float32), dtype)
         length, scheme = length.reshape(()), self.scheme
         codes = unpack(self.codes, scheme.bits, self.values)
         x = _numbers(codes.flatten(2, 3) if self.values else codes, scheme, compute)
@@ -273,4 +274,4 @@ class Side:
         t = torch.arange(self.capacity, device=x.device)
         recent = self.recent[:, :, t % self.ring].to(compute)
         x = torch.where((t < self.coded(length))[:, None], x, recent)
-        return torch.where((t < length)[:, None], x, torch.zeros_like(x)).to(dtype or self.recent.dtype)
+        return torch.where((t < length)[:, None], x, torch.zeros_like(x)).to(dtype)

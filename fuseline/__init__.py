@@ -1,5 +1,7 @@
 """Fuseline: a graph compiler for PyTorch models."""
 
+from typing import Any as _Any
+
 from . import passes as _passes  # registers the passes of this package
 from .artifact import load, save
 from .calibrate import analyze
@@ -18,6 +20,15 @@ from .optimize import breaks, optimize, refresh, reports
 
 __version__ = "0.1.0"
 __all__ = [
-    "FuselineError", "Level", "Pass", "Pipeline", "Plan", "Program", "Rule", "Tier", "UserError", "analyze", "breaks",
-    "capture", "examine", "export", "load", "optimize", "prove", "refresh", "register", "reports", "save",
+    "FuselineError", "Level", "Pass", "Pipeline", "Plan", "Program", "QuantizedCache", "Rule", "Tier", "UserError",
+    "analyze", "breaks", "capture", "examine", "export", "load", "optimize", "prove", "refresh", "register", "reports",
+    "save",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "QuantizedCache":  # imports transformers
+        from .quantized_cache import QuantizedCache
+
+        return QuantizedCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

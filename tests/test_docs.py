@@ -78,6 +78,12 @@ def test_the_block_on_adapters_runs(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.skipif(find_spec("transformers") is None, reason="the block loads a transformers model")
+def test_the_block_on_a_cache_of_codes_runs(tmp_path: Path) -> None:
+    (block,) = write_blocks("docs/kv-cache.md", tmp_path)
+    assert re.search(r"torch.Size\(\[1, \d+\]\) \d+", python(tmp_path, str(block)))
+
+
 def test_a_pass_of_ones_own_takes_twenty_lines() -> None:
     (block,) = [text for text in blocks("README.md", "python") if "fuseline.Pass" in text]
     assert len([line for line in block.splitlines() if line.strip()]) <= 20

@@ -28,6 +28,7 @@ from .manifest import describe
 from .module_file import deduplicate, load_module, render, write_text
 from .repack import repack
 from .templates.attention import emit_attention
+from .templates.cached import emit_cached
 from .templates.linear import emit_linear
 
 
@@ -127,6 +128,7 @@ def emit(region: GraphModule, name: str) -> Launcher | Refusal:
 _EMITTERS: dict[object, Callable[[GraphModule, str], Launcher | Refusal]] = {
     "linear": emit_linear,
     "attention": emit_attention,
+    "cached": emit_cached,
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -165,9 +165,11 @@ class Rewriter:
         build: Callable[[Builder], Node | dict[Node, Node]],
         rule: str,
         source: Rule | None = None,
+        moved: Collection[Node] = (),
     ) -> bool:
         """Replaces `root` (or the keys of the mapping that `build` returns) and erases what becomes dead.
 
+        moved: writes in place that what is built does itself; others stay.
         Returns False when an observer skipped the rewrite.
 
         Raises:
@@ -185,7 +187,7 @@ class Rewriter:
             self._check(old, replacement, action)
             old.replace_all_uses_with(replacement)
             self.site_of.setdefault(replacement, self.site(old))
-        self._erase_dead([*replacements, *origins])
+        self._erase_dead([*replacements, *origins], moved)
         action.created, action.replaced = new.created, replacements
         self.matched[rule] = self.matched.get(rule, 0) + 1
         for observer in self.observers:
@@ -215,7 +217,7 @@ class Rewriter:
                 [f"before: {before}  {old.format_node()}", f"after:  {after}", f"line:   {source_line(old)}"],
             )
 
-    def _erase_dead(self, nodes: Iterable[Node]) -> None:
+    def _erase_dead(self, nodes: Iterable[Node], moved: Collection[Node]) -> None:
         """Erases these nodes and then whatever only they used, pure nodes only.
 
         A replaced node may draw random numbers (attention with its dropout at zero counts as such); a write stays.
@@ -227,7 +229,8 @@ class Rewriter:
             if node._erased or node.users or node.op in ("placeholder", "output"):
                 continue
             schema = getattr(node.target, "_schema", None)
-            if node.is_impure() and (node not in named or schema is None or schema.is_mutable):
+            impure = node.is_impure() and node not in moved
+            if impure and (node not in named or schema is None or schema.is_mutable):
                 continue
             pending += node.all_input_nodes
             self.program.graph.erase_node(node)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fuseline.compiler import ops
+from fuseline.compiler.cached import CacheScheme
 from fuseline.compiler.errors import FuselineError
 from fuseline.compiler.hadamard import core, factor, hadamard_matrix
 from tests.helpers.models import error
@@ -23,7 +24,32 @@ def codes(top: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.randint(0, top, shape, dtype=dtype)
 
 
+def cached(text: str, values: bool, centred: bool = False) -> list[torch.Tensor | None]:
+    """One side of a cache of 64 tokens, 2 heads of 8, blocks of 32 behind a window of 8."""
+    scheme = CacheScheme.parse(text)
+    shapes = scheme.shapes(2, 64, 8, 32, values)
+    parts = [codes(255, torch.uint8, 1, *shapes["codes"]), torch.rand(1, *shapes["scale"])]
+    parts += [torch.rand(1, *shapes["scale"]) if scheme.low else None]
+    return [*parts, torch.randn(1, 1, 64, 8) if centred else None, torch.randn(1, 2, 40, 8)]
+
+
+CACHE = (*cached("int4:channel", False), *cached("int8:token:sym", True, centred=True))
 CASES: dict[str, list[tuple[Any, ...]]] = {
+    "cache_write": [
+        (*cached("int4:channel", False), torch.randn(1, 2, 3, 8), torch.tensor([38]), "int4:channel", 32, False),
+        (*cached("fp8:token", True, centred=True), torch.randn(1, 2, 50, 8), torch.tensor(0), "fp8:token", 32, True),
+    ],
+    "cache_read": [(*cached("int2:token:g4", True), torch.tensor([50]), "int2:token:g4", 32, True)],
+    "cache_attention": [
+        (
+            torch.randn(1, 4, 2, 8), *CACHE, torch.tensor(50), torch.rand(1, 1, 2, 64) > 0.3, 0.3, "full",
+            "int4:channel", "int8:token:sym", 32,
+        ),
+        (
+            torch.randn(1, 2, 1, 8), *CACHE, torch.tensor(50), None, 0.3, "causal", "int4:channel", "int8:token:sym",
+            32, 49, 0, 5.0,
+        ),
+    ],
     "rms_norm": [(r(2, 3, 8), r(8), 1e-6), (r(2, 8), None, 1e-6), (r(2, 8), r(8), 1e-6, True, torch.float64, False)],
     "layer_norm": [(r(2, 3, 8), r(8), r(8), 1e-5), (r(2, 8), None, None, 1e-5)],
     "rotary": [(r(2, 4, 3, 8), r(3, 8), r(3, 8))],
@@ -76,7 +102,7 @@ def test_every_op_has_a_case() -> None:
 @pytest.mark.parametrize(("name", "args"), EACH)
 def test_schema_fake_and_autograd_registration(name: str, args: tuple[Any, ...]) -> None:
     utilities = ["test_schema", "test_faketensor"]
-    utilities += [] if "quantize" in name or "code" in name else ["test_autograd_registration"]
+    utilities += [] if any(word in name for word in ("quantize", "code", "cache")) else ["test_autograd_registration"]
     torch.library.opcheck(ops.REGISTRY[name].overload, args, test_utils=utilities)
 
 

@@ -16,3 +16,12 @@ if not collect_ignore_glob:
         return interpreter.TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_fma = _fused
+
+    _patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _with_loaded_bounds(tensor, *scope):
+        """A number that a kernel loads is an array of one element here, which numpy does not take for an index."""
+        _patch_lang_tensor(tensor, *scope)
+        scope[-1].set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _with_loaded_bounds

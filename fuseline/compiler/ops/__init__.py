@@ -2,6 +2,9 @@
 
 from ._define import REGISTRY, Kind, Op, find, op
 from .attention import attention
+from .cache_attention import cache_attention
+from .cache_read import cache_read
+from .cache_write import cache_write
 from .decode import decode
 from .decode_words import decode_words
 from .dequantize import dequantize, pack_nibbles, unpack_nibbles
@@ -16,7 +19,7 @@ from .rms_norm import rms_norm
 from .rotary import rotary
 
 __all__ = [
-    "REGISTRY", "Kind", "Op", "attention", "decode", "decode_words", "dequantize", "encode", "encode_at", "find", "glu",
-    "hadamard", "layer_norm", "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
-    "unpack_nibbles",
+    "REGISTRY", "Kind", "Op", "attention", "cache_attention", "cache_read", "cache_write", "decode", "decode_words",
+    "dequantize", "encode", "encode_at", "find", "glu", "hadamard", "layer_norm", "op", "pack_nibbles", "quantize",
+    "quantize_affine", "rms_norm", "rotary", "unpack_nibbles",
 ]  # fmt: skip

@@ -48,9 +48,10 @@ class Op:
         LIBRARY.impl(self.name, naive, "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.fuseline, self.name).default
         torch.library.register_fake(f"fuseline::{self.name}", naive, lib=LIBRARY)
-        torch.library.register_autograd(
-            f"fuseline::{self.name}", self._traced_backward, setup_context=_save_all, lib=LIBRARY
-        )
+        if not self.overload._schema.is_mutable:  # what is written in place has no derivative
+            torch.library.register_autograd(
+                f"fuseline::{self.name}", self._traced_backward, setup_context=_save_all, lib=LIBRARY
+            )
         REGISTRY[self.name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

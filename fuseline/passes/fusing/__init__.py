@@ -9,7 +9,8 @@ Before                                       after  fuse
 
 A region is a subgraph with an anchor (linears of one input, in any weight format) and what goes into its template's
 prologue (a norm) and epilogue (pointwise ops), a cluster of pointwise and row operations without an anchor, or an
-attention by itself. Codegen turns a region into one kernel or two, or runs it through PyTorch and says why; in eager a
+attention by itself; attention over a cache of codes (`QuantizedCache`) reads the codes, and takes in what a step adds
+to them. Codegen turns a region into one kernel or two, or runs it through PyTorch and says why; in eager a
 region runs as it stands, so the program stays executable at this stage.
 
 Regions are convex: no value leaves one and comes back. Nodes that touch a storage which the graph writes to (a KV
@@ -24,11 +25,12 @@ from dataclasses import dataclass
 
 from ...compiler import ops
 from ...compiler.framework import Pass, Tier
-from ...compiler.order import Partition, Reachability, sort
+from ...compiler.order import Partition, Reachability, sort, writes
 from ...compiler.outline import cut
 from ...compiler.program import Program
 from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
+from .cached import cached_regions, fold_reads
 from .clusters import clusters
 from .linear import Region, linear_regions
 
@@ -48,6 +50,8 @@ class Fuse(Pass):
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         sort(program.graph)
+        if self.attention:
+            fold_reads(program, rewriter)
         partition = Partition(Reachability(program.graph))
         regions: list[Region] = []
         taken: set[object] = set()
@@ -60,6 +64,7 @@ class Fuse(Pass):
             # An attention that reads a cache which the graph writes to stays in its place: it is cut out alone.
             attentions = [n for n in program.graph.nodes if n.target is ops.attention.overload]
             regions += [Region("attention", "attention", [n]) for n in attentions]
+            regions += cached_regions(program)
         try:
             for region in filter(_is_read, regions):
                 piece = cut(program, region.nodes, region.kind)
@@ -68,6 +73,7 @@ class Fuse(Pass):
                     region.nodes,
                     lambda new, piece=piece, kind=region.kind: new.region(kind, piece),  # type: ignore[misc]
                     region.rule,
+                    moved=[n for n in region.nodes if writes(n)],
                 )
         finally:  # however many of them were made: a region stands where its last node stood
             sort(program.graph)

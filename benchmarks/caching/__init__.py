@@ -1,0 +1,1 @@
+"""Caches of codes: what they cost in accuracy, and what reading them costs in time."""

@@ -183,4 +183,5 @@ class QuantizedCache(Cache):
 
 def side(layer: QuantizedLayer, values: bool) -> Side:
     """The keys or the values of a layer, for who wants to look at them."""
-    return Side(*layer.sides[values], layer.schemes[values], layer.block, values)  # type: ignore[arg-type]
+    made: tuple[Any, ...] = (*layer.sides[values], layer.schemes[values], layer.block, values)
+    return Side(*made)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ class Problem:
         wide = lambda t: t.double() if t.is_floating_point() and t.dtype not in kept else t
         return self.product(*map(wide, inputs), *map(wide, weight), dtype=torch.float64)
 
-    @cache
+    @cached_property
     def graph(self) -> GraphModule:
         return _traced(lambda *t: self.product(*t), lambda: [*self.coded(self.x(4, "cpu")), *self.weight("cpu")])
 
@@ -143,7 +143,7 @@ def _traced(function: Callable[..., Any], inputs: Callable[[], list[torch.Tensor
 
 def candidates(problem: Problem, m: int, sweep: bool) -> Iterator[CodedTiling]:
     """The template's own tiles first, then others for so many rows."""
-    anchor = analyse(problem.graph())
+    anchor = analyse(problem.graph)
     assert not isinstance(anchor, Refusal), anchor
     default = tiling(anchor, target_of(anchor))
     yield default
@@ -182,7 +182,7 @@ class Candidate:
 
 
 def emitted(problem: Problem, m: int, sweep: bool, folder: Path) -> list[Candidate]:
-    graph, found = problem.graph(), []
+    graph, found = problem.graph, []
     for number, tiles in enumerate(dict.fromkeys(candidates(problem, m, sweep))):
         launcher = emit_linear(graph, "bench", tiles)
         assert isinstance(launcher, Launcher), launcher

@@ -129,11 +129,10 @@ def _analyse(node: Node) -> _Attention | Refusal:
         return Refusal(f"heads of {sizes[0]} and {sizes[1]} dimensions, more than {HEAD_MAX} or symbolic")
     if mask is not None and not is_supported(mask.dtype):
         return Refusal(f"a mask of {mask.dtype}")
-    means = [given[f"{side}_mean"] is not None for side in "kv"]
     split = Split(
-        sizes[0], sizes[1], q.dtype, CacheScheme.parse(given["keys"]), CacheScheme.parse(given["values"]), *means,
-        given["block"], sizes[4], None if mask is None else mask.dtype, given["kind"], given["scale"],
-        given["softcap"],
+        sizes[0], sizes[1], q.dtype, CacheScheme.parse(given["keys"]), CacheScheme.parse(given["values"]),
+        given["k_mean"] is not None, given["v_mean"] is not None, given["block"], sizes[4],
+        None if mask is None else mask.dtype, given["kind"], given["scale"], given["softcap"],
     )  # fmt: skip
     reason = _refuse(split)
     return Refusal(reason) if reason else _Attention(node, given, split)

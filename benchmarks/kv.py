@@ -9,9 +9,10 @@
 
 Columns of `speed`: microseconds of a step (median of CUDA-graph replays over rotating caches), bytes that it reads over
 those of bfloat16 (`ratio`), gigabytes a second and their `share` of this run's bandwidth, the fastest of PyTorch's
-attentions over the same cache in bfloat16, how many times longer that takes (`speedup`), the error over the naive
-twin's result in float32. `own_us` is the template's own choice, `us` the best tuning. Rows `write`: one new token, both
-launches; `block_us` where it completes a block.
+attentions over as many keys and values in bfloat16, how many times longer that takes (`speedup`), the error over the
+naive twin's result in float32. `own_us` is the template's own choice, `us` the best tuning. Rows `bf16`: PyTorch's
+attentions themselves, `own_us` this package's. Rows `write`: one new token into keys and values; `block_us` where it
+completes a block.
 
 Columns of `quality`: bytes of coded keys and values over those of bfloat16 (`ratio`), the same of a cache of one
 window's tokens with its ring (`held`), log-perplexity in nats a token and what it is above that of a bfloat16 cache
@@ -27,18 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from caching.kernel import Shape, read, written
+from caching.kernel import Shape, plain, read, written
 from caching.rows import quality
 from harness import Run, arguments
 
-SPEED = ("name", "us", "own_us", "ratio", "gb_s", "share", "sdpa_us", "speedup", "error", "tuning", "sdpa", "block_us")
+SPEED = ("name", "us", "own_us", "ratio", "gb_s", "share", "sdpa_us", "speedup", "error", "tuning", "block_us")
 QUALITY = ("name", "ratio", "held", "loss", "cost", "kl", "seconds")
-SWEPT = ("KV4 g64", "KV4 g64 b64")
+SWEPT = ("KV4 g64", "KV4 g64 by head")
 CACHES = {
     "KV4 g64": ("int4:channel:g64", "int4:token:g64", 128),
+    "KV4 g64 by head": ("int4:channel:g64", "int4:token", 128),
     "KV4 kivi": ("int4:channel:g32", "int4:token:g32", 128),
     "KV4 by token": ("int4:token", "int4:token", 128),
-    "KV4 g64 b64": ("int4:channel:g64", "int4:token:g64", 64),
     "KV2 minikv": ("int2:channel:g16", "int2:token:g16", 128),
     "KV8": ("int8:channel:g64", "int8:token", 128),
     "KV8 fp8": ("fp8:token", "fp8:token", 128),
@@ -65,6 +66,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def speed(run: Run) -> None:
     options: Any = run.options
     with tempfile.TemporaryDirectory(prefix="fuseline-bench-") as folder:
+        for batch in options.batches:
+            run.measure(f"bf16 x{batch}", lambda row, b=batch: plain(row, Shape(b, options.tokens), run, Path(folder)))  # type: ignore[misc]
         for name, (keys, values, block) in CACHES.items():
             for batch in options.batches:
                 shape = Shape(batch, options.tokens)

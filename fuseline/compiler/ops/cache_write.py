@@ -41,4 +41,4 @@ def _(codes, scale, low, mean, recent, x, length, scheme, block, values):
     return None
 
 
-cache_write.lowers_to("codegen/templates/cache_write.py")
+cache_write.lowers_to("codegen/templates/cached_update.py")

@@ -119,9 +119,8 @@ class Problem:
         wide = lambda t: t.double() if t.is_floating_point() and t.dtype not in kept else t
         return self.product(*map(wide, inputs), *map(wide, weight), dtype=torch.float64)
 
-    @cache
     def graph(self) -> GraphModule:
-        return _traced(lambda *t: self.product(*t), lambda: [*self.coded(self.x(4, "cpu")), *self.weight("cpu")])
+        return _graph(self)
 
     def quantizing(self) -> GraphModule:
         """The graph that makes the activations' codes."""
@@ -134,6 +133,12 @@ class Problem:
         groups = k // scheme.group_of(k)
         scales = groups * ((2 if scheme.of.scaling == "real" else 1) + (0 if scheme.symmetric else 1))
         return self.n * (per_row + scales) + m * (k * (1 if self.activations else 2) + 2 * self.n)
+
+
+@cache
+def _graph(problem: Problem) -> GraphModule:
+    inputs = lambda: [*problem.coded(problem.x(4, "cpu")), *problem.weight("cpu")]
+    return _traced(lambda *t: problem.product(*t), inputs)
 
 
 def _traced(function: Callable[..., Any], inputs: Callable[[], list[torch.Tensor]]) -> GraphModule:

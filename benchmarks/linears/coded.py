@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,8 @@ class Problem:
         wide = lambda t: t.double() if t.is_floating_point() and t.dtype not in kept else t
         return self.product(*map(wide, inputs), *map(wide, weight), dtype=torch.float64)
 
-    @cached_property
     def graph(self) -> GraphModule:
-        return _traced(lambda *t: self.product(*t), lambda: [*self.coded(self.x(4, "cpu")), *self.weight("cpu")])
+        return _graph(self)
 
     def quantizing(self) -> GraphModule:
         """The graph that makes the activations' codes."""
@@ -136,6 +135,12 @@ class Problem:
         return self.n * (per_row + scales) + m * (k * (1 if self.activations else 2) + 2 * self.n)
 
 
+@cache
+def _graph(problem: Problem) -> GraphModule:
+    inputs = lambda: [*problem.coded(problem.x(4, "cpu")), *problem.weight("cpu")]
+    return _traced(lambda *t: problem.product(*t), inputs)
+
+
 def _traced(function: Callable[..., Any], inputs: Callable[[], list[torch.Tensor]]) -> GraphModule:
     with FakeTensorMode(shape_env=ShapeEnv()):
         return make_fx(function, tracing_mode="real", pre_dispatch=True)(*inputs())
@@ -143,7 +148,7 @@ def _traced(function: Callable[..., Any], inputs: Callable[[], list[torch.Tensor
 
 def candidates(problem: Problem, m: int, sweep: bool) -> Iterator[CodedTiling]:
     """The template's own tiles first, then others for so many rows."""
-    anchor = analyse(problem.graph)
+    anchor = analyse(problem.graph())
     assert not isinstance(anchor, Refusal), anchor
     default = tiling(anchor, target_of(anchor))
     yield default
@@ -182,7 +187,7 @@ class Candidate:
 
 
 def emitted(problem: Problem, m: int, sweep: bool, folder: Path) -> list[Candidate]:
-    graph, found = problem.graph, []
+    graph, found = problem.graph(), []
     for number, tiles in enumerate(dict.fromkeys(candidates(problem, m, sweep))):
         launcher = emit_linear(graph, "bench", tiles)
         assert isinstance(launcher, Launcher), launcher

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def torchao_layer(kind: str, weight: torch.Tensor) -> Layer | None:
-    """torchao's layer, compiled where it consists of several operations; None where it has no such kernel."""
+    """torchao's layer, compiled; None where it has no such kernel."""
     if importlib.util.find_spec("torchao") is None:
         return None
     from torchao.quantization import (
@@ -35,7 +36,7 @@ def torchao_layer(kind: str, weight: torch.Tensor) -> Layer | None:
         return None
     layer = _linear(weight)
     quantize_(layer, configs[kind]())
-    return torch.compile(layer, dynamic=False)
+    return lambda x: _product(x, layer.weight)
 
 
 def gemlite_layer(kind: str, weight: torch.Tensor) -> Layer | None:
@@ -61,6 +62,12 @@ def gemlite_layer(kind: str, weight: torch.Tensor) -> Layer | None:
     codes = (groups / scale + zero).round().clamp(0, 2**bits - 1).to(torch.uint8).view(n, k)
     made = {"w4a16": helper.A16W4_HQQ_INT, "w2a16": helper.A16W2_HQQ_INT, "w4a8": helper.A8W4_HQQ_INT_dynamic}[kind]
     return made(device=device, dtype=dtype).from_weights(codes, scale.to(dtype).view(n, -1), zero.to(dtype).view(n, -1))
+
+
+@partial(torch.compile, dynamic=False)
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """One function for all copies of a layer: their weights are its arguments, so it is compiled once a shape."""
+    return F.linear(x, weight)
 
 
 @cache

@@ -12,7 +12,7 @@ from .formats.words import Words
 from .ops import decode, dequantize, encode
 from .traits import arguments
 
-LONGEST = 2**31 // 127**2
+LONGEST = 2**31 // 128**2 - 1
 """Channels whose int8 products an int32 holds."""
 
 

@@ -33,8 +33,7 @@ def run(case: Coded, folder: Path, rows: dict[torch.dtype, tuple[int, ...]], til
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_of_the_run(case: Coded, tmp_path: Path) -> None:
-    """In float16: the interpreter does arithmetic on the bits of bfloat16. bfloat16 is in tests/gpu."""
-    run(case, tmp_path, {torch.float32: (3,), torch.float16: (1, 67)})
+    run(case, tmp_path, {torch.float32: (3,), torch.float16: (1, 67), torch.bfloat16: (1, 67)})
 
 
 @pytest.mark.parametrize("case", WITH_CODES, ids=str)

@@ -100,6 +100,7 @@ def expressions() -> st.SearchStrategy[Expression]:
             st.builds(Hadamard, x, st.integers(-2, 1), st.sampled_from((0, 4, 12))),
             st.builds(Quantize, x, schemes()),
             st.builds(HalfQuadratic, x, schemes()),
+            st.builds(Range, x, schemes()),
             st.builds(Decided, x, planned, planned, st.none() | planned, st.tuples(numbers, numbers)),
             st.builds(Output, x, st.sampled_from(("codes", "scale", "zero", "outer"))),
             st.builds(Pack, x, schemes()),

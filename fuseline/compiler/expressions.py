@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .errors import FuselineError, UserError
+from .formats.learned import initial_range
 from .hadamard import core, factor, random_orthogonal, random_signs
 from .half_quadratic import half_quadratic
 from .ops import decode, dequantize, hadamard
@@ -386,6 +387,21 @@ class Decided(Expression):
 
 
 @dataclass(frozen=True)
+class Range(Expression):
+    """The ranges that training a weight of `scheme` starts from (`formats/learned.py`): float32 [..., n / group].
+
+    A module that is trained has a parameter of its own in the place of this.
+    """
+
+    x: Expression
+    scheme: Scheme
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        groups = values[0].unflatten(-1, (-1, self.scheme.group_of(values[0].shape[-1])))
+        return initial_range(groups, self.scheme.of.element).squeeze(-1)
+
+
+@dataclass(frozen=True)
 class Output(Expression):
     """One of several tensors."""
 
@@ -453,7 +469,7 @@ GRAMMAR: dict[str, type[Expression]] = {
     for kind in (
         Param, Constant, Cast, Matmul, Scale, Add, Offset, Centre, Slice, Concat, Transpose, Reshape, HadamardCore,
         Signs, Hadamard, Orthogonal, Planned, Blocks, Quantize,
-        HalfQuadratic, Decided, Output, Pack, Dequantize, Decode,
+        HalfQuadratic, Decided, Range, Output, Pack, Dequantize, Decode,
     )
 }  # fmt: skip
 

@@ -62,14 +62,16 @@ from ..compiler.expressions import Decided, Expression, HalfQuadratic, Param, Pl
 from ..compiler.expressions import Quantize as QuantizeExpression
 from ..compiler.framework import Findings, Pass, Study, Tier
 from ..compiler.plan import SitePlan
-from ..compiler.program import Program
+from ..compiler.program import TRAINS, Program
 from ..compiler.registry import register
 from ..compiler.rewriter import Builder, Rewriter
 from ..compiler.schemes import Scheme
-from .calibrated import CALIBRATED, Method, check_options, decide, findings, fold_scales
+from .calibrated import CALIBRATED, TRAINED, Method, check_options, decide, findings, fold_scales
 from .quantize_attention import rounded_attention
+from .quantize_products import quantized
 from .quantize_sites import Site, heads, out_of_reach, path_of, sites
-from .quantize_values import round_trip, rounded_weight
+from .quantize_training import Trained, check_trained, record, trained_weight
+from .quantize_values import rounded_weight
 
 aten = torch.ops.aten
 Codes = Callable[[Site], Expression | None]
@@ -104,13 +106,20 @@ class Quantize(Pass):
                 "pass 'quantize' needs to be told what to quantize",
                 remedy="quantize{weights=int8}, quantize{weights=int4:g64} or quantize{weights=int8,activations=int8}",
             )
-        self.schemes()
+        schemes = self.schemes()
         check_options(self)
+        if self.is_trained:
+            check_trained(self.method, schemes["weights"])
 
     @property
     def needs_data(self) -> bool:  # type: ignore[override]
-        """Whether the method decides from data."""
-        return self.method in CALIBRATED
+        """Whether the method decides from data, or training does."""
+        return self.method in CALIBRATED or self.is_trained
+
+    @property
+    def is_trained(self) -> bool:  # type: ignore[override]
+        """Whether codes come out of training."""
+        return self.method in TRAINED
 
     def decide(self, study: Study) -> dict[str, SitePlan]:
         return decide(self, study)
@@ -145,6 +154,11 @@ class Quantize(Pass):
         if self.method in (Method.AWQ, Method.SMOOTH):
             fold_scales(self, program, rewriter)
         weights = self.schemes()["weights"]
+        if TRAINS in program.state and self.method not in (Method.RTN, *TRAINED):
+            raise UserError(
+                f"method={self.method.value} chooses codes once, and training changes the weights",
+                remedy="method=paretoq, whose ranges are trained too, or method=rtn, which takes them at each step",
+            )
         self.apply(program, rewriter, None if weights is None else lambda site: self._codes(rewriter, site, weights))
 
     def apply(self, program: Program, rewriter: Rewriter, codes: Codes | None) -> None:
@@ -157,7 +171,8 @@ class Quantize(Pass):
             if node.target is aten.embedding.default and self._names(path_of(node.args[0])) and weights:
                 self._embedding(program, rewriter, node, weights)
         if schemes["keys"] or schemes["values"]:
-            rounded_attention(program, rewriter, schemes["keys"], schemes["values"], self._left_out)
+            untrained = _needs_training(program)
+            rounded_attention(program, rewriter, schemes["keys"], schemes["values"], self._left_out, untrained)
 
     def admitted(self, program: Program) -> Iterator[Site]:
         """The sites that are rounded."""
@@ -167,9 +182,11 @@ class Quantize(Pass):
                 yield site
 
     def _codes(self, rewriter: Rewriter, site: Site, scheme: Scheme) -> Expression | None:
+        if TRAINS in rewriter.program.state:
+            return site.weight
         if self.method is Method.HQQ:
             return HalfQuadratic(site.weight, scheme)
-        if self.method is not Method.GPTQ:
+        if self.method not in (Method.GPTQ, *TRAINED):
             return QuantizeExpression(site.weight, scheme)
         decision = rewriter.decision(site.node)
         if decision is None or "reason" in decision.structure:
@@ -192,14 +209,17 @@ class Quantize(Pass):
             reason = self._refuse(program, site, site.node in over_vocabulary)
             chosen = codes(site) if codes is not None and reason is None else None
             if reason is None and (chosen is not None or codes is None):
-                rewriter.rewrite(
+                name = rewriter.site(site.node)
+                done = rewriter.rewrite(
                     site.node,
                     [site.node],
-                    lambda new, site=site, chosen=chosen: _quantized(  # type: ignore[misc]
-                        new, site, chosen, weights, activations, quantized_inputs
+                    lambda new, site=site, chosen=chosen: quantized(  # type: ignore[misc]
+                        new, site, chosen, self, quantized_inputs
                     ),
                     "convolution" if site.kernel else "linear",
                 )
+                if done and weights is not None and TRAINS in program.state:
+                    record(program, Trained(name, site.weight, weights, self.method))
             elif reason:
                 rewriter.refuse(site.node, reason)
 
@@ -217,6 +237,9 @@ class Quantize(Pass):
             return
 
         def build(new: Builder) -> Node:
+            if new.trains:
+                rounded = trained_weight(new, table, scheme, Method.RTN)
+                return new(aten.embedding.default, rounded, *node.args[1:], **node.kwargs)
             gathered = lambda part: new(aten.embedding.default, part, indices)
             codes = QuantizeExpression(expression, scheme)
             return rounded_weight(new, codes, scheme, channels, node.meta["val"].dtype, gathered)
@@ -244,7 +267,8 @@ class Quantize(Pass):
             return "a convolution's input has no tokens to share a scale: leave the convolutions out, skip=…"
         reason = weights.refuse(site.shape[1], site.shape[0]) if weights else None
         reason = reason or (activations.refuse_group(site.shape[1]) if activations else None)
-        return reason or _needs_gradient(program, site.weight)
+        reason = reason or (_needs_training(program) if activations else None)
+        return reason or (_needs_gradient(program, site.weight) if weights else None)
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
         found = list(sites(program))
@@ -257,6 +281,8 @@ class Quantize(Pass):
         return (f"asked for: {asked} on {len(found)} linears, such as {closest.path} ({closest.shape[1]} inputs)",)
 
     def remedy(self, program: Program) -> str | None:
+        if _needs_training(program):
+            return f'fuseline.prepare_qat(model, "{self}", example), trained as any module, then fuseline.convert'
         weights = self.schemes()["weights"]
         widths = [site.shape[1] for site in sites(program)]
         if weights is None or not weights.group or not widths or any(w % weights.group == 0 for w in widths):
@@ -270,45 +296,19 @@ class Quantize(Pass):
 
 
 def _needs_gradient(program: Program, weight: Expression) -> str | None:
-    if program.training and any(program.sources[n].trainable for n in weight.parameters()):
+    if _needs_training(program) and any(program.sources[n].trainable for n in weight.parameters()):
         return (
-            "its weight wants a gradient, and rounding has none: freeze it (requires_grad_(False)) or compile under "
-            "torch.no_grad()"
+            "its weight wants a gradient, and rounding has none: train it with fuseline.prepare_qat, freeze it "
+            "(requires_grad_(False)), or compile under torch.no_grad()"
         )
     return None
 
 
-def _quantized(
-    new: Builder,
-    site: Site,
-    codes: Expression | None,
-    weights: Scheme | None,
-    activations: Scheme | None,
-    inputs: dict[Node, Node],
-) -> Node:
-    x, (_, channels) = site.x, site.shape
-    dtype = x.meta["val"].dtype
-    if activations is not None:
-        if x not in inputs:
-            inputs[x] = round_trip(new, x, activations)
-        x = inputs[x]
-    if codes is not None and weights is not None:
-        table = rounded_weight(new, codes, weights, channels, dtype)
-    else:
-        table = new.weight(site.weight)
-    if site.kernel is not None:
-        return _convolution(new, site, table)
-    if site.bias is not None and site.bias.meta["val"].dim() != 1:  # `addmm` adds anything that broadcasts
-        return new(aten.add.Tensor, new(aten.linear.default, x, table, None), site.bias)
-    return new(aten.linear.default, x, table, site.bias)
-
-
-def _convolution(new: Builder, site: Site, matrix: Node) -> Node:
-    """The same call on the matrix folded back to [out, in / groups, *kernel], in the memory format that it had."""
-    before = site.node.args[1].meta["val"]  # type: ignore[union-attr]
-    table = new(aten.view.default, matrix, list(site.kernel))  # type: ignore[arg-type]
-    for layout in (torch.channels_last, torch.channels_last_3d):
-        if before.dim() == (4 if layout is torch.channels_last else 5) and not before.is_contiguous():
-            if before.is_contiguous(memory_format=layout):
-                table = new(aten.clone.default, table, memory_format=layout)
-    return new(site.node.target, site.x, table, *site.node.args[2:], **site.node.kwargs)
+def _needs_training(program: Program) -> str | None:
+    """Why a value that gradients pass through is not rounded."""
+    if program.training and TRAINS not in program.state:
+        return (
+            "gradients pass through it, and rounding has none: train with fuseline.prepare_qat, or call under "
+            "torch.no_grad()"
+        )
+    return None

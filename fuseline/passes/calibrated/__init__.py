@@ -8,13 +8,13 @@ from ...compiler.framework import Study
 from ...compiler.plan import SitePlan
 from .columns import decide_columns
 from .findings import findings
-from .methods import CALIBRATED, Method, check_options
+from .methods import CALIBRATED, TRAINED, Method, check_options
 from .scales import decide_scales, fold_scales
 
 if TYPE_CHECKING:
     from ..quantize import Quantize
 
-__all__ = ["CALIBRATED", "Method", "check_options", "decide", "findings", "fold_scales"]
+__all__ = ["CALIBRATED", "TRAINED", "Method", "check_options", "decide", "findings", "fold_scales"]
 
 
 def decide(step: Quantize, study: Study) -> dict[str, SitePlan]:

@@ -19,10 +19,14 @@ class Method(enum.Enum):
     GPTQ = "gptq"  # columns make up for what those before them lost
     AWQ = "awq"  # channels scaled by what they are multiplied with, the exponent searched
     SMOOTH = "smooth"  # channels scaled, so that activations are easier to round
+    PARETOQ = "paretoq"  # ranges that training learns
+    PARQ = "parq"  # weights that an optimizer draws to the grid
 
 
 CALIBRATED = (Method.GPTQ, Method.AWQ, Method.SMOOTH)
 """Those that decide from data."""
+TRAINED = (Method.PARETOQ, Method.PARQ)
+"""Those whose codes come out of training."""
 
 _OF = {
     "static": (Method.GPTQ,),

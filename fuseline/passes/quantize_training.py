@@ -1,0 +1,85 @@
+"""What `quantize` puts into a program that is to be trained: rounding with a gradient, and a record of the sites.
+
+method     weights become                                       ranges
+rtn        round_through(w)                                     the scheme's own, taken from w at each step
+paretoq    fake_quantize(w, α)                                  α, a parameter of its own
+parq       w, which the optimizer draws to the grid             the optimizer's
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from ..compiler import ops
+from ..compiler.errors import UserError
+from ..compiler.expressions import Expression, Range
+from ..compiler.formats.learned import learned
+from ..compiler.program import Program
+from ..compiler.rewriter import Builder
+from ..compiler.schemes import Scheme
+from .calibrated import TRAINED, Method
+
+RECORD = "trained"
+"""In a program's `module.meta`: the list of what was rounded."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A weight that training rounds: where, the matrix [out, in], how, and the expression of its ranges, where they are
+    trained or set by the optimizer."""
+
+    site: str
+    weight: Expression
+    scheme: Scheme
+    method: Method
+
+    @property
+    def range(self) -> Range | None:
+        return Range(self.weight, self.scheme) if self.method in TRAINED else None
+
+
+def trained(program: Program) -> tuple[Trained, ...]:
+    """What was rounded in a program that is trained, in graph order."""
+    return tuple(program.module.meta.get(RECORD, ()))
+
+
+def record(program: Program, one: Trained) -> None:
+    program.module.meta[RECORD] = [*trained(program), one]
+
+
+def trained_weight(new: Builder, table: Node, scheme: Scheme, method: Method) -> Node:
+    """A weight node [out, in] as training sees it."""
+    if method is Method.RTN:
+        return new(ops.round_through, table, str(scheme), True)
+    if method is Method.PARQ:
+        return table
+    group = scheme.group_of(int(table.meta["val"].shape[-1]))
+    return new(ops.fake_quantize, table, new.weight(Range(table.meta["weight"], scheme)), scheme.format, group)
+
+
+def check_trained(method: Method, weights: Scheme | None) -> None:
+    """Refuses what no range is learned for.
+
+    Raises:
+        UserError: with a scheme that would do.
+    """
+    if weights is None:
+        raise UserError(
+            f"method={method.value} trains ranges of weights, and none are rounded",
+            remedy=f"quantize{{weights=midrise2,method={method.value}}}",
+        )
+    near = weights.format if weights.of.affine and weights.bits > 2 else "midrise2"
+    near += f":g{weights.group}" if weights.group and not weights.of.group and weights.rows == 1 else ""
+    symmetric = ":sym" if near.startswith("int") else ""
+    if learned(weights.element) is None:
+        known = "int2 … int8, midrise2 … midrise4, ternary, binary"
+        why = "has a zero point" if not weights.symmetric else f"is not one of {known}"
+    elif weights.rows != 1:
+        why = "has one scale for several rows, and a range is learned for a row or group"
+    elif weights.mse:
+        why = "has ranges searched for (mse), and these are learned"
+    else:
+        return
+    raise UserError(f"method={method.value}: '{weights}' {why}", remedy=f"weights={near}{symmetric}")

@@ -1,0 +1,201 @@
+"""The module that is trained: a model's forward with rounding in its graph, and ranges among its parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..calibrate import Call
+from ..compiler.capture import capture
+from ..compiler.errors import CaptureError, UserError
+from ..compiler.expressions import Expression, Param, Reshape, Transpose
+from ..compiler.flatten import flatten
+from ..compiler.ops import fake_quantize, round_through
+from ..compiler.pipeline import Pipeline
+from ..compiler.program import TRAINS, Program
+from ..compiler.report import Report
+from ..passes.quantize_training import Trained, trained
+
+KEPT = (fake_quantize.name, round_through.name)
+"""Dialect ops that training runs as they are; others are written out in ATen, whose derivatives are its own."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight that training rounds.
+
+    at: its sites, module path and ordinal each; one: the expression of the matrix [out, in], its scheme and method;
+    key: of its ranges in `QuantizationAware.ranges`, None where they are taken from the weight at each step.
+    """
+
+    at: tuple[str, ...]
+    one: Trained
+    key: str | None
+
+
+class QuantizationAware(torch.nn.Module):
+    """A model as `prepare_qat` makes it: called, moved, saved and trained as any module.
+
+    model: the one that it was made from, whose parameters are trained in place. ranges: the learned ranges, one
+    float32 parameter [out, in / group] a weight, by the weight's name. `state_dict()` holds both.
+
+    In `train()` mode the graph is the model's in that mode, with its dropout, unless it was made without; else the one
+    that it has in `eval()`.
+    """
+
+    def __init__(self, model: torch.nn.Module, pipeline: Pipeline, call: Call, dynamic: Any, dropout: bool):
+        super().__init__()
+        self.model, self.pipeline = model, pipeline
+        self.ranges = torch.nn.ParameterDict()
+        self.report = Report(str(pipeline))
+        self._call, self._dynamic, self._dropout = call, dynamic, dropout
+        self._graphs: dict[bool, Callable[..., Any]] = {}  # no submodules: they hold the model's own parameters
+        self._leaves: dict[Expression, str] = {}
+        self.rounded: tuple[Rounded, ...] = ()
+        self.train(model.training)
+        self._graph()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the arguments that the model takes, laid out as in the example."""
+        return self._graph()(*args, **kwargs)
+
+    def weight(self, rounded: Rounded) -> torch.Tensor:
+        """A rounded weight before it is rounded, [out, in]: the parameter itself, unless another pass folds it."""
+        value: torch.Tensor = rounded.one.weight.evaluate(self._parameter)
+        return value
+
+    def editable(self, rounded: Rounded) -> tuple[torch.nn.Parameter, torch.Tensor]:
+        """The parameter that a rounded weight is, and the matrix [out, in] as a view of it, to be edited in place.
+
+        Raises:
+            UserError: the weight is computed from parameters.
+        """
+        names = rounded.one.weight.parameters()
+        view = self._view(rounded.one.weight)
+        owner = self._parameter(names[0]) if len(names) == 1 else None
+        if view is None or not isinstance(owner, torch.nn.Parameter):
+            raise UserError(
+                f"the weight of {rounded.at[0]} is computed from {', '.join(names)}",
+                ["an optimizer that edits weights in place finds no such parameter"],
+                "drop the pass that computes it, or use method=paretoq",
+            )
+        return owner, view
+
+    def _view(self, weight: Expression) -> torch.Tensor | None:
+        """A weight as a view of its one parameter; None where it is none."""
+        if isinstance(weight, Param):
+            return self._parameter(weight.name).detach()
+        if not isinstance(weight, (Transpose, Reshape)) or (inner := self._view(weight.x)) is None:
+            return None
+        if isinstance(weight, Transpose):
+            return inner.transpose(weight.first, weight.second)
+        view = inner.reshape(weight.shape)
+        return view if view.data_ptr() == inner.data_ptr() else None
+
+    def range(self, rounded: Rounded) -> torch.Tensor:
+        """The ranges of a weight whose method has any of its own."""
+        assert rounded.key is not None
+        return self.ranges[rounded.key]
+
+    def _parameter(self, name: str) -> torch.Tensor:
+        path, _, leaf = name.rpartition(".")
+        found: torch.Tensor = getattr(self.model.get_submodule(path), leaf)
+        return found
+
+    def _graph(self) -> Callable[..., Any]:
+        mode = self.training and self._dropout
+        if mode not in self._graphs:
+            self._graphs[mode] = self._captured(mode)
+        return self._graphs[mode]
+
+    def _captured(self, mode: bool) -> Callable[..., Any]:
+        """The graph of one mode, with a parameter for each range that no graph had before.
+
+        Raises:
+            CaptureError: the model is not one graph in this mode.
+        """
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.train(mode)
+        try:
+            args, kwargs = self._call
+            program = capture(self.model, args, kwargs, self._dynamic)
+        except CaptureError as error:
+            remedy = (
+                "prepare_qat(…, dropout=False) trains the graph that the model has in eval()" if mode else error.remedy
+            )
+            raise CaptureError(error.headline, error.details, remedy) from error
+        finally:
+            for module, was in modes.items():
+                module.training = was
+        program = replace(program, training=True, state=program.state | {TRAINS})
+        chosen = Pipeline([step for step in self.pipeline.passes if step.name != "fuse"])
+        program, self.report = chosen.run(program)
+        self._add_ranges(program)
+        return self._runnable(program)
+
+    def _add_ranges(self, program: Program) -> None:
+        sites: dict[Expression, list[Trained]] = {}
+        for one in trained(program):
+            sites.setdefault(one.weight, []).append(one)
+        found = []
+        for weight, ones in sites.items():
+            first = ones[0]
+            if any((one.scheme, one.method) != (first.scheme, first.method) for one in ones):
+                raise UserError(
+                    f"one weight is rounded in two ways: {weight.parameters()[0]}",
+                    [f"{one.site}: {one.scheme}, {one.method.value}" for one in ones],
+                    "give its sites one scheme",
+                )
+            found.append(Rounded(tuple(one.site for one in ones), first, self._key(first)))
+        self.rounded = tuple(found)
+
+    @torch.no_grad()
+    def _key(self, one: Trained) -> str | None:
+        if one.range is None:
+            return None
+        if one.range not in self._leaves:
+            name = next(iter(one.weight.parameters()), "constant").replace(".", "_")
+            while name in self.ranges:
+                name += "_"
+            start = one.range.evaluate(self._parameter)
+            # An optimizer that sets ranges itself (PARQ) wants no gradient for them.
+            self.ranges[name] = torch.nn.Parameter(start, requires_grad=one.method.value == "paretoq")
+            self._leaves[one.range] = name
+        return self._leaves[one.range]
+
+    def _runnable(self, program: Program) -> Callable[..., Any]:
+        module, expressions = program.lift()
+        graph = flatten(program, module, lambda op: op.name not in KEPT)
+        sources, positions = program.sources, program.arguments
+        constants: dict[Expression, torch.Tensor] = {}
+
+        def run(*flat: Any) -> Any:
+            lookup = lambda name: flat[sources[name].index]
+            memo: dict[Expression, Any] = dict(constants)
+            memo.update({leaf: self.ranges[key] for leaf, key in self._leaves.items()})
+            weights = [expression.evaluate(lookup, memo) for expression in expressions]
+            for expression, weight in zip(expressions, weights, strict=True):
+                if not expression.parameters():
+                    constants[expression] = weight
+            return graph(*[flat[i] for i in positions], *weights)
+
+        assert program.call is not None
+        return program.call(run)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationAware:
+        """A copy with a model of its own; graphs are made again, for they hold the parameters' owners."""
+        twin = QuantizationAware(
+            copy.deepcopy(self.model, memo), self.pipeline, self._call, self._dynamic, self._dropout
+        )
+        twin.load_state_dict(self.state_dict())
+        return twin.train(self.training)
+
+    def __getstate__(self) -> Any:
+        raise UserError(
+            "a module of prepare_qat is not pickled",
+            remedy="torch.save(qat.state_dict(), PATH), and load_state_dict into prepare_qat of the same model",
+        )

@@ -36,6 +36,7 @@ from fuseline.compiler.expressions import (
     Param,
     Planned,
     Quantize,
+    Range,
     Reshape,
     Scale,
     Signs,

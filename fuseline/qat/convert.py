@@ -13,6 +13,7 @@ from ..compiler.plan import Plan, SitePlan
 from ..compiler.planned import probe
 from ..compiler.structure import describe_value
 from ..optimize import optimize
+from ..passes.calibrated import Method
 from .module import QuantizationAware, Rounded
 
 
@@ -49,7 +50,7 @@ def plan_of(qat: QuantizationAware) -> Plan:
     for rounded in qat.rounded:
         if rounded.key is not None:
             decision = _decision(qat, rounded)
-            decided.update({site: decision for site in rounded.at})
+            decided.update(dict.fromkeys(rounded.at, decision))
     plan.add(step, decided)
     return plan
 
@@ -58,6 +59,14 @@ def _decision(qat: QuantizationAware, rounded: Rounded) -> SitePlan:
     weight, scheme = qat.weight(rounded), rounded.one.scheme
     group = scheme.group_of(weight.shape[-1])
     numbers, scale = learned_codes(weight, qat.range(rounded), scheme.format, group)
+    if rounded.one.method is Method.PARQ:
+        made = (numbers.float() * scale.float().unsqueeze(-1)).flatten(-2)
+        if (made - weight.float()).abs().max() > 1e-2 * scale.float().max():
+            raise UserError(
+                f"the weights of {rounded.at[0]} do not lie on their grid",
+                ["PARQ draws them there until its step `end`"],
+                "train until then, with fuseline.qat.PARQ round the optimizer",
+            )
     codes = FORMATS[scheme.format].element.codes(numbers).flatten(-2)
     structure = {"method": rounded.one.method.value, "probe": list(probe(weight))}
     return SitePlan(structure, {"codes": codes.cpu(), "scale": scale.cpu()})

@@ -43,6 +43,8 @@ class QuantizationAware(torch.nn.Module):
     model: the one that it was made from, whose parameters are trained in place. ranges: the learned ranges, one
     float32 parameter [out, in / group] a weight, by the weight's name. `state_dict()` holds both.
 
+    noise: of the rounded weights in training, as a part of each one's root mean square (`WinQ`).
+
     In `train()` mode the graph is the model's in that mode, with its dropout, unless it was made without; else the one
     that it has in `eval()`.
     """
@@ -56,6 +58,7 @@ class QuantizationAware(torch.nn.Module):
         self._graphs: dict[bool, Callable[..., Any]] = {}  # no submodules: they hold the model's own parameters
         self._leaves: dict[Expression, str] = {}
         self.rounded: tuple[Rounded, ...] = ()
+        self.noise = 0.0
         self.train(model.training)
         self._graph()
 
@@ -172,15 +175,18 @@ class QuantizationAware(torch.nn.Module):
         graph = flatten(program, module, lambda op: op.name not in KEPT)
         sources, positions = program.sources, program.arguments
         constants: dict[Expression, torch.Tensor] = {}
+        noisy = {one.weight for one in trained(program)}
 
         def run(*flat: Any) -> Any:
             lookup = lambda name: flat[sources[name].index]
             memo: dict[Expression, Any] = dict(constants)
             memo.update({leaf: self.ranges[key] for leaf, key in self._leaves.items()})
             weights = [expression.evaluate(lookup, memo) for expression in expressions]
-            for expression, weight in zip(expressions, weights, strict=True):
+            for i, expression in enumerate(expressions):
                 if not expression.parameters():
-                    constants[expression] = weight
+                    constants[expression] = weights[i]
+                elif self.noise and self.training and expression in noisy:
+                    weights[i] = _with_noise(weights[i], self.noise)
             return graph(*[flat[i] for i in positions], *weights)
 
         assert program.call is not None
@@ -199,3 +205,8 @@ class QuantizationAware(torch.nn.Module):
             "a module of prepare_qat is not pickled",
             remedy="torch.save(qat.state_dict(), PATH), and load_state_dict into prepare_qat of the same model",
         )
+
+
+def _with_noise(weight: torch.Tensor, part: float) -> torch.Tensor:
+    size = weight.detach().square().mean().sqrt()
+    return weight + part * size * torch.randn_like(weight)

@@ -61,5 +61,8 @@ def _automatic(model: torch.nn.Module, call: Call) -> Any:
     """Every size of every tensor may vary, where it is not 0 or 1: those PyTorch takes for constants."""
     args, kwargs = call
     named = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    every = lambda value: {i: torch.export.Dim.AUTO for i in range(value.dim())} if torch.is_tensor(value) else None
-    return pytree.tree_map(every, named)
+    return pytree.tree_map(_every_size, named)
+
+
+def _every_size(value: Any) -> Any:
+    return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) if isinstance(value, torch.Tensor) else None

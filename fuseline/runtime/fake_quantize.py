@@ -76,7 +76,8 @@ def backward(
         factor = 1 / math.sqrt(x.numel() * rule.top)
         with _on(x):
             _kernels().learned_backward[(alpha.numel(),)](
-                grad, x, alpha, of_x, of_alpha, LEAST, rule.unit, rule.low, rule.high, factor,
+                grad, x, alpha, of_x, of_alpha, LEAST, rule.unit, rule.low, rule.high,
+                rule.below, rule.above, factor,
                 **numbers_of(format), FOLLOWS=rule.follows, **settings(x, group),
             )  # fmt: skip
     return of_x, of_alpha

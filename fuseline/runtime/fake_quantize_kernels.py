@@ -57,7 +57,7 @@ def learned_forward(
 
 @triton.jit
 def learned_backward(
-    grad, x, alpha, of_x, of_alpha, least_range, unit, low, high, factor,
+    grad, x, alpha, of_x, of_alpha, least_range, unit, low, high, below, above, factor,
     SHIFT: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, SIGNS: tl.constexpr, SHORT: tl.constexpr,
     FOLLOWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +75,7 @@ def learned_backward(
         passes = (ratio >= low) & (ratio <= high)
         along = tl.div_rn(number, unit)
         if FOLLOWS:
-            along -= tl.where(passes, ratio, 0.0)
+            along = tl.where(passes, along - ratio, tl.where(ratio < low, below, above))
         total += upper * along
         tl.store(of_x + row * GROUP + at, tl.where(passes, upper, 0.0).to(of_x.dtype.element_ty), mask=inside)
     tl.store(of_alpha + row, tl.sum(total, 0) * factor)

@@ -27,7 +27,7 @@ def test_kernels_compile(target: str, dtype: str) -> None:
     assert LEAST > 0 and rule.unit == 2
     cases = {
         "learned_forward": ((value, alpha, value, number, number), learned),
-        "learned_backward": ((value, value, alpha, value, alpha, *[number] * 5), learned | {"FOLLOWS": True}),
+        "learned_backward": ((value, value, alpha, value, alpha, *[number] * 7), learned | {"FOLLOWS": True}),
         "largest_forward": ((value, value, number, number, number), common),
     }
     for name, (kinds, constants) in cases.items():

@@ -62,7 +62,8 @@ def fake_quantize_backward(
     passes = (ratio >= rule.low) & (ratio <= rule.high)
     along = numbers / rule.unit
     if rule.follows:
-        along = along - torch.where(passes, ratio, torch.zeros_like(ratio))
+        ends = torch.where(ratio < rule.low, rule.below, rule.above).to(ratio.dtype)
+        along = torch.where(passes, along - ratio, ends)
     factor = 1 / math.sqrt(x.numel() * rule.top)
     of_range = (grads * along).sum(-1) * factor
     return torch.where(passes, grads, torch.zeros_like(grads)).to(x.dtype).flatten(-2), of_range.to(range.dtype)

@@ -52,6 +52,8 @@ def plan_of(qat: QuantizationAware) -> Plan:
             decision = _decision(qat, rounded)
             decided.update(dict.fromkeys(rounded.at, decision))
     plan.add(step, decided)
+    if sum(other.name == step.name for other in qat.pipeline.passes) > 1:
+        plan.passes[step.name] = None  # of several passes with one name, each has an identity of its own
     return plan
 
 

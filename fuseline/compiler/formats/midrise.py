@@ -36,7 +36,9 @@ class MidRise(Zeroless):
         return self.half - 0.5
 
     def reach(self, groups: torch.Tensor) -> torch.Tensor:
-        return 2 * self.top / self.half * mean_magnitude(groups)
+        mean = mean_magnitude(groups)
+        reach = 2 * self.top / self.half * mean
+        return torch.where(mean.isfinite(), reach.clamp(max=torch.finfo(reach.dtype).max), reach)
 
     def parts(self, reach: torch.Tensor) -> torch.Tensor:
         return linear_parts(reach, 2.0, 0.4)

@@ -34,6 +34,8 @@ class Corpus:
             total += len(text)
             if total >= limit:
                 break
+        if not all(parts):
+            raise SystemExit(f"error: {limit} bytes are too few: none are held out")
         self.training, self.held_out = (
             torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8).to(device) for part in parts
         )

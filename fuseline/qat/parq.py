@@ -112,7 +112,7 @@ class PARQ(Wrapper):
             weight.latent.copy_(weight.stored)
             if refresh:
                 weight.range.copy_(_range(weight))
-            if rho < 1:
+            if self.steps >= self.start:
                 weight.stored.copy_(_drawn(weight, rho))
         return loss
 

@@ -13,9 +13,9 @@ from training import Corpus
 
 def test_a_few_steps(tmp_path: Path) -> None:
     path = tmp_path / "qat.json"
-    words = "--device cpu --quick --steps 12 --qat-steps 6 --windows 4 --seeds 2 --hidden 32 --layers 1 --converted --bytes 400000"
+    words = "--device cpu --quick --steps 12 --qat-steps 6 --windows 4 --seeds 2 --hidden 32 --layers 1 --converted"
     rows = ["full precision", "PARQ 1", "WinQ 2"]
-    qat.main([*words.split(), "--only", *rows, "--json", str(path)])
+    qat.main([*words.split(), "--bytes", "400000", "--only", *rows, "--json", str(path)])
     record = json.loads(path.read_text())
     found = {row["name"]: row for row in record["rows"]}
     assert list(found) == rows and not any("failed" in row for row in found.values())

@@ -13,7 +13,8 @@ Before                                  after  quantize{weights=int4:g64,activat
 `keys`, `values`  the same for those that a call makes for attention, one scale a head and token, before they go into a
                 cache, which holds them rounded. Each token's codes depend on that token alone: step by step is as all
                 at once. The cache itself keeps its type.
-`method`        how codes are chosen; all but rtn and hqq need calibration data (docs/calibration.md):
+`method`        how codes are chosen; gptq, awq and smooth need calibration data (docs/calibration.md), paretoq and parq
+                training (docs/qat.md):
                 rtn     to the nearest code
                 hqq     ranges fitted to Σ|error|^0.7, with no data
                 gptq    column by column, each making up for what those before it lost, by what the site reads in this
@@ -22,14 +23,17 @@ Before                                  after  quantize{weights=int4:g64,activat
                         that is added to it, `offload` keeps the values between layers on the CPU
                 awq     to nearest, input channels scaled up first by |x|^α, α searched; scaled back where x is made
                 smooth  the same with max|x|^α / max|w|^(1−α), `alpha` given, for activations that are rounded
+                paretoq ranges that training learns, with the weights
+                parq    to nearest on a grid that the optimizer has drawn the weights to
 `only`, `skip`  module paths to take or to leave, with `*`, separated by `|`: `only=*.mlp.*|*.o_proj`.
 
 Formats: `int8` … `int2`; `fp8` (e4m3), `e5m2`, `fp6` (e3m2), `fp4` (e2m1), and any ExMy of 3 to 8 bits, with a real
 number as its exponent's bias in each group; `mxfp8`, `mxfp6`, `mxfp4` (blocks of 32, a power of two as their scale),
-`nvfp4` (blocks of 16, E4M3 scales and one for the tensor, of activations for the token); `ternary`, `binary`. Codes are
-packed without unused bits. Kernels read int8 and int4 weights; those of other formats are expanded before each product
-(`fuseline.decode`), which saves memory, not time. A NaN or an infinity in a weight makes NaN of all that shares its
-scale, and so it does in activations, but for integers with a scale a token or group.
+`nvfp4` (blocks of 16, E4M3 scales and one for the tensor, of activations for the token); `ternary`, `binary`, and
+`midrise4` … `midrise2`, half-way between whole numbers (±½, ±1½, …). Codes are packed without unused bits. Kernels read
+int8 and int4 weights; those of other formats are expanded before each product (`fuseline.decode`), which saves memory,
+not time. A NaN or an infinity in a weight makes NaN of all that shares its scale, and so it does in activations, but
+for integers with a scale a token or group.
 
 Every linear whose weight is a parameter is a site, and so is a product with a parameter of the transposed layout
 (`addmm`, `mm`) and a convolution (`conv1d`, `conv2d`, `conv3d`): its kernel is the matrix [out, in · positions], and
@@ -38,13 +42,17 @@ The head, a linear over the vocabulary of an embedding of the same program, is q
 so are embeddings. Codes, scales and zero points are weight expressions: computed once, shared by all graphs of the
 model, again when the parameter changes; those that gptq chose are the plan's, and refused for another weight.
 
+Under autograd what gradients pass through is refused: rounding has none. In a program of `fuseline.prepare_qat` they
+pass: weights, activations, keys and values are rounded by ops that have gradients (docs/qat.md).
+
 awq and smooth scale where it is exact: in the scale of a norm, or the rows of a product, whose result nothing else
 reads; everywhere else the site is rounded as it is, with the reason. A weight of several uses is refused by gptq.
 
 Lossy. Sources: ZeroQuant (Yao et al., 2022), group-wise weights and token-wise activations; LLM-QAT (Liu et al., 2023),
 token-wise keys and values; HQQ (Badri and Shaji, 2023); GPTQ (Frantar et al., 2023); AWQ (Lin et al., 2024);
 SmoothQuant (Xiao et al., 2023); LLM-FP4 (Liu et al., 2023), real biases; OCP Microscaling Formats 1.0; BitNet b1.58 (Ma
-et al., 2024), ternary; XNOR-Net (Rastegari et al., 2016), binary.
+et al., 2024), ternary; XNOR-Net (Rastegari et al., 2016), binary; ParetoQ (Liu et al., 2025) and PARQ (Jin et al.,
+2025), training.
 """
 
 from __future__ import annotations

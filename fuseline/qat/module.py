@@ -78,8 +78,8 @@ class QuantizationAware(torch.nn.Module):
             UserError: the weight is computed from parameters.
         """
         names = rounded.one.weight.parameters()
-        view = self._view(rounded.one.weight)
         owner = self._parameter(names[0]) if len(names) == 1 else None
+        view = None if owner is None else as_matrix(rounded.one.weight, owner.detach())
         if view is None or not isinstance(owner, torch.nn.Parameter):
             raise UserError(
                 f"the weight of {rounded.at[0]} is computed from {', '.join(names)}",
@@ -87,17 +87,6 @@ class QuantizationAware(torch.nn.Module):
                 "drop the pass that computes it, or use method=paretoq",
             )
         return owner, view
-
-    def _view(self, weight: Expression) -> torch.Tensor | None:
-        """A weight as a view of its one parameter; None where it is none."""
-        if isinstance(weight, Param):
-            return self._parameter(weight.name).detach()
-        if not isinstance(weight, (Transpose, Reshape)) or (inner := self._view(weight.x)) is None:
-            return None
-        if isinstance(weight, Transpose):
-            return inner.transpose(weight.first, weight.second)
-        view = inner.reshape(weight.shape)
-        return view if view.data_ptr() == inner.data_ptr() else None
 
     def range(self, rounded: Rounded) -> torch.Tensor:
         """The ranges of a weight whose method has any of its own."""
@@ -205,6 +194,18 @@ class QuantizationAware(torch.nn.Module):
             "a module of prepare_qat is not pickled",
             remedy="torch.save(qat.state_dict(), PATH), and load_state_dict into prepare_qat of the same model",
         )
+
+
+def as_matrix(weight: Expression, value: torch.Tensor) -> torch.Tensor | None:
+    """A tensor of the shape of a weight's one parameter as the weight's matrix, a view of it; None where it is none."""
+    if isinstance(weight, Param):
+        return value
+    if not isinstance(weight, (Transpose, Reshape)) or (inner := as_matrix(weight.x, value)) is None:
+        return None
+    if isinstance(weight, Transpose):
+        return inner.transpose(weight.first, weight.second)
+    view = inner.reshape(weight.shape)
+    return view if view.data_ptr() == inner.data_ptr() else None
 
 
 def _with_noise(weight: torch.Tensor, part: float) -> torch.Tensor:

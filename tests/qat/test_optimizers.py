@@ -10,7 +10,7 @@ import torch
 import fuseline
 from fuseline import UserError
 from fuseline.compiler.ops import fake_quantize, round_through
-from fuseline.qat import PARQ, WinQ
+from fuseline.qat import PARQ, ConfidenceAnnealing, WinQ
 
 GRIDS = {"int4:sym": 7, "int3:sym": 3, "midrise2": 1.5, "ternary": 1, "binary": 1}
 """Scheme → the largest number."""
@@ -208,3 +208,39 @@ def test_computed_weights_are_refused() -> None:
     qat = fuseline.prepare_qat(Normed(), text, torch.arange(9).view(1, 9))
     with pytest.raises(UserError, match="is computed from"):
         PARQ(torch.optim.SGD(qat.parameters(), 0.1), qat, start=0, end=2)
+
+
+@pytest.mark.parametrize("method", ("paretoq", "rtn"))
+@pytest.mark.parametrize("weights", GRIDS)
+def test_sure_weights_stay(weights: str, method: str) -> None:
+    """A weight may move only where a nudge of the boundary's size would change its code."""
+    qat = prepared(weights, method)
+    weight, boundary = qat.model.fc.weight, 0.05
+    before = weight.detach().clone()
+    optimizer = ConfidenceAnnealing(torch.optim.SGD(qat.parameters(), 0.1), qat, boundary=boundary)
+    backward(qat)
+    optimizer.step()
+    if method == "rtn":
+        mean, largest = (f(before.abs(), 1) for f in (torch.mean, torch.amax))
+        scale = {"midrise2": mean, "ternary": mean, "binary": mean}.get(weights, largest / GRIDS[weights])
+    else:
+        unit = {"midrise2": 2, "ternary": 1.5}.get(weights, 1)
+        scale = prepared(weights, method).ranges["fc_weight"].detach().squeeze(1) / unit
+    grid = levels(weights, scale.unsqueeze(1))
+    code = lambda w: (w.unsqueeze(-1) - grid.unsqueeze(1)).abs().argmin(-1)
+    nudge = boundary * (2 if weights == "binary" else 1) * scale.unsqueeze(1)
+    unsure = code(before - nudge) != code(before + nudge)
+    assert 0 < unsure.float().mean() < 0.3
+    assert torch.equal((weight != before), unsure & (weight.grad != 0))
+
+
+def test_annealing_by_confidence_says_what_it_needs() -> None:
+    qat = prepared("int4:sym", "paretoq")
+    decaying = torch.optim.AdamW(qat.parameters(), 0.1)
+    with pytest.raises(UserError, match="weight decay moves weights"):
+        ConfidenceAnnealing(decaying, qat)
+    with pytest.raises(UserError, match="is not between 0 and 0.5"):
+        ConfidenceAnnealing(torch.optim.SGD(qat.parameters(), 0.1), qat, boundary=0.0)
+    fp4 = prepared("fp4", "rtn")
+    with pytest.raises(UserError, match="grids of equal steps"):
+        ConfidenceAnnealing(torch.optim.SGD(fp4.parameters(), 0.1), fp4)

@@ -41,6 +41,7 @@ from fuseline.compiler.expressions import (
     Scale,
     Signs,
     Slice,
+    Steps,
     Transpose,
 )  # fmt: skip
 from fuseline.compiler.formats import FORMATS
@@ -77,6 +78,7 @@ leaves = st.one_of(
     planned,
     constants,
     st.builds(HadamardCore, st.sampled_from((3, 12, 20)), devices, st.sampled_from((torch.int8, *DTYPES))),
+    st.builds(Steps, names, st.integers(2, 4), devices),
     st.builds(Signs, st.integers(1, 8), st.integers(0, 2**40), st.sampled_from(DTYPES), devices),
 )
 

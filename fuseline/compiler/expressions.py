@@ -21,6 +21,7 @@ from .formats.learned import initial_range
 from .hadamard import core, factor, random_orthogonal, random_signs
 from .half_quadratic import half_quadratic
 from .ops import decode, dequantize, hadamard
+from .ops.staircase import begun
 from .planned import keep, kept, probe, same_weight
 from .schemes import Scheme
 
@@ -402,6 +403,21 @@ class Range(Expression):
 
 
 @dataclass(frozen=True)
+class Steps(Expression):
+    """What training a site's thresholds starts from (`ops/staircase.py`), for values up to 1: float32 [2^bits + 2].
+
+    A module that is trained has a parameter of its own in the place of this.
+    """
+
+    site: str
+    bits: int
+    device: str
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return torch.tensor(begun(self.bits, 1.0, True), device=self.device)
+
+
+@dataclass(frozen=True)
 class Output(Expression):
     """One of several tensors."""
 
@@ -469,7 +485,7 @@ GRAMMAR: dict[str, type[Expression]] = {
     for kind in (
         Param, Constant, Cast, Matmul, Scale, Add, Offset, Centre, Slice, Concat, Transpose, Reshape, HadamardCore,
         Signs, Hadamard, Orthogonal, Planned, Blocks, Quantize,
-        HalfQuadratic, Decided, Range, Output, Pack, Dequantize, Decode,
+        HalfQuadratic, Decided, Range, Steps, Output, Pack, Dequantize, Decode,
     )
 }  # fmt: skip
 

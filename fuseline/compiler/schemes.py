@@ -21,7 +21,8 @@ class Scheme:
 
     format: a name of `formats.FORMATS`; group: channels that share a scale (0: the whole last dimension, "channel" for
     weights and "token" for activations; block formats have their own); rows: rows that share it too (0: all, "tensor");
-    symmetric: without a zero point; mse: a weight's range is narrowed to what costs the least squared error.
+    symmetric: without a zero point; mse: a weight's range is narrowed to what costs the least squared error;
+    thresholds: of values of the run, levels between thresholds that training places (`ops/staircase.py`).
     """
 
     format: str
@@ -29,6 +30,7 @@ class Scheme:
     symmetric: bool = True
     mse: bool = False
     rows: int = 1
+    thresholds: bool = False
 
     def __post_init__(self) -> None:
         if self.of.group and not self.group:
@@ -36,7 +38,7 @@ class Scheme:
 
     @staticmethod
     def parse(text: str, *, weights: bool) -> Scheme:
-        """Reads `FORMAT[:gN|:bN|:channel|:token|:tensor][:sym|:asym][:mse]`.
+        """Reads `FORMAT[:gN|:bN|:channel|:token|:tensor][:sym|:asym][:mse|:thresholds]`.
 
         Weights of integers of 4 bits or less are asymmetric unless `sym` is given, all else is symmetric unless `asym`
         is. `bN`, `channel` and `mse` are for weights, `token` for values of the run.
@@ -48,7 +50,7 @@ class Scheme:
         form = named(word)
         if form is None:
             raise UserError(f"unknown number format '{word}' in '{text}'{nearest(word, (*FORMATS, *ALIASES))}")
-        symmetric, mse = not (weights and form.affine and form.element.bits <= 4), False
+        symmetric, mse, thresholds = not (weights and form.affine and form.element.bits <= 4), False, False
         whole = "channel" if weights else "token"
         group, rows = form.group, 1
         for part in rest:
@@ -61,6 +63,8 @@ class Scheme:
                 symmetric = part == "sym"
             elif part == "mse" and weights:
                 mse = True
+            elif part == "thresholds" and not weights:
+                thresholds = True
             elif form.group and part in (whole, "tensor", "g64") or form.group and size and part != f"g{form.group}":
                 raise UserError(
                     f"'{text}': {form.name} has blocks of {form.group} channels",
@@ -73,13 +77,15 @@ class Scheme:
             elif size and (part[0] == "g" or weights):
                 group, rows = size, size if part[0] == "b" else 1
             else:
-                known = ("sym", "asym", whole, "tensor", "g64", *(("b128", "mse") if weights else ()))
+                known = ("sym", "asym", whole, "tensor", "g64", *(("b128", "mse") if weights else ("thresholds",)))
                 raise UserError(f"unknown part '{part}' in '{text}'{nearest(part, known)}")
         if not weights and rows == 0 and not symmetric:
             raise UserError(
                 f"'{text}': one scale for a tensor of activations has no zero point", remedy=f"{word}:tensor"
             )
-        return Scheme(form.name, group, symmetric, mse, rows)
+        if thresholds and (not form.affine or form.element.bits > 4 or set(rest) != {"thresholds"}):
+            raise UserError(f"'{text}': thresholds are learned for integers of 2 to 4 bits", remedy="int2:thresholds")
+        return Scheme(form.name, group, symmetric, mse, rows, thresholds)
 
     def __str__(self) -> str:
         parts = [self.format]
@@ -89,7 +95,9 @@ class Scheme:
             parts.append(f"b{self.group}")
         elif self.group != self.of.group:
             parts.append(f"g{self.group}")
-        if self.of.affine:
+        if self.thresholds:
+            parts.append("thresholds")
+        elif self.of.affine:
             parts.append("sym" if self.symmetric else "asym")
         return ":".join([*parts, *(["mse"] if self.mse else [])])
 

@@ -9,7 +9,8 @@ Before                                  after  quantize{weights=int4:g64,activat
                 being asymmetric unless said otherwise. Rounded to nearest; `:mse` takes the range, group by group, that
                 costs the least error.
 `activations`   inputs of the products, rounded at run time: a number format with a scale a token, `:gN` or `:tensor`;
-                symmetric unless an integer has `:asym`.
+                symmetric unless an integer has `:asym`. `int2:thresholds` … `int4:thresholds`: between thresholds that
+                training places, for all tokens (docs/qat.md).
 `keys`, `values`  the same for those that a call makes for attention, one scale a head and token, before they go into a
                 cache, which holds them rounded. Each token's codes depend on that token alone: step by step is as all
                 at once. The cache itself keeps its type.
@@ -116,7 +117,7 @@ class Quantize(Pass):
             )
         schemes = self.schemes()
         check_options(self)
-        if self.is_trained:
+        if self.method in TRAINED:
             check_trained(self.method, schemes["weights"])
 
     @property
@@ -126,8 +127,12 @@ class Quantize(Pass):
 
     @property
     def is_trained(self) -> bool:  # type: ignore[override]
-        """Whether codes come out of training."""
-        return self.method in TRAINED
+        """Whether codes, or thresholds of activations, come out of training."""
+        return self.method in TRAINED or self.learns_thresholds
+
+    @property
+    def learns_thresholds(self) -> bool:
+        return bool(self.activations) and Scheme.parse(self.activations or "", weights=False).thresholds
 
     def decide(self, study: Study) -> dict[str, SitePlan]:
         return decide(self, study)
@@ -138,7 +143,8 @@ class Quantize(Pass):
         if not self.needs_data:
             return self
         weights = None if self.activations and self.method is Method.GPTQ else self.weights
-        return Quantize(weights, self.activations, self.keys, self.values, self.only, self.skip, allow_empty=True)
+        activations = self.activations and self.activations.replace(":thresholds", "")
+        return Quantize(weights, activations, self.keys, self.values, self.only, self.skip, allow_empty=True)
 
     def findings(self, decisions: Mapping[str, SitePlan]) -> Findings:
         return findings(decisions)
@@ -151,6 +157,8 @@ class Quantize(Pass):
         """The schemes of weights, activations, keys and values."""
         found = {name: Scheme.parse(t, weights=name == "weights") if t else None for name, t in self.asked().items()}
         for name in ("keys", "values"):
+            if (scheme := found[name]) and scheme.thresholds:
+                raise UserError(f"'{name}={getattr(self, name)}': thresholds are learned for activations")
             if (scheme := found[name]) and scheme.rows != 1:
                 raise UserError(
                     f"'{name}={getattr(self, name)}': one scale for all tokens would change the codes of those before",
@@ -221,8 +229,8 @@ class Quantize(Pass):
                 done = rewriter.rewrite(
                     site.node,
                     [site.node],
-                    lambda new, site=site, chosen=chosen: quantized(  # type: ignore[misc]
-                        new, site, chosen, self, quantized_inputs
+                    lambda new, site=site, chosen=chosen, name=name: quantized(  # type: ignore[misc]
+                        new, site, chosen, self, quantized_inputs, name, rewriter.decisions.get(name)
                     ),
                     "convolution" if site.kernel else "linear",
                 )

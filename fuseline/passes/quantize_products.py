@@ -8,9 +8,10 @@ import torch
 from torch.fx import Node
 
 from ..compiler.expressions import Expression
+from ..compiler.plan import SitePlan
 from ..compiler.rewriter import Builder
 from .quantize_sites import Site
-from .quantize_training import trained_weight
+from .quantize_training import by_thresholds, trained_weight
 from .quantize_values import round_trip, rounded_weight
 
 if TYPE_CHECKING:
@@ -19,15 +20,27 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def quantized(new: Builder, site: Site, codes: Expression | None, step: Quantize, inputs: dict[Node, Node]) -> Node:
-    """codes: the expression of the weight's codes, None to leave the weight; inputs: those that were rounded so far."""
+def quantized(
+    new: Builder,
+    site: Site,
+    codes: Expression | None,
+    step: Quantize,
+    inputs: dict[Node, Node],
+    name: str,
+    decision: SitePlan | None,
+) -> Node:
+    """codes: the expression of the weight's codes, None to leave the weight; inputs: those that were rounded so far;
+    name, decision: the site's, and the plan's for it, where there is one."""
     schemes = step.schemes()
     weights, activations = schemes["weights"], schemes["activations"]
     x, (_, channels) = site.x, site.shape
     dtype = x.meta["val"].dtype
     if activations is not None:
         if x not in inputs:
-            inputs[x] = round_trip(new, x, activations)
+            placed = activations.thresholds
+            inputs[x] = (
+                by_thresholds(new, x, activations, name, decision) if placed else round_trip(new, x, activations)
+            )
         x = inputs[x]
     if codes is None or weights is None:
         table = new.weight(site.weight)

@@ -14,8 +14,9 @@ from torch.fx import Node
 
 from ..compiler import ops
 from ..compiler.errors import UserError
-from ..compiler.expressions import Expression, Range
+from ..compiler.expressions import Expression, Planned, Range, Steps
 from ..compiler.formats.learned import learned
+from ..compiler.plan import SitePlan
 from ..compiler.program import Program
 from ..compiler.rewriter import Builder
 from ..compiler.schemes import Scheme
@@ -57,6 +58,21 @@ def trained_weight(new: Builder, table: Node, scheme: Scheme, method: Method) ->
         return table
     group = scheme.group_of(int(table.meta["val"].shape[-1]))
     return new(ops.fake_quantize, table, new.weight(Range(table.meta["weight"], scheme)), scheme.format, group)
+
+
+def by_thresholds(new: Builder, x: Node, scheme: Scheme, name: str, decision: SitePlan | None) -> Node:
+    """Values of the run between learned thresholds: those in training, or those that a plan has for the site."""
+    device = str(x.meta["val"].device)
+    if new.trains:
+        return new(ops.fake_staircase, x, new.weight(Steps(name, scheme.bits, device)), scheme.bits)
+    if decision is None or "edges" not in decision.tensors:
+        raise UserError(
+            f"the plan has no thresholds for what {name} reads",
+            ["they were trained in a graph in which another site came first"],
+            "train and convert with the same pipeline and model",
+        )
+    parts = (new.weight(Planned.of(decision.tensors[part], device)) for part in ("edges", "step", "low"))
+    return new(ops.staircase, x, *parts)
 
 
 def check_trained(method: Method, weights: Scheme | None) -> None:

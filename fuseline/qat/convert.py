@@ -9,6 +9,7 @@ import torch
 from ..compiler.errors import UserError
 from ..compiler.formats import FORMATS
 from ..compiler.ops.fake_quantize import learned_codes
+from ..compiler.ops.staircase import placed
 from ..compiler.plan import Plan, SitePlan
 from ..compiler.planned import probe
 from ..compiler.structure import describe_value
@@ -51,6 +52,11 @@ def plan_of(qat: QuantizationAware) -> Plan:
         if rounded.key is not None:
             decision = _decision(qat, rounded)
             decided.update(dict.fromkeys(rounded.at, decision))
+    for site, (steps, bits) in qat.thresholds().items():
+        parts = zip(("edges", "step", "low"), placed(steps, bits), strict=True)
+        decision = decided.get(site, SitePlan())
+        placed_too = {**decision.tensors, **{name: tensor.cpu() for name, tensor in parts}}
+        decided[site] = SitePlan(decision.structure, placed_too)
     plan.add(step, decided)
     if sum(other.name == step.name for other in qat.pipeline.passes) > 1:
         plan.passes[step.name] = None  # of several passes with one name, each has an identity of its own

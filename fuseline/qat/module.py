@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
 
 from ..calibrate import Call
 from ..compiler.capture import capture
 from ..compiler.errors import CaptureError, UserError
-from ..compiler.expressions import Expression, Param, Reshape, Transpose
+from ..compiler.expressions import Expression, Param, Reshape, Steps, Transpose
 from ..compiler.flatten import flatten
-from ..compiler.ops import fake_quantize, round_through
+from ..compiler.ops import fake_quantize, fake_staircase, round_through
+from ..compiler.ops.staircase import begun
 from ..compiler.pipeline import Pipeline
 from ..compiler.program import TRAINS, Program
 from ..compiler.report import Report
 from ..passes.quantize_training import Trained, trained
 
-KEPT = (fake_quantize.name, round_through.name)
+KEPT = (fake_quantize.name, round_through.name, fake_staircase.name)
 """Dialect ops that training runs as they are; others are written out in ATen, whose derivatives are its own."""
 
 
@@ -41,7 +44,8 @@ class QuantizationAware(torch.nn.Module):
     """A model as `prepare_qat` makes it: called, moved, saved and trained as any module.
 
     model: the one that it was made from, whose parameters are trained in place. ranges: the learned ranges, one
-    float32 parameter [out, in / group] a weight, by the weight's name. `state_dict()` holds both.
+    float32 parameter [out, in / group] a weight, by the weight's name, and thresholds, by their site's. `state_dict()`
+    holds both.
 
     noise: of the rounded weights in training, as a part of each one's root mean square (`WinQ`).
 
@@ -57,6 +61,7 @@ class QuantizationAware(torch.nn.Module):
         self._call, self._dynamic, self._dropout = call, dynamic, dropout
         self._graphs: dict[bool, Callable[..., Any]] = {}  # no submodules: they hold the model's own parameters
         self._leaves: dict[Expression, str] = {}
+        self._placed: set[Expression] = set()
         self.rounded: tuple[Rounded, ...] = ()
         self.noise = 0.0
         self.train(model.training)
@@ -92,6 +97,10 @@ class QuantizationAware(torch.nn.Module):
         """The ranges of a weight whose method has any of its own."""
         assert rounded.key is not None
         return self.ranges[rounded.key]
+
+    def thresholds(self) -> dict[str, tuple[torch.Tensor, int]]:
+        """The steps of learned thresholds, and their bits, by the site that reads between them first."""
+        return {e.site: (self.ranges[key], e.bits) for e, key in self._leaves.items() if isinstance(e, Steps)}
 
     def _parameter(self, name: str) -> torch.Tensor:
         path, _, leaf = name.rpartition(".")
@@ -144,20 +153,27 @@ class QuantizationAware(torch.nn.Module):
                 )
             found.append(Rounded(tuple(one.site for one in ones), first, self._key(first)))
         self.rounded = tuple(found)
+        for node in program.weights():
+            if isinstance(steps := node.meta["weight"], Steps) and steps not in self._leaves:
+                self._leaf(steps, f"{steps.site} thresholds", steps.evaluate(self._parameter), True)
 
     @torch.no_grad()
     def _key(self, one: Trained) -> str | None:
         if one.range is None:
             return None
         if one.range not in self._leaves:
-            name = next(iter(one.weight.parameters()), "constant").replace(".", "_")
-            while name in self.ranges:
-                name += "_"
-            start = one.range.evaluate(self._parameter)
+            name = next(iter(one.weight.parameters()), "constant")
             # An optimizer that sets ranges itself (PARQ) wants no gradient for them.
-            self.ranges[name] = torch.nn.Parameter(start, requires_grad=one.method.value == "paretoq")
-            self._leaves[one.range] = name
+            self._leaf(one.range, name, one.range.evaluate(self._parameter), one.method.value == "paretoq")
         return self._leaves[one.range]
+
+    def _leaf(self, expression: Expression, name: str, start: torch.Tensor, trained: bool) -> None:
+        """A parameter in the place of an expression."""
+        key = re.sub(r"\W", "_", name)
+        while key in self.ranges:
+            key += "_"
+        self.ranges[key] = torch.nn.Parameter(start, requires_grad=trained)
+        self._leaves[expression] = key
 
     def _runnable(self, program: Program) -> Callable[..., Any]:
         module, expressions = program.lift()
@@ -172,14 +188,39 @@ class QuantizationAware(torch.nn.Module):
             memo.update({leaf: self.ranges[key] for leaf, key in self._leaves.items()})
             weights = [expression.evaluate(lookup, memo) for expression in expressions]
             for i, expression in enumerate(expressions):
-                if not expression.parameters():
+                if not expression.parameters() and expression not in self._leaves:
                     constants[expression] = weights[i]
                 elif self.noise and self.training and expression in noisy:
                     weights[i] = _with_noise(weights[i], self.noise)
             return graph(*[flat[i] for i in positions], *weights)
 
         assert program.call is not None
-        return program.call(run)
+        captured = program.call(run)
+        if unplaced := [e for e in expressions if isinstance(e, Steps) and e not in self._placed]:
+            self._place(program, graph, expressions, unplaced)
+        return captured
+
+    @torch.no_grad()
+    def _place(
+        self, program: Program, graph: GraphModule, expressions: list[Expression], unplaced: list[Expression]
+    ) -> None:
+        """Sets thresholds evenly over what the sites read in the example, one after another."""
+        assert program.examples is not None
+        flat = list(program.examples)
+        lookup = lambda name: flat[program.sources[name].index]
+        memo: dict[Expression, Any] = {leaf: self.ranges[key] for leaf, key in self._leaves.items()}
+        steps = {id(memo[e]): e for e in unplaced}
+
+        class Placing(torch.fx.Interpreter):
+            def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if target is fake_staircase.overload and id(args[1]) in steps:
+                    signed = bool((args[0] < 0).any())
+                    args[1].copy_(torch.tensor(begun(args[2], args[0].abs().max().item(), signed)))
+                return super().call_function(target, args, kwargs)
+
+        weights = [expression.evaluate(lookup, memo) for expression in expressions]
+        Placing(graph).run(*[flat[i] for i in program.arguments], *weights)
+        self._placed.update(unplaced)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationAware:
         """A copy with a model of its own; graphs are made again, for they hold the parameters' owners."""

@@ -14,9 +14,10 @@ from .quantize_affine import quantize_affine
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .round_through import round_through
+from .staircase import fake_staircase, staircase
 
 __all__ = [
     "REGISTRY", "Kind", "Op", "attention", "decode", "dequantize", "encode", "fake_quantize",
-    "fake_quantize_backward", "find", "glu", "hadamard", "layer_norm", "op", "pack_nibbles", "quantize",
-    "quantize_affine", "rms_norm", "rotary", "round_through",
+    "fake_quantize_backward", "fake_staircase", "find", "glu", "hadamard", "layer_norm", "op", "pack_nibbles",
+    "quantize", "quantize_affine", "rms_norm", "rotary", "round_through", "staircase",
 ]  # fmt: skip

@@ -79,7 +79,7 @@ from .calibrated import CALIBRATED, TRAINED, Method, check_options, decide, find
 from .quantize_attention import rounded_attention
 from .quantize_products import quantized
 from .quantize_sites import Site, heads, out_of_reach, path_of, sites
-from .quantize_training import Trained, check_trained, record, trained_weight
+from .quantize_training import Trained, check_trained, needs_gradient, needs_training, record, trained_weight
 from .quantize_values import rounded_weight
 
 aten = torch.ops.aten
@@ -187,7 +187,7 @@ class Quantize(Pass):
             if node.target is aten.embedding.default and self._names(path_of(node.args[0])) and weights:
                 self._embedding(program, rewriter, node, weights)
         if schemes["keys"] or schemes["values"]:
-            untrained = _needs_training(program)
+            untrained = needs_training(program)
             rounded_attention(program, rewriter, schemes["keys"], schemes["values"], self._left_out, untrained)
 
     def admitted(self, program: Program) -> Iterator[Site]:
@@ -247,7 +247,7 @@ class Quantize(Pass):
             rewriter.refuse(node, "the embedding's table is computed, not a parameter")
             return
         rows, channels = (int(s) for s in table.meta["val"].shape)  # type: ignore[union-attr]
-        reason = scheme.refuse(channels, rows) or _needs_gradient(program, expression)
+        reason = scheme.refuse(channels, rows) or needs_gradient(program, expression)
         if reason:
             rewriter.refuse(node, reason)
             return
@@ -283,8 +283,8 @@ class Quantize(Pass):
             return "a convolution's input has no tokens to share a scale: leave the convolutions out, skip=…"
         reason = weights.refuse(site.shape[1], site.shape[0]) if weights else None
         reason = reason or (activations.refuse_group(site.shape[1]) if activations else None)
-        reason = reason or (_needs_training(program) if activations else None)
-        return reason or (_needs_gradient(program, site.weight) if weights else None)
+        reason = reason or (needs_training(program) if activations else None)
+        return reason or (needs_gradient(program, site.weight) if weights else None)
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
         found = list(sites(program))
@@ -297,7 +297,7 @@ class Quantize(Pass):
         return (f"asked for: {asked} on {len(found)} linears, such as {closest.path} ({closest.shape[1]} inputs)",)
 
     def remedy(self, program: Program) -> str | None:
-        if _needs_training(program):
+        if needs_training(program):
             return f'fuseline.prepare_qat(model, "{self}", example), trained as any module, then fuseline.convert'
         weights = self.schemes()["weights"]
         widths = [site.shape[1] for site in sites(program)]
@@ -309,22 +309,3 @@ class Quantize(Pass):
         if weights.of.group:  # its own numbers, in other groups
             return str(replace(self, weights=f"{weights.of.element.name}:g{common[0]}"))
         return str(replace(self, weights=f"{self.weights}".replace(f"g{weights.group}", f"g{common[0]}")))
-
-
-def _needs_gradient(program: Program, weight: Expression) -> str | None:
-    if _needs_training(program) and any(program.sources[n].trainable for n in weight.parameters()):
-        return (
-            "its weight wants a gradient, and rounding has none: train it with fuseline.prepare_qat, freeze it "
-            "(requires_grad_(False)), or compile under torch.no_grad()"
-        )
-    return None
-
-
-def _needs_training(program: Program) -> str | None:
-    """Why a value that gradients pass through is not rounded."""
-    if program.training and TRAINS not in program.state:
-        return (
-            "gradients pass through it, and rounding has none: train with fuseline.prepare_qat, or call under "
-            "torch.no_grad()"
-        )
-    return None

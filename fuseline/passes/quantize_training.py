@@ -17,7 +17,7 @@ from ..compiler.errors import UserError
 from ..compiler.expressions import Expression, Planned, Range, Steps
 from ..compiler.formats.learned import learned
 from ..compiler.plan import SitePlan
-from ..compiler.program import Program
+from ..compiler.program import TRAINS, Program
 from ..compiler.rewriter import Builder
 from ..compiler.schemes import Scheme
 from .calibrated import TRAINED, Method
@@ -99,3 +99,23 @@ def check_trained(method: Method, weights: Scheme | None) -> None:
     else:
         return
     raise UserError(f"method={method.value}: '{weights}' {why}", remedy=f"weights={near}{symmetric}")
+
+
+def needs_gradient(program: Program, weight: Expression) -> str | None:
+    """Why a weight that wants a gradient is not rounded."""
+    if needs_training(program) and any(program.sources[n].trainable for n in weight.parameters()):
+        return (
+            "its weight wants a gradient, and rounding has none: train it with fuseline.prepare_qat, freeze it "
+            "(requires_grad_(False)), or compile under torch.no_grad()"
+        )
+    return None
+
+
+def needs_training(program: Program) -> str | None:
+    """Why a value that gradients pass through is not rounded."""
+    if program.training and TRAINS not in program.state:
+        return (
+            "gradients pass through it, and rounding has none: train with fuseline.prepare_qat, or call under "
+            "torch.no_grad()"
+        )
+    return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch.fx import GraphModule
 
 from ..calibrate import Call
@@ -102,6 +103,19 @@ class QuantizationAware(torch.nn.Module):
         """The steps of learned thresholds, and their bits, by the site that reads between them first."""
         return {e.site: (self.ranges[key], e.bits) for e, key in self._leaves.items() if isinstance(e, Steps)}
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizationAware:
+        """`to()`, `cuda()`, `bfloat16()` and the like end here: graphs are made again where something moved."""
+        kinds = lambda: [(p.device, p.dtype) for p in self.model.parameters()]
+        before = kinds()
+        super()._apply(fn, recurse)
+        if kinds() != before:
+            self._graphs.clear()
+            devices = {p.device for p in self.model.parameters()}
+            if len(devices) == 1:
+                (device,) = devices
+                self._call = pytree.tree_map(lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, self._call)
+        return self
+
     def _parameter(self, name: str) -> torch.Tensor:
         path, _, leaf = name.rpartition(".")
         found: torch.Tensor = getattr(self.model.get_submodule(path), leaf)
@@ -154,7 +168,15 @@ class QuantizationAware(torch.nn.Module):
             found.append(Rounded(tuple(one.site for one in ones), first, self._key(first)))
         self.rounded = tuple(found)
         for node in program.weights():
-            if isinstance(steps := node.meta["weight"], Steps) and steps not in self._leaves:
+            if not isinstance(steps := node.meta["weight"], Steps) or steps in self._leaves:
+                continue
+            elsewhere = [
+                e for e in self._leaves if isinstance(e, Steps) and (e.site, e.bits) == (steps.site, steps.bits)
+            ]
+            if elsewhere:  # on another device
+                self._leaves[steps] = self._leaves[elsewhere[0]]
+                self._placed.add(steps)
+            else:
                 self._leaf(steps, f"{steps.site} thresholds", steps.evaluate(self._parameter), True)
 
     @torch.no_grad()

@@ -288,6 +288,15 @@ def test_bfloat16() -> None:
     assert qat.ranges["layers_0_q_weight"].dtype == torch.float32
 
 
+def test_a_converted_type_has_graphs_of_its_own() -> None:
+    qat = fuseline.prepare_qat(decoder(), "raise,quantize{weights=midrise2,activations=int2:thresholds}", ids(2, 6))
+    before, steps = qat(ids(2, 6)), {name: range.detach().clone() for name, range in qat.ranges.items()}
+    after = qat.double()(ids(2, 6))
+    assert after.dtype == torch.float64 and steps.keys() == qat.ranges.keys()
+    assert all(torch.equal(steps[name].double(), range) for name, range in qat.ranges.items())
+    assert (after - before).abs().mean() < 0.05 * before.abs().max()  # a few values may cross a threshold
+
+
 def test_convert_takes_what_prepare_made() -> None:
     with pytest.raises(UserError, match="convert takes what prepare_qat made, not TinyDecoder"):
         fuseline.convert(decoder())

@@ -161,6 +161,7 @@ def main(words: list[str] | None = None) -> None:
         "parameters": sum(p.numel() for p in benchmark.models[0].parameters()),
         "loss_before": benchmark.reference,
     }
+    benchmark.continued = next((row["losses"] for row in run.rows if row["name"] == "full precision"), [])  # --resume
     for name in names:
         run.measure(name, lambda row, name=name: benchmark.fill(row, name))
     run.table(COLUMNS)

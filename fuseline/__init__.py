@@ -17,12 +17,13 @@ from .compiler.rule import Rule
 from .examination import examine
 from .exporting import export
 from .optimize import breaks, optimize, refresh, reports
+from .qat import convert, prepare_qat
 
 __version__ = "0.1.0"
 __all__ = [
     "FuselineError", "Level", "Pass", "Pipeline", "Plan", "Program", "QuantizedCache", "Rule", "Tier", "UserError",
-    "analyze", "breaks", "capture", "examine", "export", "load", "optimize", "prove", "refresh", "register", "reports",
-    "save",
+    "analyze", "breaks", "capture", "convert", "examine", "export", "load", "optimize", "prepare_qat", "prove",
+    "refresh", "register", "reports", "save",
 ]  # fmt: skip
 
 

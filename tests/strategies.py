@@ -36,10 +36,12 @@ from fuseline.compiler.expressions import (
     Param,
     Planned,
     Quantize,
+    Range,
     Reshape,
     Scale,
     Signs,
     Slice,
+    Steps,
     Transpose,
 )  # fmt: skip
 from fuseline.compiler.formats import FORMATS
@@ -76,6 +78,7 @@ leaves = st.one_of(
     planned,
     constants,
     st.builds(HadamardCore, st.sampled_from((3, 12, 20)), devices, st.sampled_from((torch.int8, *DTYPES))),
+    st.builds(Steps, names, st.integers(2, 4), devices),
     st.builds(Signs, st.integers(1, 8), st.integers(0, 2**40), st.sampled_from(DTYPES), devices),
 )
 
@@ -100,6 +103,7 @@ def expressions() -> st.SearchStrategy[Expression]:
             st.builds(Hadamard, x, st.integers(-2, 1), st.sampled_from((0, 4, 12))),
             st.builds(Quantize, x, schemes()),
             st.builds(HalfQuadratic, x, schemes()),
+            st.builds(Range, x, schemes()),
             st.builds(Decided, x, planned, planned, st.none() | planned, st.tuples(numbers, numbers)),
             st.builds(Output, x, st.sampled_from(("codes", "scale", "zero", "outer"))),
             st.builds(Pack, x, schemes()),

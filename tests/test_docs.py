@@ -84,6 +84,16 @@ def test_the_block_on_a_cache_of_codes_runs(tmp_path: Path) -> None:
     assert re.search(r"torch.Size\(\[1, \d+\]\) \d+", python(tmp_path, str(block)))
 
 
+@pytest.mark.slow
+def test_the_blocks_on_training_run(tmp_path: Path) -> None:
+    train, optimizers, distil = write_blocks("docs/qat.md", tmp_path)
+    driver = tmp_path / "driver.py"
+    driver.write_text("import runpy, sys\nfor path in sys.argv[1:]:\n    runpy.run_path(path, run_name='__main__')\n")
+    loss, difference, *rest = python(tmp_path, str(driver), str(train), str(optimizers), str(distil)).split(maxsplit=2)
+    assert float(loss) < 3 and float(difference) < 1e-5
+    assert rest == ["torch.Size([2, 32, 64])\nTrue\n"]
+
+
 def test_a_pass_of_ones_own_takes_twenty_lines() -> None:
     (block,) = [text for text in blocks("README.md", "python") if "fuseline.Pass" in text]
     assert len([line for line in block.splitlines() if line.strip()]) <= 20

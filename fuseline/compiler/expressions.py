@@ -17,10 +17,12 @@ from typing import Any
 import torch
 
 from .errors import FuselineError, UserError
+from .formats.learned import initial_range
 from .formats.words import Words, as_bits, as_stored
 from .hadamard import core, factor, random_orthogonal, random_signs
 from .half_quadratic import half_quadratic
 from .ops import decode, dequantize, hadamard
+from .ops.staircase import begun
 from .planned import keep, kept, probe, same_weight
 from .schemes import Scheme
 
@@ -387,6 +389,36 @@ class Decided(Expression):
 
 
 @dataclass(frozen=True)
+class Range(Expression):
+    """The ranges that training a weight of `scheme` starts from (`formats/learned.py`): float32 [..., n / group].
+
+    A module that is trained has a parameter of its own in the place of this.
+    """
+
+    x: Expression
+    scheme: Scheme
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        groups = values[0].unflatten(-1, (-1, self.scheme.group_of(values[0].shape[-1])))
+        return initial_range(groups, self.scheme.of.element).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Steps(Expression):
+    """What training a site's thresholds starts from (`ops/staircase.py`), for values up to 1: float32 [2^bits + 2].
+
+    A module that is trained has a parameter of its own in the place of this.
+    """
+
+    site: str
+    bits: int
+    device: str
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return torch.tensor(begun(self.bits, 1.0, True), device=self.device)
+
+
+@dataclass(frozen=True)
 class Output(Expression):
     """One of several tensors."""
 
@@ -474,7 +506,7 @@ GRAMMAR: dict[str, type[Expression]] = {
     for kind in (
         Param, Constant, Cast, Matmul, Scale, Add, Offset, Centre, Slice, Concat, Transpose, Reshape, HadamardCore,
         Signs, Hadamard, Orthogonal, Planned, Blocks, Quantize,
-        HalfQuadratic, Decided, Output, Pack, InWords, Dequantize, Decode,
+        HalfQuadratic, Decided, Range, Steps, Output, Pack, InWords, Dequantize, Decode,
     )
 }  # fmt: skip
 

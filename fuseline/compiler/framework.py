@@ -85,6 +85,7 @@ class Pass:
     ensures: ClassVar[frozenset[str]] = frozenset()
     algebra: ClassVar[Algebra | None] = None  # what proves its rewrites, where they are algebra
     needs_data: ClassVar[bool] = False  # `analyze` decides site by site before any rewrite
+    is_trained: ClassVar[bool] = False  # or training does: `fuseline.prepare_qat`
 
     expect: tuple[str, ...] = ()  # fewer rewrites are an error: 61, or RULE:61|RULE:30
     allow_empty: bool = False  # matching no site is not an error

@@ -24,7 +24,7 @@ from .expectations import check_expectations, parse_expectations
 from .framework import Level, Pass, Study, Tier, build
 from .observe.ambient import ambient
 from .plan import Plan
-from .program import Program
+from .program import TRAINS, Program
 from .recipes import recipes
 from .report import PassReport, Report
 from .rewriter import Rewriter
@@ -82,6 +82,8 @@ class Pipeline:
         plan = Plan.empty(str(self), program)
         program, report = program.copy(), Report(str(self))
         for number, step in enumerate(self.passes, 1):
+            if step.is_trained:
+                raise needs_calibration(self)
             if step.needs_data:
                 plan.add(step, step.decide(Study(program, data, self.passes[number:], checkpoint)))
             self._run_pass(step, program, [], report, plan)
@@ -109,7 +111,7 @@ class Pipeline:
         """
         if plan is not None:
             plan.check(self, program)
-        elif self.needs_data:
+        elif self.needs_data and TRAINS not in program.state:
             raise needs_calibration(self)
         watching: list[Observer] = [*observers, *ambient()]
         if verification != "off":
@@ -194,7 +196,14 @@ class Pipeline:
 
 
 def needs_calibration(pipeline: Pipeline, model: str = "MODEL") -> UserError:
-    """The error for a pipeline that needs data and was given none; model: its name on the command line."""
+    """The error for a pipeline that was given no data, or no training; model: its name on the command line."""
+    trained = [p for p in pipeline.passes if p.is_trained]
+    if trained:
+        return UserError(
+            f"'{trained[0]}' takes what training found, and there is nothing yet",
+            [f'qat = fuseline.prepare_qat(model, "{pipeline}", example), trained as any module'],
+            "then fuseline.convert(qat)",
+        )
     names = ", ".join(f"'{p.name}'" for p in pipeline.passes if p.needs_data)
     return UserError(
         f"{names} decides from data, and there is none",

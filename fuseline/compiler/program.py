@@ -20,6 +20,9 @@ from .compat import real_tensors
 from .expressions import Expression, Param
 from .weights import STORE, WeightStore
 
+TRAINS = "quantization-aware"
+"""In `Program.state`: what approximates is to be put in with a gradient, for training (`fuseline.prepare_qat`)."""
+
 
 @dataclass(frozen=True)
 class Source:

@@ -23,7 +23,7 @@ from .order import touches_written, writes
 from .outline import Cut
 from .pattern import Match
 from .plan import SitePlan
-from .program import Program
+from .program import TRAINS, Program
 from .provenance import add_maker, inherit, source_line
 from .rule import Rule
 from .structure import describe_value
@@ -44,6 +44,11 @@ class Builder:
         self._program, self._before, self._origins, self._maker = program, before, origins, maker
         self._weights, self._types = weights, types
         self.created: list[Node] = []
+
+    @property
+    def trains(self) -> bool:
+        """Whether the program is one to train through (`program.TRAINS`)."""
+        return TRAINS in self._program.state
 
     def at(self, node: Node) -> Builder:
         """From here on, nodes are created before `node`."""

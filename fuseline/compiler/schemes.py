@@ -22,7 +22,8 @@ class Scheme:
     format: a name of `formats.FORMATS`; group: channels that share a scale (0: the whole last dimension, "channel" for
     weights and "token" for activations; block formats have their own); rows: rows that share it too (0: all, "tensor");
     symmetric: without a zero point; mse: a weight's range is narrowed to what costs the least squared error; static:
-    values of the run have one range for all calls, known before.
+    values of the run have one range for all calls, known before; thresholds: they have levels between thresholds that
+    training places (`ops/staircase.py`).
     """
 
     format: str
@@ -31,6 +32,7 @@ class Scheme:
     mse: bool = False
     rows: int = 1
     static: bool = False
+    thresholds: bool = False
 
     def __post_init__(self) -> None:
         if self.of.group and not self.group:
@@ -38,7 +40,7 @@ class Scheme:
 
     @staticmethod
     def parse(text: str, *, weights: bool) -> Scheme:
-        """Reads `FORMAT[:gN|:bN|:channel|:token|:tensor][:sym|:asym][:mse|:static]`.
+        """Reads `FORMAT[:gN|:bN|:channel|:token|:tensor][:sym|:asym][:mse|:static|:thresholds]`.
 
         Weights of integers of 4 bits or less are asymmetric unless `sym` is given, all else is symmetric unless `asym`
         is. `bN`, `channel` and `mse` are for weights, `token` and `static` (one range for all) for values of the run.
@@ -50,7 +52,8 @@ class Scheme:
         form = named(word)
         if form is None:
             raise UserError(f"unknown number format '{word}' in '{text}'{nearest(word, (*FORMATS, *ALIASES))}")
-        symmetric, mse, static = not (weights and form.affine and form.element.bits <= 4), False, "static" in rest
+        symmetric, mse = not (weights and form.affine and form.element.bits <= 4), False
+        static, thresholds = "static" in rest, False
         whole = "channel" if weights else "token"
         group, rows = form.group, 1
         for part in rest:
@@ -70,6 +73,8 @@ class Scheme:
                         remedy=f"{form.element.name}:static, with one real scale",
                     )
                 group, rows = 0, 0
+            elif part == "thresholds" and not weights:
+                thresholds = True
             elif form.group and part in (whole, "tensor", "g64") or form.group and size and part != f"g{form.group}":
                 raise UserError(
                     f"'{text}': {form.name} has blocks of {form.group} channels",
@@ -86,13 +91,16 @@ class Scheme:
             elif size and (part[0] == "g" or weights):
                 group, rows = size, size if part[0] == "b" else 1
             else:
-                known = ("sym", "asym", whole, "tensor", "g64", *(("b128", "mse") if weights else ("static",)))
+                own = ("b128", "mse") if weights else ("static", "thresholds")
+                known = ("sym", "asym", whole, "tensor", "g64", *own)
                 raise UserError(f"unknown part '{part}' in '{text}'{nearest(part, known)}")
         if not weights and rows == 0 and not symmetric and not static:
             raise UserError(
                 f"'{text}': one scale for a tensor of activations has no zero point", remedy=f"{word}:tensor"
             )
-        return Scheme(form.name, group, symmetric, mse, rows, static)
+        if thresholds and (not form.affine or form.element.bits > 4 or set(rest) != {"thresholds"}):
+            raise UserError(f"'{text}': thresholds are learned for integers of 2 to 4 bits", remedy="int2:thresholds")
+        return Scheme(form.name, group, symmetric, mse, rows, static, thresholds)
 
     def __str__(self) -> str:
         parts = [self.format]
@@ -104,7 +112,9 @@ class Scheme:
             parts.append(f"b{self.group}")
         elif self.group != self.of.group:
             parts.append(f"g{self.group}")
-        if self.of.affine:
+        if self.thresholds:
+            parts.append("thresholds")
+        elif self.of.affine:
             parts.append("sym" if self.symmetric else "asym")
         return ":".join([*parts, *(["mse"] if self.mse else [])])
 

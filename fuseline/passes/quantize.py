@@ -11,10 +11,12 @@ Before                                  after  quantize{weights=int4:g64,activat
 `activations`   inputs of the products, rounded at run time: a number format with a scale a token, `:gN` or `:tensor`;
                 symmetric unless an integer has `:asym`. `:static` takes one range for all calls, from data, by
                 `observe`: `largest`, a running `mean` of each batch's ends, or `p99.9` of the values.
+                `int2:thresholds` … `int4:thresholds`: between thresholds that training places (docs/qat.md).
 `keys`, `values`  the same for those that a call makes for attention, one scale a head and token, before they go into a
                 cache, which holds them rounded. Each token's codes depend on that token alone: step by step is as all
                 at once. The cache itself keeps its type: it is its caller's. `fuseline.QuantizedCache` holds codes.
-`method`        how codes are chosen; all but rtn and hqq need calibration data (docs/calibration.md):
+`method`        how codes are chosen; rtn and hqq need no data, paretoq and parq training (docs/qat.md), the others
+                calibration data (docs/calibration.md):
                 rtn     to the nearest code
                 hqq     ranges fitted to Σ|error|^0.7, with no data
                 gptq    column by column, each making up for what those before it lost, by what the site reads in this
@@ -28,6 +30,8 @@ Before                                  after  quantize{weights=int4:g64,activat
                         other by powers of two
                 lkd     part by part of the model, between places that one value crosses: weights are trained, over
                         `rounds` of the batches, so that the rounded part gives what it gave before
+                paretoq ranges that training learns, with the weights
+                parq    to nearest on a grid that the optimizer has drawn the weights to
 `only`, `skip`  module paths to take or to leave, with `*`, separated by `|`: `only=*.mlp.*|*.o_proj`.
 `overrides`     other weights by module path, the first that fits: `overrides=*.down_proj:int8|*.o_proj:int6:g64`. For
                 other activations, write the pass twice: products that one has rounded are left by the next.
@@ -37,10 +41,11 @@ Before                                  after  quantize{weights=int4:g64,activat
 
 Formats: `int8` … `int2`; `fp8` (e4m3), `e5m2`, `fp6` (e3m2), `fp4` (e2m1), and any ExMy of 3 to 8 bits, with a real
 number as its exponent's bias in each group; `mxfp8`, `mxfp6`, `mxfp4` (blocks of 32, a power of two as their scale),
-`nvfp4` (blocks of 16, E4M3 scales and one for the tensor, of activations for the token); `ternary`, `binary`. Codes are
-packed without unused bits; kernels read all of them, and multiply int8 and e4m3 activations by codes as they are where
-the weight's format allows (docs/quantization.md, Kernels). A NaN or an infinity in a weight makes NaN of all that
-shares its scale, and so it does in activations, but for integers with a scale a token or group.
+`nvfp4` (blocks of 16, E4M3 scales and one for the tensor, of activations for the token); `ternary`, `binary`, and
+`midrise4` … `midrise2`, half-way between whole numbers (±½, ±1½, …). Codes are packed without unused bits; kernels read
+all of them, and multiply int8 and e4m3 activations by codes as they are where the weight's format allows
+(docs/quantization.md, Kernels). A NaN or an infinity in a weight makes NaN of all that shares its scale, and so it does
+in activations, but for integers with a scale a token or group.
 
 Every linear whose weight is a parameter is a site, and so is a product with a parameter of the transposed layout
 (`addmm`, `mm`) and a convolution (`conv1d`, `conv2d`, `conv3d`): its kernel is the matrix [out, in · positions], and
@@ -49,6 +54,9 @@ The head, a linear over the vocabulary of an embedding of the same program, is q
 so are embeddings. Codes, scales and zero points are weight expressions: computed once, shared by all graphs of the
 model, again when the parameter changes; those that gptq chose are the plan's, and refused for another weight.
 
+Under autograd what gradients pass through is refused: rounding has none. In a program of `fuseline.prepare_qat` they
+pass: weights, activations, keys and values are rounded by ops that have gradients (docs/qat.md).
+
 awq and smooth scale where it is exact: in the scale of a norm, or the rows of a product, whose result nothing else
 reads; everywhere else the site is rounded as it is, with the reason. A weight of several uses is refused by gptq.
 
@@ -56,7 +64,7 @@ Lossy. Sources: ZeroQuant (Yao et al., 2022), group-wise weights, token-wise act
 2023), token-wise keys and values; HQQ (Badri and Shaji, 2023); GPTQ (Frantar et al., 2023); AWQ (Lin et al., 2024);
 SmoothQuant (Xiao et al., 2023); LLM-FP4 (Liu et al., 2023), real biases, pre-shifted ones and their search; SDQ (Huang
 et al., 2022), bits by site; OCP Microscaling Formats 1.0; BitNet b1.58 (Ma et al., 2024), ternary; XNOR-Net (Rastegari
-et al., 2016), binary.
+et al., 2016), binary; ParetoQ (Liu et al., 2025) and PARQ (Jin et al., 2025), training.
 """
 
 from __future__ import annotations
@@ -69,11 +77,11 @@ import torch
 from ..compiler.errors import UserError
 from ..compiler.framework import Findings, Pass, Study, Tier
 from ..compiler.plan import SitePlan
-from ..compiler.program import Program
+from ..compiler.program import TRAINS, Program
 from ..compiler.registry import register
 from ..compiler.rewriter import Rewriter
 from ..compiler.schemes import Scheme
-from .calibrated import CALIBRATED, Method, check_options, decide, findings, fold_scales, ladder
+from .calibrated import CALIBRATED, TRAINED, Method, check_options, decide, findings, fold_scales, ladder
 from .quantize_advice import nothing_matched, other_groups
 from .quantize_attention import rounded_attention
 from .quantize_codes import PLANNED, coded, decided_activations
@@ -81,6 +89,7 @@ from .quantize_embeddings import rounded_embedding
 from .quantize_products import Codes, Products
 from .quantize_sites import Site, heads, out_of_reach, path_of, sites
 from .quantize_taken import left_out, names, refuse
+from .quantize_training import check_to_train, check_trained, needs_training
 
 aten = torch.ops.aten
 
@@ -118,14 +127,26 @@ class Quantize(Pass):
                 "pass 'quantize' needs to be told what to quantize",
                 remedy="quantize{weights=int8}, quantize{weights=int4:g64} or quantize{weights=int8,activations=int8}",
             )
-        self.schemes()
+        schemes = self.schemes()
         check_options(self)
+        if self.method in TRAINED:
+            check_trained(self.method, schemes["weights"])
 
     @property
     def needs_data(self) -> bool:  # type: ignore[override]
-        """Whether codes, ranges or formats are decided from data."""
+        """Whether codes, ranges or formats are decided from data, or by training."""
         activations = self.schemes()["activations"]
-        return self.method in CALIBRATED or self.bits is not None or bool(activations and activations.static)
+        static = bool(activations and activations.static)
+        return self.method in CALIBRATED or self.bits is not None or static or self.is_trained
+
+    @property
+    def is_trained(self) -> bool:  # type: ignore[override]
+        """Whether codes, or thresholds of activations, come out of training."""
+        return self.method in TRAINED or self.learns_thresholds
+
+    @property
+    def learns_thresholds(self) -> bool:
+        return bool(self.activations) and Scheme.parse(self.activations or "", weights=False).thresholds
 
     def decide(self, study: Study) -> dict[str, SitePlan]:
         return decide(self, study)
@@ -135,9 +156,9 @@ class Quantize(Pass):
         not what an earlier pass should be chosen by (SpinQuant, Liu et al., 2024)."""
         if not self.needs_data:
             return self
-        by_product = self.method in PLANNED
+        by_product = self.method in PLANNED and self.method not in TRAINED
         weights, overrides = (None, ()) if self.activations and by_product else (self.weights, self.overrides)
-        activations = self.activations and self.activations.replace(":static", "")
+        activations = self.activations and self.activations.replace(":static", "").replace(":thresholds", "")
         return Quantize(
             weights, activations, self.keys, self.values, self.only, self.skip, overrides=overrides, allow_empty=True
         )
@@ -153,6 +174,8 @@ class Quantize(Pass):
         """The schemes of weights, activations, keys and values."""
         found = {name: Scheme.parse(t, weights=name == "weights") if t else None for name, t in self.asked().items()}
         for name in ("keys", "values"):
+            if (scheme := found[name]) and scheme.thresholds:
+                raise UserError(f"'{name}={getattr(self, name)}': thresholds are learned for activations")
             if (scheme := found[name]) and scheme.rows != 1:
                 raise UserError(
                     f"'{name}={getattr(self, name)}': one scale for all tokens would change the codes of those before",
@@ -179,6 +202,8 @@ class Quantize(Pass):
         return found[0] if len(found) == 1 else None
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
+        if TRAINS in program.state:
+            check_to_train(self)
         if self.method in (Method.AWQ, Method.SMOOTH):
             fold_scales(self, program, rewriter)
         codes = lambda site: coded(self, rewriter, site)
@@ -197,7 +222,8 @@ class Quantize(Pass):
                 else:
                     rewriter.refuse(node, f"bits chooses for products: give it a format, overrides={path}:FORMAT")
         if schemes["keys"] or schemes["values"]:
-            rounded_attention(program, rewriter, schemes["keys"], schemes["values"], self._left_out)
+            untrained = needs_training(program)
+            rounded_attention(program, rewriter, schemes["keys"], schemes["values"], self._left_out, untrained)
 
     def admitted(self, program: Program) -> Iterator[Site]:
         """The sites that are rounded."""
@@ -207,7 +233,7 @@ class Quantize(Pass):
                 yield site
 
     def _products(self, program: Program, rewriter: Rewriter, codes: Codes | None, activations: Scheme | None) -> None:
-        products = Products(rewriter)
+        products = Products(rewriter, self.method)
         over_vocabulary = heads(program)
         for node, path, why in out_of_reach(program) if self.weights else ():
             if not self._left_out(path):
@@ -242,4 +268,6 @@ class Quantize(Pass):
         return nothing_matched(self, program)
 
     def remedy(self, program: Program) -> str | None:
+        if needs_training(program):
+            return f'fuseline.prepare_qat(model, "{self}", example), trained as any module, then fuseline.convert'
         return other_groups(self, program)

@@ -23,11 +23,16 @@ from .rotation.carriers import is_attention
 
 
 def rounded_attention(
-    program: Program, rewriter: Rewriter, keys: Scheme | None, values: Scheme | None, left_out: Callable[[str], bool]
+    program: Program,
+    rewriter: Rewriter,
+    keys: Scheme | None,
+    values: Scheme | None,
+    left_out: Callable[[str], bool],
+    unfit: str | None = None,
 ) -> None:
     """Rounds the keys and values of every attention, those of the call's own tokens, one scale a head and token.
 
-    left_out: says of a module's path whether its attention is left as it is.
+    left_out: says of a module's path whether its attention is left as it is; unfit: why all are.
     """
     rounded: dict[Node, Scheme] = {}
     for node in [n for n in program.graph.nodes if is_attention(n)]:
@@ -35,7 +40,7 @@ def rounded_attention(
             continue
         for at, what, scheme in ((1, "keys", keys), (2, "values", values)):
             if scheme is not None:
-                reason = _round(rewriter, node.args[at], scheme, what, rounded)
+                reason = unfit or _round(rewriter, node.args[at], scheme, what, rounded)
                 if reason:
                     rewriter.refuse(node, f"{what}: {reason}", what)
 

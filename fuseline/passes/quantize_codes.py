@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from ..compiler.expressions import Decided, Expression, HalfQuadratic, Planned, Scale
 from ..compiler.expressions import Quantize as QuantizeExpression
 from ..compiler.plan import SitePlan
+from ..compiler.program import TRAINS
 from ..compiler.rewriter import Rewriter
 from ..compiler.schemes import Scheme
-from .calibrated import Method
+from .calibrated import TRAINED, Method
 from .quantize_products import Coded
 from .quantize_sites import Site
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 def coded(step: Quantize, rewriter: Rewriter, site: Site) -> Coded | None:
     """A site's codes; None, and a recorded refusal, where the plan has none."""
+    if TRAINS in rewriter.program.state:
+        return Coded(site.weight, step.candidates(site.path)[0])  # rounded at each step, by what becomes of it
     decision = rewriter.decision(site.node) if step.method in PLANNED or step.bits else None
     if decision is None and (step.method in PLANNED or step.bits):
         return None
@@ -38,7 +41,7 @@ def coded(step: Quantize, rewriter: Rewriter, site: Site) -> Coded | None:
     return Coded(Decided(weight, found["codes"], found["scale"], found.get("zero"), (one, other)), scheme)
 
 
-PLANNED = (Method.GPTQ, Method.FPQ, Method.LKD)
+PLANNED = (Method.GPTQ, Method.FPQ, Method.LKD, *TRAINED)
 """Methods whose codes the plan holds."""
 
 

@@ -10,7 +10,8 @@ from ..compiler.expressions import Quantize as QuantizeExpression
 from ..compiler.program import Program
 from ..compiler.rewriter import Builder, Rewriter
 from ..compiler.schemes import Scheme
-from .quantize_taken import needs_gradient
+from .calibrated import Method
+from .quantize_training import needs_gradient, trained_weight
 from .quantize_values import rounded_weight
 
 aten = torch.ops.aten
@@ -30,6 +31,9 @@ def rounded_embedding(program: Program, rewriter: Rewriter, node: Node, scheme: 
         return
 
     def build(new: Builder) -> Node:
+        if new.trains:
+            rounded = trained_weight(new, table, scheme, Method.RTN)
+            return new(aten.embedding.default, rounded, *node.args[1:], **node.kwargs)
         gathered = lambda part: new(aten.embedding.default, part, indices)
         codes = QuantizeExpression(expression, scheme)
         return rounded_weight(new, codes, scheme, channels, node.meta["val"].dtype, gathered)

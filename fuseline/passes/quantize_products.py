@@ -10,9 +10,12 @@ from torch.fx import Node
 
 from ..compiler.expressions import Expression
 from ..compiler.plan import SitePlan
+from ..compiler.program import TRAINS
 from ..compiler.rewriter import Builder, Rewriter
 from ..compiler.schemes import Scheme
+from .calibrated import Method
 from .quantize_sites import Site
+from .quantize_training import Trained, by_thresholds, record, trained_weight
 from .quantize_values import round_trip, round_trip_at, rounded_weight
 
 aten = torch.ops.aten
@@ -33,8 +36,8 @@ Codes = Callable[[Site], Coded | None]
 class Products:
     """Rounds products one by one; a value that several read is rounded once."""
 
-    def __init__(self, rewriter: Rewriter):
-        self.rewriter = rewriter
+    def __init__(self, rewriter: Rewriter, method: Method):
+        self.rewriter, self.method = rewriter, method
         self.inputs: dict[tuple[Node, Scheme], Node] = {}
 
     def round(
@@ -47,30 +50,45 @@ class Products:
             activations: what the input is rounded to, None to leave it.
             decision: holds the input's range where `activations` is static.
         """
-        rule = "convolution" if site.kernel else "linear"
-        build = lambda new: self._build(new, site, codes, activations, decision)
-        self.rewriter.rewrite(site.node, [site.node], build, rule)
+        rule, name = "convolution" if site.kernel else "linear", self.rewriter.site(site.node)
+        build = lambda new: self._build(new, site, codes, activations, decision, name)
+        done = self.rewriter.rewrite(site.node, [site.node], build, rule)
+        if done and codes is not None and TRAINS in self.rewriter.program.state:
+            record(self.rewriter.program, Trained(name, site.weight, codes.scheme, self.method))
 
     def _build(
-        self, new: Builder, site: Site, codes: Coded | None, activations: Scheme | None, decision: SitePlan | None
+        self,
+        new: Builder,
+        site: Site,
+        codes: Coded | None,
+        activations: Scheme | None,
+        decision: SitePlan | None,
+        name: str,
     ) -> Node:
         x, (_, channels) = site.x, site.shape
         dtype = x.meta["val"].dtype
         if activations is not None:
             if (x, activations) not in self.inputs:
-                ranged = activations.static and decision is not None
-                made = round_trip_at(new, x, activations, decision) if ranged else round_trip(new, x, activations)  # type: ignore[arg-type]
-                self.inputs[x, activations] = made
+                self.inputs[x, activations] = self._rounded(new, x, activations, decision, name)
             x = self.inputs[x, activations]
-        if codes is not None:
-            table = rounded_weight(new, codes.expression, codes.scheme, channels, dtype)
-        else:
+        if codes is None:
             table = new.weight(site.weight)
+        elif new.trains:
+            table = trained_weight(new, new.weight(site.weight), codes.scheme, self.method)
+        else:
+            table = rounded_weight(new, codes.expression, codes.scheme, channels, dtype)
         if site.kernel is not None:
             return _convolution(new, site, table)
         if site.bias is not None and site.bias.meta["val"].dim() != 1:  # `addmm` adds anything that broadcasts
             return new(aten.add.Tensor, new(aten.linear.default, x, table, None), site.bias)
         return new(aten.linear.default, x, table, site.bias)
+
+    def _rounded(self, new: Builder, x: Node, scheme: Scheme, decision: SitePlan | None, name: str) -> Node:
+        if scheme.thresholds:
+            return by_thresholds(new, x, scheme, name, self.rewriter.decisions.get(name))
+        if scheme.static and decision is not None:
+            return round_trip_at(new, x, scheme, decision)
+        return round_trip(new, x, scheme)
 
 
 def _convolution(new: Builder, site: Site, matrix: Node) -> Node:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Sequence
 
-from ..compiler.expressions import Expression
 from ..compiler.program import Program
 from ..compiler.schemes import Scheme
 from .quantize_sites import Site
+from .quantize_training import needs_gradient, needs_training
 
 
 def names(path: str, patterns: Iterable[str]) -> bool:
@@ -39,14 +39,5 @@ def refuse(
     reasons = [scheme.refuse(site.shape[1], site.shape[0]) for scheme in weights]
     reason = reasons[0] if reasons and all(reasons) else None
     reason = reason or (activations.refuse_group(site.shape[1]) if activations else None)
-    return reason or needs_gradient(program, site.weight)
-
-
-def needs_gradient(program: Program, weight: Expression) -> str | None:
-    """Why a weight that is trained is not rounded."""
-    if program.training and any(program.sources[n].trainable for n in weight.parameters()):
-        return (
-            "its weight wants a gradient, and rounding has none: freeze it (requires_grad_(False)) or compile under "
-            "torch.no_grad()"
-        )
-    return None
+    reason = reason or (needs_training(program) if activations else None)
+    return reason or (needs_gradient(program, site.weight) if weights else None)

@@ -224,7 +224,7 @@ def test_a_computed_table_is_refused() -> None:
 
 def test_training_is_refused_and_frozen_weights_are_not() -> None:
     model, x = Mlp(), torch.randn(2, 8)
-    with pytest.raises(EmptyPassError, match="its weight wants a gradient, and rounding has none: freeze it"):
+    with pytest.raises(EmptyPassError, match="its weight wants a gradient, and rounding has none: train it"):
         Pipeline("quantize{weights=int8}").run(Program.from_fx(torch.fx.symbolic_trace(model), (x,)))
     for linear in (model.gate, model.up, model.down):
         linear.weight.requires_grad_(False)

@@ -11,6 +11,7 @@ from .element import Element
 from .floating import Float
 from .grid import Grid
 from .integer import Integer
+from .midrise import MidRise
 from .scales import PowerOfTwo, Real, Scales, TwoLevel, outer_scale, stretched
 from .ternary import Binary, Ternary
 
@@ -59,6 +60,7 @@ FORMATS: dict[str, Format] = {
         Format("mxfp8", Float(4, 3), 32, "e8m0"), Format("mxfp8_e5m2", Float(5, 2), 32, "e8m0"),
         Format("mxfp6", Float(3, 2), 32, "e8m0"), Format("mxfp6_e2m3", Float(2, 3), 32, "e8m0"),
         Format("mxfp4", Float(2, 1), 32, "e8m0"), Format("nvfp4", Float(2, 1), 16, "e4m3"),
+        *(Format(f"midrise{bits}", MidRise(bits)) for bits in range(4, 1, -1)),
         Format("ternary", Ternary()), Format("binary", Binary()),
     )
 }  # fmt: skip

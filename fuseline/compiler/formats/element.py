@@ -85,3 +85,15 @@ class Element(ABC):
     def packed_bytes(self, n: int) -> int:
         """Bytes of a packed row of n codes."""
         return -(-n * self.bits // 8)
+
+
+class Zeroless(Element):
+    """Numbers without a zero among them: a group of zeros has scale 0, so that it stays zero."""
+
+    def fit(
+        self, groups: torch.Tensor, part: float | torch.Tensor, scales: Scales
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        reach = part * self.reach(groups)
+        scale = scales.nearest(reach, self.top)
+        scale = torch.where(reach == 0, torch.zeros_like(scale), scale)
+        return scale, torch.zeros_like(scale)

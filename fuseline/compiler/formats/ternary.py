@@ -16,8 +16,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from .element import Element, linear_parts
-from .scales import Scales
+from .element import Element, Zeroless, linear_parts
 
 DIGITS = 5
 
@@ -61,21 +60,13 @@ class Ternary(Element):
         return -(-n // DIGITS)
 
 
-class Binary(Element):
+class Binary(Zeroless):
     """Stored as uint8, 1 for +1."""
 
     name, bits, top = "binary", 1, 1.0
 
     def reach(self, groups: torch.Tensor) -> torch.Tensor:
         return mean_magnitude(groups)
-
-    def fit(
-        self, groups: torch.Tensor, part: float | torch.Tensor, scales: Scales
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        reach = part * self.reach(groups)
-        scale = scales.nearest(reach, self.top)
-        scale = torch.where(reach == 0, torch.zeros_like(scale), scale)
-        return scale, torch.zeros_like(scale)
 
     def parts(self, reach: torch.Tensor) -> torch.Tensor:
         return torch.ones(1, 1, 1, dtype=reach.dtype, device=reach.device)

@@ -10,6 +10,7 @@ from .decode_words import decode_words
 from .dequantize import dequantize, pack_nibbles, unpack_nibbles
 from .encode import encode
 from .encode_at import encode_at
+from .fake_quantize import fake_quantize, fake_quantize_backward
 from .glu import glu
 from .hadamard import hadamard
 from .layer_norm import layer_norm
@@ -17,9 +18,12 @@ from .quantize import quantize
 from .quantize_affine import quantize_affine
 from .rms_norm import rms_norm
 from .rotary import rotary
+from .round_through import round_through
+from .staircase import fake_staircase, staircase
 
 __all__ = [
     "REGISTRY", "Kind", "Op", "attention", "cache_attention", "cache_read", "cache_write", "decode", "decode_words",
-    "dequantize", "encode", "encode_at", "find", "glu", "hadamard", "layer_norm", "op", "pack_nibbles", "quantize",
-    "quantize_affine", "rms_norm", "rotary", "unpack_nibbles",
+    "dequantize", "encode", "encode_at", "fake_quantize", "fake_quantize_backward", "fake_staircase", "find", "glu",
+    "hadamard", "layer_norm", "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
+    "round_through", "staircase", "unpack_nibbles",
 ]  # fmt: skip

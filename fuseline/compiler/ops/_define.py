@@ -8,7 +8,7 @@
     def _(x, s): return torch.empty_like(x)
 
     @scale_rows.backward                   # optional: without it the naive twin's own derivative is traced
-    def _(saved, grad): ...
+    def _(ctx, grad): ...
 
 The op is then `torch.ops.fuseline.scale_rows.default`, opaque to Dynamo and AOTAutograd, and runs on any device
 through its naive twin.
@@ -42,6 +42,7 @@ class Op:
         self.name = schema.split("(")[0]
         self.schema, self.naive, self.kind = schema, naive, kind
         self.cost_rule: Callable[..., Any] | None = None
+        self.backward_rule: Callable[..., Any] | None = None
         self.template: str | None = None
         self.__doc__ = naive.__doc__
         LIBRARY.define(schema)
@@ -50,7 +51,7 @@ class Op:
         torch.library.register_fake(f"fuseline::{self.name}", naive, lib=LIBRARY)
         if not self.overload._schema.is_mutable:  # what is written in place has no derivative
             torch.library.register_autograd(
-                f"fuseline::{self.name}", self._traced_backward, setup_context=_save_all, lib=LIBRARY
+                f"fuseline::{self.name}", self._backward, setup_context=_save_all, lib=LIBRARY
             )
         REGISTRY[self.name] = self
 
@@ -62,6 +63,12 @@ class Op:
         torch.library.register_fake(f"fuseline::{self.name}", function, lib=LIBRARY, allow_override=True)
         return function
 
+    def backward(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The derivative, given a context with the op's tensors (`saved_tensors`) and all its arguments (`layout`, a
+        pair each: whether it is one of those tensors, else its value), and the gradients of its results."""
+        self.backward_rule = function
+        return function
+
     def cost(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """FLOPs and bytes of one call, from the fake inputs; sizes may be symbolic."""
         self.cost_rule = function
@@ -70,6 +77,9 @@ class Op:
     def lowers_to(self, template: str) -> None:
         """Names the template that generates this op's kernel."""
         self.template = template
+
+    def _backward(self, ctx: Any, *grads: torch.Tensor | None) -> Any:
+        return (self.backward_rule or self._traced_backward)(ctx, *grads)
 
     def _traced_backward(self, ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """The derivative of the naive twin: plain PyTorch, so AOTAutograd traces it into ATen ops."""

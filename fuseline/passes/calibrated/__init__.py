@@ -12,14 +12,14 @@ from .columns import decide_columns
 from .distil import decide_by_distillation
 from .findings import findings
 from .floats import decide_floats
-from .methods import CALIBRATED, Method, check_options
+from .methods import CALIBRATED, TRAINED, Method, check_options
 from .ranges import decide_ranges
 from .scales import decide_scales, fold_scales
 
 if TYPE_CHECKING:
     from ..quantize import Quantize
 
-__all__ = ["CALIBRATED", "Method", "check_options", "decide", "findings", "fold_scales", "ladder"]
+__all__ = ["CALIBRATED", "TRAINED", "Method", "check_options", "decide", "findings", "fold_scales", "ladder"]
 
 METHODS = {
     Method.AWQ: decide_scales,

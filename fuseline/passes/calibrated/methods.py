@@ -25,10 +25,14 @@ class Method(enum.Enum):
     SMOOTH = "smooth"  # channels scaled, so that activations are easier to round
     FPQ = "fpq"  # floating-point formats and their ranges, by the products' error
     LKD = "lkd"  # part by part, weights trained to give what the part gave
+    PARETOQ = "paretoq"  # ranges that training learns
+    PARQ = "parq"  # weights that an optimizer draws to the grid
 
 
 CALIBRATED = (Method.GPTQ, Method.AWQ, Method.SMOOTH, Method.FPQ, Method.LKD)
 """Those that decide from data."""
+TRAINED = (Method.PARETOQ, Method.PARQ)
+"""Those whose codes come out of training."""
 
 _OF = {
     "static": (Method.GPTQ,),

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from ...compiler.expressions import Expression, Param
-from ...compiler.program import Program
+from ...compiler.program import TRAINS, Program
 
 _LOOKUP = torch.ops.aten.embedding.default
 THIN = 4
@@ -20,7 +20,8 @@ class Folds:
     """
 
     def __init__(self, program: Program, untie: bool):
-        self._sources = program.sources if program.training else {}
+        kept = program.training and TRAINS not in program.state  # there gradients pass through expressions of weights
+        self._sources = program.sources if kept else {}
         uses: dict[Expression, set[bool]] = {}
         for node in program.weights():
             uses.setdefault(node.meta["weight"], set()).update(_is_lookup(user, node) for user in node.users)

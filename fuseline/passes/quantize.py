@@ -28,8 +28,8 @@ Formats: `int8` … `int2`; `fp8` (e4m3), `e5m2`, `fp6` (e3m2), `fp4` (e2m1), an
 number as its exponent's bias in each group; `mxfp8`, `mxfp6`, `mxfp4` (blocks of 32, a power of two as their scale),
 `nvfp4` (blocks of 16, E4M3 scales and one for the tensor, of activations for the token); `ternary`, `binary`. Codes are
 packed without unused bits; kernels read all of them, and multiply int8 and e4m3 activations by codes as they are where
-the weight's format allows (docs/quantization.md, Kernels). A NaN or an infinity in a weight makes NaN of all that shares its
-scale, and so it does in activations, but for integers with a scale a token or group.
+the weight's format allows (docs/quantization.md, Kernels). A NaN or an infinity in a weight makes NaN of all that
+shares its scale, and so it does in activations, but for integers with a scale a token or group.
 
 Every linear whose weight is a parameter is a site, and so is a product with a parameter of the transposed layout
 (`addmm`, `mm`) and a convolution (`conv1d`, `conv2d`, `conv3d`): its kernel is the matrix [out, in · positions], and

@@ -86,6 +86,13 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (codes(255, torch.uint8, 3, 16), codes(200, torch.uint8, 3, 1), None, None, "mxfp4", 32, True, torch.bfloat16),
         (codes(15, torch.uint8, 3, 8), torch.rand(1, 1), None, torch.rand(1), "e2m1", 8, False, torch.float16),
     ],
+    "fake_quantize": [
+        (torch.randn(3, 8), torch.rand(3, 2), "int4", 4), (torch.randn(2, 8).half(), torch.rand(2, 1), "binary", 8),
+    ],
+    "fake_quantize_backward": [(torch.randn(3, 8), torch.randn(3, 8), torch.rand(3, 2), "midrise2", 4)],
+    "round_through": [(torch.randn(3, 8), "int4:g4:sym", True), (torch.randn(2, 3, 8), "int8", False)],
+    "staircase": [(torch.randn(3, 8), torch.randn(3).sort().values, torch.rand(1), torch.randn(1))],
+    "fake_staircase": [(torch.randn(3, 8), torch.tensor([*[2 / 3] * 3, -1.0, 0.5, 2.0]), 2)],
     "decode_words": [
         (codes(9, torch.int32, 3, 16), torch.rand(4, 3), codes(9, torch.uint8, 4, 3), None, "int4", 32, 16, torch.half),
         (codes(127, torch.int8, 3, 40), torch.rand(1, 3), None, None, "int8", 40, 0, torch.float32),

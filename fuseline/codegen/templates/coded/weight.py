@@ -29,8 +29,6 @@ class Coded:
     outer: Node | None = None
     apart: bool = False  # whether one tl.dot may not cross groups
 
-    bits = 0  # of the byte templates (`weights.Weight`), which read none of these
-
     @property
     def element(self) -> Element:
         return FORMATS[self.name].of(self.zero is None)

@@ -85,9 +85,10 @@ def test_it_loses_less_than_rounding_to_nearest(options: str) -> None:
 
 def test_the_second_part_reads_what_the_first_leaves() -> None:
     model, data = Stack(), batches()
-    plan = fuseline.analyze(model, LKD, data)
+    text = LKD.replace("int3", "int2")
+    plan = fuseline.analyze(model, text, data)
     codes = {site: passes["quantize"].tensors["codes"] for site, passes in plan.sites.items()}
-    alone = fuseline.analyze(model, LKD.replace("}", ",skip=layers.0.*}"), data)
+    alone = fuseline.analyze(model, text.replace("}", ",skip=layers.0.*}"), data)
     differs = [
         not torch.equal(codes[site], passes["quantize"].tensors["codes"]) for site, passes in alone.sites.items()
     ]

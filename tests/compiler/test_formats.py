@@ -156,8 +156,7 @@ def test_values_of_the_run_are_rounded_as_weights(name: str, group: int, dtype: 
     assert scale.dtype == torch.promote_types(dtype, torch.float32)
     if name == "nvfp4" or dtype == torch.bfloat16 and FORMATS[name].scaling == "real":
         return  # a token's own outer scale; a weight's scale in 16 bits
-    whole = 1 / FORMATS[name].element.slack  # of a weight's range, which ends half a step beyond
-    wanted = Scheme(name, group, rows=1 if group else 0).rounded(x.float() if dtype == torch.float16 else x, whole)
+    wanted = Scheme(name, group, rows=1 if group else 0).rounded(x.float() if dtype == torch.float16 else x, 1.0)
     assert torch.allclose(restored(x, name, group), wanted.to(dtype), rtol=1e-6)
 
 

@@ -76,8 +76,7 @@ def bound(scheme: Scheme, values: torch.Tensor) -> torch.Tensor:
         return torch.maximum(step / 2, values.abs() - form.element.top * step) + slack
     if form.affine:
         low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
-        last = 2 ** (scheme.bits - 1) - (1 if scheme.bits == 8 else 0.5)
-        step = most / last if scheme.symmetric else (high - low) / (2**scheme.bits - 1)
+        step = most / (2 ** (scheme.bits - 1) - 1) if scheme.symmetric else (high - low) / (2**scheme.bits - 1)
         return step * (0.5 if scheme.symmetric else 1) + slack  # a rounded zero point clips up to half a step
     mantissa, exponent = form.element.mantissa, form.element.exponent
     relative = values.abs() * 2.0 ** -(mantissa + 1)

@@ -58,8 +58,7 @@ def naive(
 
 def range_of(columns: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
     if scheme.symmetric:
-        last = 2 ** (scheme.bits - 1) - (1 if scheme.bits == 8 else 0.51)
-        scale = (columns.abs().amax(1) / last).float().double()
+        scale = (columns.abs().amax(1) / (2 ** (scheme.bits - 1) - 1)).float().double()
         return scale, torch.zeros_like(scale)
     low, high = columns.amin(1).clamp(max=0), columns.amax(1).clamp(min=0)
     scale = ((high - low) / (2**scheme.bits - 1)).float().double()

@@ -31,7 +31,7 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group: int, symmetric: boo
             w = weight[row, start : start + group].double()
             if symmetric:
                 top = 2 ** (bits - 1) - 1
-                scale = (w.abs().max() / (top if bits == 8 else top + 0.49)).float().double()
+                scale = (w.abs().max() / top).float().double()
                 codes = (w / scale).round().clamp(-top - 1, top)
                 result[row, start : start + group] = codes * scale
             else:

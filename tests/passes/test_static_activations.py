@@ -39,7 +39,7 @@ def nearest(x: torch.Tensor, low: float, high: float, bits: int, symmetric: bool
     """Written out, in float64: what the codes stand for."""
     if symmetric:
         most = 2 ** (bits - 1) - 1
-        scale = float(torch.tensor(high / (most if bits == 8 else most + 0.49), dtype=torch.float32))
+        scale = float(torch.tensor(high / most, dtype=torch.float32))
         return (x / scale).round().clamp(-most - 1, most) * scale
     scale = float(torch.tensor((high - low) / (2**bits - 1), dtype=torch.float32))
     zero = round(-low / scale)

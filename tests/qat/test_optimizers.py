@@ -14,7 +14,6 @@ from fuseline.qat import PARQ, ConfidenceAnnealing, WinQ
 
 GRIDS = {"int4:sym": 7, "int3:sym": 3, "midrise2": 1.5, "ternary": 1, "binary": 1}
 """Scheme → the largest number."""
-BEYOND = 0.49  # steps behind it, of an integer's range that is not learned
 
 
 class Linear(torch.nn.Module):
@@ -224,7 +223,7 @@ def test_sure_weights_stay(weights: str, method: str) -> None:
     if method == "rtn":
         mean, largest = (f(before.abs(), 1) for f in (torch.mean, torch.amax))
         scale = {"midrise2": mean, "ternary": mean, "binary": mean}
-        scale = scale.get(weights, largest / (GRIDS[weights] + BEYOND))
+        scale = scale.get(weights, largest / GRIDS[weights])
     else:
         unit = {"midrise2": 2, "ternary": 1.5}.get(weights, 1)
         scale = prepared(weights, method).ranges["fc_weight"].detach().squeeze(1) / unit

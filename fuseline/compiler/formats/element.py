@@ -34,11 +34,6 @@ class Element(ABC):
     symmetric: bool = True
 
     @property
-    def slack(self) -> float:
-        """The part of a range that `top` may stand for so that no number is further off than half a step."""
-        return 1.0
-
-    @property
     def stored(self) -> torch.dtype:
         """The type of codes that are not packed."""
         return torch.uint8

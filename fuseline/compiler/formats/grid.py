@@ -19,7 +19,7 @@ class Grid:
 
     def of(self, groups: torch.Tensor, part: float | torch.Tensor = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point, [..., 1], for `part` of the range of groups [..., g]."""
-        return self.element.fit(groups, part * self.element.slack, self.scales)
+        return self.element.fit(groups, part, self.scales)
 
     def codes(self, groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """The nearest of the element's numbers: ŵ = (number − zero)·scale."""

@@ -1,11 +1,8 @@
 """Integers of 2 to 8 bits, with or without a zero point: `int8` … `int2`.
 
 Without one, codes are −2^(b−1) … 2^(b−1) − 1 and the positive end reaches the largest magnitude: scale = max|w| /
-(2^(b−1) − 1). Weights of less than 8 bits, and ranges known before the run, end almost half a step beyond the last
-code, where they are as far off as any other number may be: max|w| / (2^(b−1) − 0.51). (torchao and compressed-tensors
-divide by 2^(b−1) − ½, at which the last bit of a scale decides where the largest number goes.) With one, codes are 0 …
-2^b − 1 over the range with 0 in it, h − l: scale = (h − l) / (2^b − 1), zero = round(−l / scale). Source: Jacob et al.,
-2018, section 2.1.
+(2^(b−1) − 1). With one, codes are 0 … 2^b − 1 over the range with 0 in it, h − l: scale = (h − l) / (2^b − 1), zero =
+round(−l / scale). Source: Jacob et al., 2018, section 2.1.
 """
 
 from __future__ import annotations
@@ -16,9 +13,6 @@ import torch
 
 from .element import Element
 from .scales import Scales
-
-BEYOND = 0.49
-"""Steps behind the last code at which a range of less than 8 bits ends."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +38,6 @@ class Integer(Element):
     @property
     def top(self) -> float:  # type: ignore[override]
         return self.ends[1]
-
-    @property
-    def slack(self) -> float:
-        return self.top / (self.top + BEYOND) if self.symmetric and self.bits < 8 else 1.0
 
     def fit(
         self, groups: torch.Tensor, part: float | torch.Tensor, scales: Scales

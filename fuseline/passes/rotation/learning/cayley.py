@@ -38,10 +38,10 @@ class Cayley(torch.optim.Optimizer):
 
     def _turn(self, x: torch.Tensor, gradient: torch.Tensor, rate: float, average: float) -> None:
         product = x.mT @ gradient
-        skew = product - product.mT
+        skew = (product - product.mT).double()  # in float32, orthogonality would be lost over many steps
         state = self.state[x]
         if not state:
-            state.update(count=0, square=x.new_zeros(()))
+            state.update(count=0, square=skew.new_zeros(()))
         state["count"] += 1
         state["square"].mul_(average).add_(skew.square().mean(), alpha=1 - average)
         size = (state["square"] / (1 - average ** state["count"])).sqrt()
@@ -49,8 +49,8 @@ class Cayley(torch.optim.Optimizer):
             return
         n = len(x)
         half = skew / size * (rate / n**0.5 / 2)
-        eye = torch.eye(n, dtype=x.dtype, device=x.device)
-        x.copy_(x @ torch.linalg.solve(eye + half, eye - half))
+        eye = torch.eye(n, dtype=half.dtype, device=x.device)
+        x.copy_(x.double() @ torch.linalg.solve(eye + half, eye - half))
 
 
 def nearest_orthogonal(x: torch.Tensor) -> torch.Tensor:

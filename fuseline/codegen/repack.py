@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..compiler import products
 from ..compiler.expressions import Expression, InWords, Transpose
 from ..compiler.formats.words import Words
-from ..compiler.ops import decode_words
+from ..compiler.ops import decode_words, dequantize
 from ..compiler.schemes import Scheme
 from .sizes import same
 
@@ -80,6 +80,10 @@ class _Layout:
         return True
 
     def _served(self, node: object, codes: bool, outside: dict[Node, Node]) -> bool:
+        if not codes and isinstance(node, Node) and node.target is dequantize.overload:
+            return (
+                False  # int4 and int8 in products of floats have kernels of their own, which are measured: gemv, gemm
+            )
         found = products.words_of(node, codes) if isinstance(node, Node) else None
         if found is None:
             return False

@@ -1,4 +1,4 @@
-"""The template of coded weights behind a norm, int4 here: a row costs one read of x and of each code.
+"""The linear template for int4 weights behind a norm: a row costs one read of x and of each code.
 
 Columns are 201, which no block divides: both kernels mask their last ones. Rows are addressed with 64 bits."""
 
@@ -26,35 +26,36 @@ print(lower(after).source)
 # CHECK:      2 kernels for 1 regions, 0 regions run through PyTorch
 # CHECK:      # made by: {{.*}}raise/RMSNorm{{.*}}quantize/linear
 # CHECK:      # rms_norm → linear (201 x 96 int4:g32 with zero points) → relu
-# CHECK:      def [[FEW:\w+_few]](
-# CHECK:      [[IN_M:\w+]] = (m < M)[:, None]
-# CHECK:      [[X_ROWS:\w+]] = x_ptr + m.to(tl.int64)[:, None] * 96
-# CHECK:      [[X:\w+]] = tl.trans([[X_ROWS]])
-# CHECK:      [[IN_N:\w+]] = [[N:\w+]] < 201
-# One pass over the row gives the norm's sum of squares and the products: x and the codes are read once each.
-# CHECK:      for {{.*}} in range(
+# CHECK:      def [[ROW:\w+_row]](
+# CHECK:      [[X:\w+]] = x_ptr + {{\w+}}.to(tl.int64) * 96
+# CHECK:      [[IN:\w+]] = [[N:\w+]] < 201
+# One pass over the row gives the norm's sum of squares and the products: its halves are read once each, the codes once.
+# CHECK:      for {{.*}} in tl.range(
 # CHECK-NOT:  for
-# CHECK:      [[WORDS:\w+]] = tl.load({{.*}}, mask=[[IN_N]][:, None], other=0)
-# CHECK:      x = tl.load([[X]] + [[K:\w+]], mask={{.*}}([[K]] < 96), other=0.0)
-# CHECK:      [[SQUARES:\w+]] += x * x
-# CHECK:      x = (x * tl.load(norm_weight_ptr + [[K]]{{.*}}.to(tl.bfloat16)
-# Both halves of a word are masked at once, four times for its eight codes, and become bfloat16 without a conversion:
-# CHECK:      ([[WORDS]] & 983055) | magic
-# CHECK:      (([[WORDS]] >> 12) & 983055) | magic
-# CHECK-NOT:  & 983055
-# CHECK:      .to(tl.int16).to(tl.bfloat16, bitcast=True)
-# CHECK:      (w_linear >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-# CHECK-NOT:  tl.load(
-# CHECK:      tl.dot(w_linear, x, acc_linear)
-# CHECK:      tl.rsqrt([[SQUARES]] / 96 + 1.19
+# CHECK:      [[LOW:\w+]] = tl.load([[X]] + k, mask=live, other=0.0).to(tl.float32)
+# CHECK-NEXT: [[SQUARES:\w+]] += [[LOW]] * [[LOW]]
+# CHECK:      [[HIGH:\w+]] = tl.load([[X]] + k + 16, mask=live, other=0.0).to(tl.float32)
+# CHECK-NEXT: [[SQUARES]] += [[HIGH]] * [[HIGH]]
+# CHECK-NOT:  tl.load([[X]]
+# CHECK:      [[CODES:\w+]] = tl.load(codes_ptr + {{.*}}[[IN]]{{.*}}other=0)
+# CHECK-NOT:  tl.load({{codes_ptr|x_row}}
+# CHECK-DAG:  ([[CODES]] & 15)
+# CHECK-DAG:  ([[CODES]] & 240)
+# CHECK-NOT:  tl.load(codes_ptr
+# CHECK:      tl.rsqrt({{.*}}[[SQUARES]]{{.*}} / 96 + 1.19
 # CHECK:      tl.where([[Y:\w+]] < 0, 0.0, [[Y]])
-# CHECK:      tl.store({{.*}}.to(tl.int64) * 201 + [[N]]{{.*}}, {{.*}}.to(tl.bfloat16), mask=[[IN_M]] & [[IN_N]]
+# CHECK:      tl.store({{\w+}} + {{\w+}}.to(tl.int64) * 201 + [[N]], {{.*}}.to(tl.bfloat16), mask=[[IN]])
 # CHECK-NOT:  tl.store
-# CHECK:      def [[MANY:\w+_many]](
+# CHECK:      def [[TILE:\w+_tile]](
+# CHECK:      [[IN_M:\w+]] = (m < M)[:, None]
+# CHECK:      [[X:\w+]] = x_ptr + m.to(tl.int64)[:, None] * 96
+# CHECK:      [[IN_N:\w+]] = n < 201
+# CHECK:      tl.load([[X]] + {{.*}}mask=[[IN_M]]
+# CHECK:      tl.load(codes_ptr + {{.*}}mask=[[IN_N]]
 # CHECK:      tl.dot(
-# CHECK:      tl.store(
+# CHECK:      tl.store({{.*}}.to(tl.bfloat16), mask=[[IN_M]] & [[IN_N]]
 # The host takes one or the other by the number of rows, which is nowhere baked in:
 # CHECK:      if m <= {{[0-9]+}}:
-# CHECK:      [[FEW]][(triton.cdiv(m,
+# CHECK:      [[ROW]][(m *
 # CHECK:      else:
-# CHECK:      [[MANY]][(triton.cdiv(m,
+# CHECK:      [[TILE]][(triton.cdiv(m,

@@ -2,7 +2,7 @@
 
 Served: x → optional norm → one or several linears of the same input, with float, int8 or int4 weights → pointwise
 epilogue → one or several outputs. `anchor.py` says what a region may hold, `gemv.py` and `gemm.py` what is launched.
-Weights that were laid out in words, and products of codes, go to `coded/`: most quantized linears (codegen/repack.py).
+Weights of other formats, laid out in words, and products of codes go to `coded/` (codegen/repack.py).
 
 Precision: sums, norms and epilogues are float32. With one row to a program nothing is rounded before the output; the
 many-row kernel rounds h and dequantized weights to the graph's dtype of h. Both are at least as close to the exact

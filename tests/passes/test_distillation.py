@@ -78,7 +78,7 @@ def test_it_loses_less_than_rounding_to_nearest(options: str) -> None:
     for passes in plan.sites.values():
         structure = passes["quantize"].structure
         assert structure["error"] <= structure["error_nearest"]
-    assert lost(model, text, data) < 0.8 * lost(model, text.replace("lkd,rounds=40", "rtn"), data)
+    assert lost(model, text, data) < 0.85 * lost(model, text.replace("lkd,rounds=40", "rtn"), data)
     held = torch.cat([parameter.flatten() for parameter in model.parameters()])
     assert torch.equal(held, torch.cat([parameter.flatten() for parameter in Stack().parameters()]))
 

@@ -21,7 +21,7 @@ from fuseline.passes.rotation.rotations import Kind
 from tests.passes.rotated_models import VOCABULARY, Decoder, Shape
 
 QUANTIZE = "quantize{weights=int4:sym,activations=int4:token}"
-LEARN = f"raise,rotate{{r1,r2,r4,kind=learned,steps=12,rate=0.03}},{QUANTIZE}"
+LEARN = f"raise,rotate{{r1,r2,r4,kind=learned,steps=12}},{QUANTIZE}"
 CHOOSE = f"raise,rotate{{r1,r2,r3,r4,choose}},{QUANTIZE}"
 
 

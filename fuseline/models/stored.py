@@ -66,14 +66,15 @@ def rebuild(model: nn.Module, config: Any) -> None:
 
     config: the model's `quantization_config`; one that is not of the quantizer below is none of ours.
     """
-    if isinstance(config, dict) and config.get("quant_method") == READER:
+    if isinstance(config, dict) and is_ours(config):
         replace(model, config)
         finish(model)
 
 
 def is_ours(config: Any) -> bool:
     """Whether a model's `quantization_config` is that of the quantizer below."""
-    return config is not None and getattr(config, "quant_method", None) == READER
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return method == READER
 
 
 def _refuse_shapes(model: nn.Module, wanted: dict[str, torch.Size]) -> None:

@@ -43,8 +43,8 @@ def refuse_other_models(model: torch.nn.Module) -> None:
     """Holds an export to models of transformers.
 
     Raises:
-        UserError: transformers is missing, the model's class is not one of its own, or it was loaded quantized, with other
-            modules than `CodedLinear`.
+        UserError: transformers is missing, the model's class is not one of its own, or it was loaded quantized and has
+            other modules than `CodedLinear`.
     """
     require("transformers", "a Hugging Face checkpoint")
     if construct.describe(model)["library"] != "transformers":

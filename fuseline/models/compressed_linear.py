@@ -113,7 +113,7 @@ class CompressedLinear(StoredLinear):
     def _floats(self) -> Codes:
         layout = self.layout
         scale = self._of_rows(self.weight_scale.detach())
-        scheme = Scheme(layout.number, max(layout.group, 0))
+        scheme = Scheme(layout.number, max(layout.group, 0), rows=layout.rows if layout.group >= 0 else 0)
         if not layout.packed:
             return Codes(scheme, self.weight.detach(), scale)
         packed = self.weight_packed.detach()

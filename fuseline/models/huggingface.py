@@ -16,7 +16,7 @@ from fuseline.compiler.errors import UserError
 from fuseline.models import stored
 from fuseline.models.checks import check_safetensors, check_weights, require
 from fuseline.models.headers import headers_of
-from fuseline.models.left_over import refuse_left_over
+from fuseline.models.left_over import refuse_left_over, refuse_shapes
 from fuseline.models.loaded import LoadedModel, Tokenizer
 from fuseline.models.tokens import ByteTokenizer
 
@@ -119,11 +119,13 @@ def from_pretrained(path: Path, dtype: torch.dtype | None = None, config: Any = 
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         model_class = _model_class(transformers, config)
         model, info = model_class.from_pretrained(
-            path, config=config, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
-        )
+            path, config=config, dtype=dtype or "auto", local_files_only=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} could not be loaded", str(error).strip().splitlines()[:4]) from error
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    refuse_shapes(model, info["mismatched_keys"])
+    missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
             f"{path} lacks {len(missing)} weights that {type(model).__name__} needs: {missing[0]}",

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that a model has no place for."""
+"""Tensors of a checkpoint that a model has no place for, or another place than they need."""
 
 from __future__ import annotations
 
@@ -38,6 +38,21 @@ def refuse_left_over(model: nn.Module, folder: Path, names: Iterable[str]) -> No
     others = [name for name in rest if not _belongs(model, name)]
     if others:
         print(f"{len(others)} tensors of {folder} belong to no module of the model: {others[0]}, …", file=sys.stderr)
+
+
+def refuse_shapes(model: nn.Module, wrong: Iterable[tuple[str, Iterable[int], Iterable[int]]]) -> None:
+    """Refuses tensors of another shape than the model's; wrong: name, shape in the checkpoint, shape in the model.
+
+    Raises:
+        UserError: naming them.
+    """
+    lines = [f"{name}: {list(found)}, not {list(wanted)}" for name, found, wanted in sorted(wrong)]
+    if lines:
+        raise UserError(
+            f"{len(lines)} tensors have other shapes than {type(model).__name__} needs: {lines[0].partition(':')[0]}",
+            lines[:5],
+            "a config.json that goes with these weights",
+        )
 
 
 def _belongs(model: nn.Module, name: str) -> bool:

@@ -11,17 +11,17 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 from fuseline.compiler.errors import UserError, nearest
-from fuseline.models import awq, compressed, gptq
+from fuseline.models import awq, compressed, gguf_codes, gptq
 from fuseline.models.coded import StoredLinear
 from fuseline.models.headers import Headers
+from fuseline.models.left_over import refuse_shapes
 
 READER = "fuseline-codes"
 
-METHODS: dict[str, ModuleType] = {module.METHOD: module for module in (compressed, gptq, awq)}
+METHODS: dict[str, ModuleType] = {module.METHOD: module for module in (compressed, gptq, awq, gguf_codes)}
 """Modules with `prepared(config, headers)`, which refuses what is not read, and `replace(model, prepared)`."""
 
 
@@ -77,21 +77,6 @@ def is_ours(config: Any) -> bool:
     return method == READER
 
 
-def _refuse_shapes(model: nn.Module, wanted: dict[str, torch.Size]) -> None:
-    """Holds what was loaded to its shapes, which transformers (5.17) checks only where there is no quantizer."""
-    state = model.state_dict()
-    wrong = [
-        n for n, s in wanted.items() if n in state and state[n].shape != s and (state[n].numel(), s.numel()) != (1, 1)
-    ]
-    if wrong:
-        lines = [f"{name}: {list(state[name].shape)}, not {list(wanted[name])}" for name in wrong]
-        raise UserError(
-            f"{len(wrong)} tensors have other shapes than {type(model).__name__} needs: {wrong[0]}",
-            lines[:5],
-            "a config.json that goes with these weights",
-        )
-
-
 @cache
 def _register() -> None:
     from transformers.quantizers import register_quantization_config, register_quantizer
@@ -113,7 +98,12 @@ def _register() -> None:
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-            _refuse_shapes(model, self.shapes)
+            # transformers (5.17) checks shapes only where there is no quantizer.
+            state, wanted = model.state_dict(), self.shapes
+            both = [(name, state[name].shape, wanted[name]) for name in wanted.keys() & state.keys()]
+            refuse_shapes(
+                model, [one for one in both if one[1] != one[2] and (one[1].numel(), one[2].numel()) != (1, 1)]
+            )
             finish(model)
             return model
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fuseline
 from fuseline.compiler.precision import error
-from fuseline.models import load
+from fuseline.models import awq, gptq, load
 from fuseline.models.coded import CodedLinear
 
 pytest.importorskip("transformers")
@@ -50,6 +51,24 @@ def test_logits_are_those_of_the_expanded_weights(kind: str, tmp_path: Path) -> 
     assert error(logits(model), logits(plain(written))) < 1e-12
 
 
+PACKED = Path(__file__).parent / "packed" / "packed.safetensors"
+
+
+@pytest.mark.parametrize("case", ["gptq2", "gptq3", "gptq4", "gptq8", "awq4"])
+def test_what_their_own_packers_wrote(case: str) -> None:
+    """AutoGPTQ's words, channels out of order, and AutoAWQ's."""
+    tensors = {n.removeprefix(f"{case}."): t for n, t in load_file(PACKED).items() if n.startswith(f"{case}.")}
+    weight = tensors.pop("weight")
+    like = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    one = {"bits": int(case[-1]), "group": 16, "scales": "F16", "indices": True}
+    read = {"zeros_as_they_are": False, "symmetric": False, "ordered": True}
+    module = awq.AwqLinear(like, one) if case == "awq4" else gptq.GptqLinear(like, one, read)
+    module.load_state_dict(tensors, assign=True)
+    made = module.finished("w")
+    assert torch.equal(made.weight, weight if made.order is None else weight[:, made.order])
+    assert (made.order is None) == (case == "awq4")
+
+
 def test_codes_take_their_bits(tmp_path: Path) -> None:
     write(tmp_path, "gptq", bits=3, zeros_less=1)
     for module in load(f"hf:{tmp_path}").model.modules():
@@ -79,8 +98,6 @@ def test_linears_of_their_own_bits(tmp_path: Path) -> None:
     four, eight = (write(tmp_path / str(bits), "gptq", bits=bits, zeros_less=1) for bits in (4, 8))
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        from safetensors.torch import load_file
-
         other = load_file(eight.folder / "model.safetensors")
         tensors |= {name: t for name, t in other.items() if "down_proj" in name}
 

@@ -140,6 +140,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "a shape": (put(f"{OUT}.scales", torch.ones(3, 32).half()), f"'{OUT}.q"),
     "a kind": (put(f"{OUT}.qzeros", torch.ones(2, 4)), f"'{OUT}.qzeros' is F32 [2, 4], not int32"),
+    "a scale of NaN": (
+        lambda t: t[f"{OUT}.scales"].fill_(float("nan")),
+        f"has weights that are not finite: {OUT}.scale",
+    ),
     "a plain weight's shape": (put("model.norm.weight", torch.ones(7)), "model.norm.weight: [7], not [64]"),
 }
 

@@ -1,10 +1,10 @@
 """GPTQ checkpoints, as AutoGPTQ and GPTQModel write them: `quantization_config` with `quant_method` "gptq".
 
-For each linear, b bits a code (2, 3, 4 or 8), in groups of g channels:
+For each linear, b bits a code (2, 3, 4 or 8; in "gptq_p" 2 to 8), in groups of g channels:
 
-    qweight  int32 [in·b/32, out]       codes packed along the input, without gaps
+    qweight  int32 [in·b/32, out]       codes packed along the input, without gaps; in planes in the format "gptq_p"
     qzeros   int32 [in/g, out·b/32]     zero points packed along the output: less one in the format "gptq", as they are
-                                        in "gptq_v2"
+                                        in "gptq_v2" and "gptq_p"
     scales   float16 [in/g, out]        W[o, i] = (code − zero)·scale of the group g_idx[i]
     g_idx    int32 [in]                 i // g, or with desc_act any order
 
@@ -23,12 +23,12 @@ from torch import nn
 
 from fuseline.models.coded import CodedLinear, Codes, StoredLinear, order_of
 from fuseline.models.headers import Headers
-from fuseline.models.packing import unpack_unsigned
+from fuseline.models.packing import unpack_planes, unpack_unsigned
 from fuseline.models.qweights import checked, dtype_of, refused, replace_linears
 
 METHOD = "gptq"
-WIDTHS = (2, 3, 4, 8)
-FORMATS = ("gptq", "gptq_v2")
+WIDTHS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "gptq_p": (2, 3, 4, 5, 6, 7, 8)}
+"""Bits of a code, by the format."""
 
 
 def prepared(config: dict[str, Any], headers: Headers) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def prepared(config: dict[str, Any], headers: Headers) -> dict[str, Any]:
         UserError: another layout, or a tensor that is missing or of another shape; each with its name.
     """
     form = config.get("checkpoint_format") or config.get("format") or "gptq"
-    if form not in FORMATS or config.get("is_marlin_format"):
-        raise refused(METHOD, f"its codes are in the layout '{form}'", f"those of {' and '.join(FORMATS)} are read")
+    if form not in WIDTHS or config.get("is_marlin_format"):
+        raise refused(METHOD, f"its codes are in the layout '{form}'", f"those of {', '.join(WIDTHS)} are read")
     if config.get("pack_dtype", "int32") != "int32":
         raise refused(METHOD, f"its codes are packed in {config['pack_dtype']}", "those in int32 are read")
     for pattern, changes in (config.get("dynamic") or {}).items():
@@ -49,16 +49,19 @@ def prepared(config: dict[str, Any], headers: Headers) -> dict[str, Any]:
     ordered = bool(config.get("desc_act")) and not config.get("static_groups")
     linears = {}
     for name in sorted(n.removesuffix(".qweight") for n in headers if n.endswith(".qweight")):
-        linears[name] = _linear(name, headers, config, ordered)
+        linears[name] = _linear(name, headers, config, WIDTHS[form], ordered)
     return {
-        "zeros_as_they_are": form == "gptq_v2",
+        "zeros_as_they_are": form != "gptq",
+        "planes": form == "gptq_p",
         "symmetric": bool(config.get("sym", True)),
         "ordered": ordered,
         "linears": linears,
     }
 
 
-def _linear(name: str, headers: Headers, config: dict[str, Any], ordered: bool) -> dict[str, Any]:
+def _linear(
+    name: str, headers: Headers, config: dict[str, Any], widths: tuple[int, ...], ordered: bool
+) -> dict[str, Any]:
     needed = ("qweight", "qzeros", "scales") + (("g_idx",) if ordered else ())
     found = checked(METHOD, name, headers, needed)
     (words, out), (groups, _) = found["qweight"].shape, found["scales"].shape
@@ -66,8 +69,8 @@ def _linear(name: str, headers: Headers, config: dict[str, Any], ordered: bool) 
     bits = config.get("bits", 4)
     if indices is not None and indices.shape[0] and words * 32 % indices.shape[0] == 0:
         bits = words * 32 // indices.shape[0]  # GPTQModel's `dynamic` gives some linears others
-    if bits not in WIDTHS:
-        raise refused(METHOD, f"'{name}' has codes of {bits} bits", f"those of {', '.join(map(str, WIDTHS))} are read")
+    if bits not in widths:
+        raise refused(METHOD, f"'{name}' has codes of {bits} bits", f"those of {', '.join(map(str, widths))} are read")
     channels = words * 32 // bits
     for part, shape in (
         ("qzeros", (groups, out * bits // 32)),
@@ -109,7 +112,7 @@ class GptqLinear(StoredLinear):
             self.hold("g_idx", (channels,), torch.int32)
 
     def finished(self, name: str) -> CodedLinear:
-        codes = unpack_unsigned(self.qweight.detach().t(), self.bits, self.in_features)
+        codes = self._unpacked(self.qweight.detach().t(), self.in_features)
         order = self._order(name)
         if order is not None:
             codes = codes[:, order].contiguous()
@@ -118,9 +121,12 @@ class GptqLinear(StoredLinear):
         )
         return CodedLinear(made, self.bias, dtype=self.dtype)
 
+    def _unpacked(self, words: torch.Tensor, count: int) -> torch.Tensor:
+        return (unpack_planes if self.read["planes"] else unpack_unsigned)(words, self.bits, count)
+
     def _zero(self, name: str) -> torch.Tensor | None:
         """The zero points [out, in / g]; None of a symmetric weight, whose are checked."""
-        stored = unpack_unsigned(self.qzeros.detach(), self.bits, self.out_features).t().contiguous()
+        stored = self._unpacked(self.qzeros.detach(), self.out_features).t().contiguous()
         if self.read["symmetric"]:
             middle = 1 << (self.bits - 1)
             if not stored.is_meta and not ((stored == middle).all() or (stored == middle - 1).all()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fuseline.compiler.formats import bits as dense
+from fuseline.compiler.formats.words import Words
 
 WIDTHS = (1, 2, 4, 8)
 """Bits of the codes that every release of compressed-tensors packs alike."""
@@ -17,6 +18,19 @@ WIDTHS = (1, 2, 4, 8)
 def unpack_unsigned(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """int32 words [rows, m] → uint8 [rows, count], the codes as they stand in the words, 0 … 2^b − 1."""
     return dense.unpack(words.contiguous().view(torch.uint8), bits, count) if bits < 8 else _bytes(words, count)
+
+
+def unpack_planes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The same of words in planes, as GPTQModel's format `gptq_p` has them; count: a multiple of 32.
+
+    Each 32 codes are `bits` words: the low bits of all of them in planes of 4, 2 or 1 bits, then the higher ones.
+    """
+    runs, planes, first, low = words.unflatten(-1, (-1, bits)), Words(bits, 16).parts, 0, 0
+    codes = torch.zeros((*runs.shape[:-1], 32), dtype=torch.uint8, device=words.device)
+    for width in planes if bits < 8 else (8,):
+        codes |= unpack_unsigned(runs[..., first : first + width], width, 32) << low
+        first, low = first + width, low + width
+    return codes.flatten(-2)[..., :count]
 
 
 def _bytes(words: torch.Tensor, count: int) -> torch.Tensor:

@@ -33,7 +33,7 @@ def linear(method: str, bits: int, group: int, out: int, channels: int, **option
         stored: Any = awq.AwqLinear(like, one)
         parts = {"qweight": awq_words(codes), "qzeros": awq_words(zeros), "scales": scales}
     else:
-        read = {"zeros_as_they_are": False, "symmetric": False, "ordered": False} | options
+        read = {"zeros_as_they_are": False, "planes": False, "symmetric": False, "ordered": False} | options
         stored = gptq.GptqLinear(like, one, read)
         parts = {"qweight": stream(codes, bits), "qzeros": stream((zeros - 1).T, bits).T, "scales": scales}
         parts["g_idx"] = index.astype(np.int32)

@@ -28,6 +28,18 @@ def stream(codes: np.ndarray, bits: int) -> np.ndarray:
     return (lines * weights[None, :, None]).sum(1, dtype=np.uint64).astype(np.uint32).view(np.int32)
 
 
+def planes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The same of format gptq_p: each 32 codes in planes of 4, 2 and 1 bits, the low ones first."""
+    runs = []
+    for start in range(0, len(codes), 32):
+        low = 0
+        for width in (8, 4, 2, 1):
+            if bits - low >= width:
+                runs.append(stream(codes[start : start + 32] >> low & 2**width - 1, width))
+                low += width
+    return np.concatenate(runs)
+
+
 def awq_words(codes: np.ndarray) -> np.ndarray:
     """[n, out] → int32 [n, out / 8]: nibble i of a word is output AWQ_ORDER[i] of its eight."""
     words = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
@@ -110,9 +122,10 @@ def write(
         if method == "awq":
             parts = {"qweight": awq_words(codes), "qzeros": awq_words(zeros)}
         else:
+            pack = planes if config.get("checkpoint_format") == "gptq_p" else stream
             parts = {
-                "qweight": stream(codes, bits),
-                "qzeros": stream((zeros - zeros_less).T, bits).T,
+                "qweight": pack(codes, bits),
+                "qzeros": pack((zeros - zeros_less).T, bits).T,
                 "g_idx": index.astype(np.int32),
             }
         parts["scales"] = scales

@@ -29,6 +29,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq symmetric, zeros of v2 under the name of v1": ("gptq", {"symmetric": True}),
     "gptq v2": ("gptq", {"checkpoint_format": "gptq_v2"}),
     "gptq v2, 3 bits": ("gptq", {"bits": 3, "checkpoint_format": "gptq_v2"}),
+    "gptq planes, 3 bits": ("gptq", {"bits": 3, "checkpoint_format": "gptq_p"}),
+    "gptq planes, 5 bits": ("gptq", {"bits": 5, "checkpoint_format": "gptq_p", "ordered": True}),
+    "gptq planes, 7 bits": ("gptq", {"bits": 7, "checkpoint_format": "gptq_p", "symmetric": True}),
+    "gptq planes, 8 bits": ("gptq", {"bits": 8, "checkpoint_format": "gptq_p"}),
     "gptq ordered": ("gptq", {"ordered": True, "zeros_less": 1}),
     "gptq ordered, 3 bits, symmetric": ("gptq", {"ordered": True, "bits": 3, "symmetric": True, "zeros_less": 1}),
     "awq": ("awq", {}),
@@ -54,14 +58,15 @@ def test_logits_are_those_of_the_expanded_weights(kind: str, tmp_path: Path) -> 
 PACKED = Path(__file__).parent / "packed" / "packed.safetensors"
 
 
-@pytest.mark.parametrize("case", ["gptq2", "gptq3", "gptq4", "gptq8", "awq4"])
+@pytest.mark.parametrize("case", ["gptq2", "gptq3", "gptq4", "gptq8", "gptq_p3", "gptq_p6", "awq4"])
 def test_what_their_own_packers_wrote(case: str) -> None:
-    """AutoGPTQ's words, channels out of order, and AutoAWQ's."""
+    """AutoGPTQ's words, channels out of order, GPTQModel's planes, and AutoAWQ's."""
     tensors = {n.removeprefix(f"{case}."): t for n, t in load_file(PACKED).items() if n.startswith(f"{case}.")}
     weight = tensors.pop("weight")
     like = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     one = {"bits": int(case[-1]), "group": 16, "scales": "F16", "indices": True}
-    read = {"zeros_as_they_are": False, "symmetric": False, "ordered": True}
+    in_planes = case.startswith("gptq_p")
+    read = {"zeros_as_they_are": in_planes, "planes": in_planes, "symmetric": False, "ordered": True}
     module = awq.AwqLinear(like, one) if case == "awq4" else gptq.GptqLinear(like, one, read)
     module.load_state_dict(tensors, assign=True)
     made = module.finished("w")
@@ -176,6 +181,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "awq of 3 bits": ("awq", {}, {"bits": 3}, "it has codes of 3 bits"),
     "mixed symmetry": ("gptq", {}, {"dynamic": {"+:.*up.*": {"sym": True}}}, "has another sym than the rest"),
     "no symmetry": ("gptq", {}, {"sym": True}, "it says sym, and 'model.layers.0.self_attn.q_proj.qzeros' has"),
+    "five bits without planes": ("gptq", {"bits": 5}, {}, "has codes of 5 bits"),
     "no order": ("gptq", {"ordered": True, "zeros_less": 1}, {"desc_act": False}, "it says that channels are in order"),
     "a zero point of v1": ("gptq", {"symmetric": False}, {"sym": False}, "zero points that are stored as 15"),
     "unknown": ("gptq", {}, {"quant_method": "gptp"}, "unknown quantization method 'gptp'; did you mean 'gptq'"),

@@ -1,7 +1,7 @@
-"""Writes the tensors beside it with the packers of AutoGPTQ 0.7.1 and AutoAWQ 0.2.9; the tests need neither.
+"""Writes the tensors beside it with the packers of AutoGPTQ 0.7.1, GPTQModel 7.7.0 and AutoAWQ 0.2.9.
 
-    pip download --no-deps auto-gptq==0.7.1 autoawq==0.2.9
-    python tests/models/packed/make.py AUTO_GPTQ AUTOAWQ        the unpacked archives
+    pip download --no-deps auto-gptq==0.7.1 gptqmodel==7.7.0 autoawq==0.2.9
+    python tests/models/packed/make.py AUTO_GPTQ GPTQMODEL AUTOAWQ        the unpacked archives
 
 Only the modules that pack are run, without the packages' own imports, which ask for kernels. Each case has the tensors
 as they are written, and `weight`, what they were packed from.
@@ -39,7 +39,7 @@ def parts(bits: int, index: torch.Tensor) -> tuple[torch.nn.Linear, torch.Tensor
     return linear, scales.float(), zeros.float()
 
 
-def main(auto_gptq: Path, autoawq: Path) -> None:
+def main(auto_gptq: Path, gptqmodel: Path, autoawq: Path) -> None:
     torch.manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
     packer = module("qlinear_cuda", auto_gptq / "auto_gptq/nn_modules/qlinear/qlinear_cuda.py")
@@ -51,6 +51,18 @@ def main(auto_gptq: Path, autoawq: Path) -> None:
         written = {name: getattr(packed, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
         written["scales"] = written["scales"].half()
         tensors |= {f"gptq{bits}.{n}": t.contiguous() for n, t in (written | {"weight": linear.weight.data}).items()}
+    packer = module("planar_packing", gptqmodel / "gptqmodel/utils/planar_packing.py")
+    for bits in (3, 6):
+        index = (torch.randperm(CHANNELS) // GROUP).to(torch.int32)
+        linear, scales, zeros = parts(bits, index.long())
+        codes = (linear.weight.data / scales[:, index.long()] + zeros[:, index.long()]).round().long()
+        tensors |= {
+            f"gptq_p{bits}.qweight": packer.planar_pack_rows(codes.t().contiguous(), bits).to(torch.int32),
+            f"gptq_p{bits}.qzeros": packer.planar_pack_cols(zeros.t().contiguous().long(), bits).to(torch.int32),
+            f"gptq_p{bits}.scales": scales.t().half().contiguous(),
+            f"gptq_p{bits}.g_idx": index,
+            f"gptq_p{bits}.weight": linear.weight.data,
+        }
     for name in ("awq", "awq.utils", "awq.modules", "awq.modules.linear"):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [str(autoawq / name.replace(".", "/"))]  # type: ignore[attr-defined]

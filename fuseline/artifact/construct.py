@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ..compiler.errors import UserError
-from ..models import compressed
+from ..models import stored
 from ..models.checks import require
 
 Builder: TypeAlias = Callable[[], torch.nn.Module] | torch.nn.Module | None
@@ -93,7 +93,7 @@ def _from_transformers(record: dict[str, Any]) -> torch.nn.Module:
     built = kind._from_config(
         config, attn_implementation=_choices(record["attention"]), experts_implementation=_choices(record["experts"])
     )
-    compressed.rebuild(built, getattr(config, "quantization_config", None))
+    stored.rebuild(built, getattr(config, "quantization_config", None))
     if "generation_config" in record:
         built.generation_config = transformers.GenerationConfig.from_dict(dict(record["generation_config"]))
     return built

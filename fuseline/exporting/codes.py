@@ -9,10 +9,11 @@ from typing import Any
 from torch.fx import Node
 
 from ..compiler import ops
-from ..compiler.expressions import Dequantize, Expression, rounding_in
+from ..compiler.expressions import Decode, Dequantize, Expression, rounding_in
 from ..compiler.expressions import Quantize as QuantizeExpression
 from ..compiler.program import Program
 from ..compiler.schemes import Scheme
+from ..compiler.traits import arguments
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,15 @@ class Rounded:
     scheme: Scheme
 
 
-def dequantized(node: Any) -> Dequantize | None:
+def dequantized(node: Any) -> Dequantize | Decode | None:
     """The weight, as an expression, where a node is a quantized weight expanded."""
-    if not isinstance(node, Node) or node.target is not ops.dequantize.overload:
+    if not isinstance(node, Node) or node.target not in (ops.dequantize.overload, ops.decode.overload):
         return None
-    *parts, bits, group, dtype = node.args
-    codes, scale, zero = (part.meta.get("weight") if isinstance(part, Node) else None for part in parts)
-    if codes is None or scale is None or quantization(codes) is None:
+    parts = {name: part.meta.get("weight") for name, part in arguments(node).items() if isinstance(part, Node)}
+    if any(part is None for part in parts.values()) or quantization(parts.get("codes")) is None:
         return None
-    return Dequantize(codes, scale, zero, bits, group, dtype)  # type: ignore[arg-type]
+    kind = Dequantize if node.target is ops.dequantize.overload else Decode
+    return kind(**{**arguments(node), **parts})
 
 
 def quantization(value: Any) -> QuantizeExpression | None:
@@ -41,14 +42,22 @@ def quantization(value: Any) -> QuantizeExpression | None:
 
 def rounded(node: Any) -> Rounded | None:
     """The value and the scheme, where a node is a value quantized at run time and expanded."""
-    if not isinstance(node, Node) or node.target is not ops.dequantize.overload:
+    if not isinstance(node, Node) or node.target not in (ops.dequantize.overload, ops.decode.overload):
         return None
     part: Any = node.args[0]
     made = part.args[0] if isinstance(part, Node) and part.target is operator.getitem else None
-    if not isinstance(made, Node) or made.target not in (ops.quantize.overload, ops.quantize_affine.overload):
+    if not isinstance(made, Node):
         return None
-    x, bits, group = made.args
-    whole = int(x.meta["val"].shape[-1])  # type: ignore[union-attr]
+    x: Any = made.args[0]
+    if made.target is ops.encode.overload:
+        _, format, group = made.args
+        whole = int(x.meta["val"].shape[-1])
+        scheme = Scheme(str(format), 0 if group in (0, whole) else group, rows=1 if group else 0)  # type: ignore[arg-type]
+        return Rounded(x, scheme)
+    if made.target not in (ops.quantize.overload, ops.quantize_affine.overload):
+        return None
+    _, bits, group = made.args
+    whole = int(x.meta["val"].shape[-1])
     symmetric = made.target is ops.quantize.overload
     return Rounded(x, Scheme(f"int{bits}", 0 if group == whole else group, symmetric))  # type: ignore[arg-type]
 

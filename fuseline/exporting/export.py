@@ -26,6 +26,7 @@ from ..compiler.report import PassReport
 from ..models.huggingface import as_loaded
 from ..optimize import Passes, optimized
 from ..originals import dropped
+from . import loaded_codes
 from .huggingface import Progress, refuse_other_models, reload, silent, write
 from .planning import Planned
 from .planning import plan as solve
@@ -96,7 +97,8 @@ def export(
     Args:
         model: of transformers, with its original weights.
         path: a folder that does not exist yet.
-        pipeline: its passes; None: the pipeline, and the plan, that `model` was optimized with.
+        pipeline: its passes; None: the pipeline, and the plan, that `model` was optimized with, or no pass where it was
+            loaded over codes, which are then written as they are.
         plan: what passes that need data decided: a Plan, or its file's path.
         format: "hf", without quantization, or "compressed-tensors".
         example: a tensor, a tuple of arguments or a dict of keyword arguments to capture and compare with; a language
@@ -110,7 +112,9 @@ def export(
         FuselineError: the outputs differ by more than rounding.
     """
     decided = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
-    if pipeline is None:
+    if pipeline is None and loaded_codes.linears_of(model):
+        chosen = Pipeline(())
+    elif pipeline is None:
         chosen, decided = optimized(model).pipeline, decided or optimized(model).plan
     else:
         chosen = Pipeline(pipeline)
@@ -148,7 +152,10 @@ def export_program(
     target = Path(path)
     check_target(target, format, force)
     refuse_other_models(model)
-    made = solve(model, captured, pipeline, plan, format)
+    if loaded_codes.linears_of(model):
+        made = loaded_codes.plan(model, captured, inputs, pipeline, format)
+    else:
+        made = solve(model, captured, pipeline, plan, format)
     rotations = _rotations(made)
     try:
         with torch.no_grad(), _folder(target, force) as folder:

@@ -16,7 +16,9 @@ from ..artifact import construct
 from ..compiler.errors import UserError
 from ..models.checks import require
 from ..models.huggingface import from_pretrained, quiet
+from ..models.stored import is_ours
 from ..optimize import is_optimized
+from .loaded_codes import stored
 from .parameters import Assignment, check_split
 from .quantization import METHOD, Quantization, without_rounding
 from .transforms import MissingPackage, Transforms, apply
@@ -41,7 +43,8 @@ def refuse_other_models(model: torch.nn.Module) -> None:
     """Holds an export to models of transformers.
 
     Raises:
-        UserError: transformers is missing, the model's class is not one of its own, or it was loaded quantized.
+        UserError: transformers is missing, the model's class is not one of its own, or it was loaded quantized and has
+            other modules than `CodedLinear`.
     """
     require("transformers", "a Hugging Face checkpoint")
     if construct.describe(model)["library"] != "transformers":
@@ -49,7 +52,8 @@ def refuse_other_models(model: torch.nn.Module) -> None:
             f"{type(model).__name__} is no class of transformers, which could not load a checkpoint of it",
             remedy="fuseline.save(model, path) keeps any optimized model",
         )
-    if getattr(model.config, "quantization_config", None) is not None:
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is not None and not is_ours(quantization):
         raise UserError(
             f"{type(model).__name__} was loaded with quantized weights, and a plain checkpoint has no place for them",
             remedy="load the original model and export that",
@@ -86,6 +90,11 @@ def write(
         if key not in made:
             made[key] = assignment.evaluate(name, state[name])
         state[name] = made[key]
+    for name, linear in codes.loaded.items():
+        for part, _ in linear.named_buffers():
+            del state[f"{name}.{part}"]
+        parts = stored(linear, codes.linears[name].format, model.dtype)
+        state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     if assignment.untied:  # one of them may keep the value that it had
         state |= {name: state[name].clone() for name in assignment.untied - assignment.values.keys()}
     state |= {name: found.tensor(name, model.dtype) for name in found.matrices}
@@ -104,7 +113,10 @@ def _shell(model: torch.nn.Module, assignment: Assignment) -> Any:
     if assignment.untied:
         record["config"]["tie_word_embeddings"] = False
     shell: Any = construct.build(record, None)
-    shell.to(model.dtype)
+    if record["config"].get("quantization_config") is not None:
+        del shell.config.quantization_config  # what is written has its own
+    else:
+        shell.to(model.dtype)
     check_split(shell, assignment.untied)
     generation: Any = getattr(shell, "generation_config", None)
     if generation is not None and is_optimized(model):

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from ..compiler.errors import UserError
-from ..compiler.expressions import Dequantize, Expression, Output, Param
+from ..compiler.expressions import Decode, Dequantize, Expression, Output, Param
 from ..compiler.program import Program
 from ..compiler.schemes import Scheme
 from ..compiler.weights import STORE
+from ..models.coded import CodedLinear
 from .codes import quantization, quantized_weights
-from .compressed import DTYPES, Tensors, arguments, format_of, input_arguments, tensors
+from .compressed import DTYPES, FLOATS, Tensors, arguments, format_of, input_arguments, tensors
 from .parameters import Assignment
 from .unify import Mismatch, RoundedCache, Unified
 
@@ -47,20 +48,24 @@ class Coded:
 
 @dataclass
 class Quantization:
-    """linears: how each linear is written, by its name; config: `quantization_config` without transforms."""
+    """What is written as codes.
+
+    linears: how each linear is written, by its name; config: `quantization_config` without transforms; loaded: the
+    linears of a model that was loaded over codes, which are written as they are.
+    """
 
     linears: dict[str, Coded] = field(default_factory=dict)
     config: dict[str, Any] | None = None
+    loaded: dict[str, CodedLinear] = field(default_factory=dict)
 
     def tensors(self, assignment: Assignment, name: str) -> Tensors:
         """What a linear's `weight` is replaced by, by names in the state dict."""
         weight = assignment.values[f"{name}.weight"]
         made, coded = quantization(weight), self.linears[name]
-        assert made is not None and isinstance(weight, Dequantize)
+        assert made is not None and isinstance(weight, (Dequantize, Decode))
         sources = [assignment.program.sources[n].tensor.detach() for n in weight.parameters()]
-        wanted = ("codes", "scale") if coded.weights.symmetric else ("codes", "scale", "zero")
         memo: dict[Expression, Any] = {}
-        parts = {part: STORE.evaluate(Output(made, part), sources, memo) for part in wanted}
+        parts = {part: STORE.evaluate(Output(made, part), sources, memo) for part in coded.weights.outputs}
         stored = tensors(coded.format, coded.weights, parts, parts["codes"].shape)
         return {f"{name}.{part}": tensor for part, tensor in stored.items()}
 
@@ -105,6 +110,20 @@ def refuse_others(model: torch.nn.Module, program: Program, rewritten: Program) 
         )
 
 
+def refuse_dtype(name: str, scheme: Scheme, dtype: torch.dtype) -> None:
+    """Holds block formats to models in bfloat16, to which compressed-tensors expands them whatever the model is.
+
+    Raises:
+        UserError: the model is in another dtype.
+    """
+    if scheme.of.scaling != "real" and dtype != torch.bfloat16:
+        raise UserError(
+            f"'{name}' has codes of {scheme.format}, and the model is in {str(dtype).removeprefix('torch.')}",
+            ["compressed-tensors expands these codes to bfloat16, and multiplies with inputs in the model's dtype"],
+            "--dtype bfloat16 (model.to(…) in Python)",
+        )
+
+
 def describe(model: torch.nn.Module, program: Program, unified: Unified, assignment: Assignment) -> Quantization:
     """The configuration of what is quantized.
 
@@ -120,25 +139,46 @@ def describe(model: torch.nn.Module, program: Program, unified: Unified, assignm
     found = Quantization()
     for name in names:
         if name in weights:
-            given = inputs.get(name)
-            found.linears[name] = Coded(format_of(weights[name], given), weights[name], given)
+            refuse_dtype(name, weights[name], model.dtype)  # type: ignore[arg-type]
+            found.linears[name] = coded(name, weights[name], inputs.get(name))
     cache = _cache(model, unified)
     if not found.linears and cache is None:
         return found
+    found.config = configuration(found.linears, [n for n in names if n not in found.linears], cache)
+    return found
+
+
+def coded(name: str, weights: Scheme, inputs: Scheme | None) -> Coded:
+    """How a linear is written.
+
+    Raises:
+        Mismatch: no format has such codes, or codes beside inputs that are rounded so.
+    """
+    format = format_of(weights, inputs)
+    if format is None:
+        beside = "" if inputs is None else f", beside inputs in {inputs}"
+        raise Mismatch(
+            f"'{name}' has codes of {weights}{beside}, for which compressed-tensors has no format",
+            [f"it has integers, and {', '.join(FLOATS)}; integers beside integers, e4m3 beside e4m3"],
+        )
+    return Coded(format, weights, inputs)
+
+
+def configuration(linears: dict[str, Coded], ignore: list[str], cache: dict[str, Any] | None) -> dict[str, Any]:
+    """`quantization_config` of linears by their names; ignore: linears that have no codes."""
     kinds: dict[Coded, list[str]] = {}
-    for name, coded in found.linears.items():
-        kinds.setdefault(coded, []).append(name)
-    formats = [*dict.fromkeys(coded.format for coded in kinds)]
-    groups = [coded.group(["Linear"] if len(kinds) == 1 else targets) for coded, targets in kinds.items()]
-    found.config = {
+    for name, one in linears.items():
+        kinds.setdefault(one, []).append(name)
+    formats = [*dict.fromkeys(one.format for one in kinds)]
+    groups = [one.group(["Linear"] if len(kinds) == 1 else targets) for one, targets in kinds.items()]
+    return {
         "quant_method": METHOD,
         "quantization_status": "compressed",
         "format": formats[0] if len(formats) == 1 else "mixed-precision" if formats else "dense",
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-        "ignore": [name for name in names if name not in found.linears],
+        "ignore": ignore,
         "kv_cache_scheme": cache,
     }
-    return found
 
 
 def without_rounding(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -184,6 +224,8 @@ def _cache(model: torch.nn.Module, unified: Unified) -> dict[str, Any] | None:
     if others or keys is None or keys != values or (not keys.group and channels[0] != channels[1]):
         wanted = sorted({f"keys={k}, values={v} of {c[0]} and {c[1]} channels" for k, v, c in kinds})
         raise Mismatch("kv_cache_scheme is one scheme for keys and values of the whole model", wanted)
+    if not keys.of.affine:
+        raise Mismatch(f"keys and values are rounded to {keys}, and kv_cache_scheme is written for integers")
     return arguments(keys, channels[0])
 
 

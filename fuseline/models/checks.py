@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fuseline.compiler.errors import UserError
+from fuseline.models.coded import CodedLinear
 
 MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit, in bytes
 
@@ -46,13 +47,17 @@ def check_safetensors(path: Path) -> None:
 
 
 def check_weights(model: nn.Module, source: str) -> None:
-    """Refuses parameters with NaN or infinite values."""
+    """Refuses parameters, and scales and floating-point codes, with NaN or infinite values."""
     bad = []
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            nan = int(torch.isnan(parameter).sum())
-            infinite = int(torch.isinf(parameter).sum())
-            bad.append(f"{name} {list(parameter.shape)}: {nan} NaN, {infinite} infinite of {parameter.numel()}")
+    coded = [(path, module) for path, module in model.named_modules() if isinstance(module, CodedLinear)]
+    scales = [(f"{path}.{name}", tensor) for path, module in coded for name, tensor in module.named_buffers()]
+    for name, tensor in (*model.named_parameters(), *scales):
+        if not tensor.is_floating_point():
+            continue
+        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        if not torch.isfinite(values).all():
+            nan, infinite = int(torch.isnan(values).sum()), int(torch.isinf(values).sum())
+            bad.append(f"{name} {list(tensor.shape)}: {nan} NaN, {infinite} infinite of {tensor.numel()}")
     if bad:
         more = [f"… and {len(bad) - 5} more"] if len(bad) > 5 else []
         raise UserError(

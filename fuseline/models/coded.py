@@ -1,8 +1,8 @@
-"""Linears over the codes that a checkpoint holds, as `fuseline::dequantize` reads them.
+"""Linears over the codes that a checkpoint holds, as `fuseline::dequantize` and `fuseline::decode` read them.
 
-A captured program has `linear(x, dequantize(codes, scale, zero))` where such a module is called, as `quantize` would
-have written it, so that codegen, the weight store and the other passes find what they know. Codes are moved to another
-place in memory when they are loaded, and are never computed.
+A captured program has `linear(x, dequantize(codes, scale, zero))`, or `decode`, where such a module is called, as
+`quantize` would have written it, so that codegen, the weight store and the other passes find what they know. Codes are
+moved to another place in memory when they are loaded, and are never computed.
 """
 
 from __future__ import annotations
@@ -13,78 +13,90 @@ import torch
 from torch import nn
 
 from fuseline.compiler import ops
-from fuseline.compiler.ops import pack_nibbles
-from fuseline.models.packing import unpack_words
+from fuseline.compiler.errors import UserError
+from fuseline.compiler.schemes import KERNELS, Scheme
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a checkpoint stores the weight [out, in] of a linear.
+class Codes:
+    """A weight [out, in] in a number format.
 
-    packed: in words, or one code an int8; bits: of a code; group: channels that share a scale (0: all of a row, −1: the
-    whole tensor); symmetric: without zero points.
+    scheme: the format, the channels that share a scale, whether there are zero points. codes: [out, in], one in each
+    element, as the format's element stores them (integers of less than 8 bits and those with zero points: uint8, from
+    0). scale: [out, in / group], floating-point numbers or the block format's own. zero: uint8 of scale's shape, or
+    None. outer: float32 [1], multiplied with the scales, or None. order: int64 [in], the input's channel that each
+    column is multiplied with; None where that is its own.
     """
 
-    packed: bool
-    bits: int
-    group: int
-    symmetric: bool
+    scheme: Scheme
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+    outer: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
-    def scales(self, out: int, channels: int) -> tuple[int, ...]:
-        """The shape of its scales."""
-        return (1,) if self.group < 0 else (out, channels // (self.group or channels))
+    @staticmethod
+    def integers(
+        bits: int,
+        group: int,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None = None,
+        order: torch.Tensor | None = None,
+    ) -> Codes:
+        """Of unsigned codes, uint8 from 0 to 2^bits − 1; without `zero` (uint8) they stand for code − 2^(bits − 1).
+
+        group: 0 where a row shares a scale. Codes of one bit, and of four in odd groups, are kept as codes of 8 bits.
+        """
+        if bits == 1 or (bits == 4 and (group or codes.shape[1]) % 2):
+            shift = 128 - (1 << (bits - 1))
+            codes, zero, bits = codes + shift, None if zero is None else zero + shift, 8
+        if bits == 8 and zero is None:
+            codes = (codes ^ 128).view(torch.int8)
+        return Codes(Scheme(f"int{bits}", group, zero is None), codes, scale, zero, None, order)
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Of a linear's input, at run time; group: channels that share a scale (0: one a token)."""
+    """Of a linear's input, at run time.
 
-    bits: int
-    group: int
-    symmetric: bool
+    scheme: the format and the channels that share a scale (0: one a token, or with rows 0 one for all of the input).
+    One that is `static` has its scale, and zero point, in the checkpoint.
+    """
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        group = self.group or x.shape[-1]
-        made = (ops.quantize if self.symmetric else ops.quantize_affine)(x, self.bits, group)
-        codes, scale, *zero = made
-        return ops.dequantize(codes, scale, zero[0] if zero else None, 8, group, x.dtype)
+    scheme: Scheme
+
+    def __call__(self, x: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> torch.Tensor:
+        scheme, n = self.scheme, x.shape[-1]
+        group = scheme.group_of(n)
+        if scheme.static:
+            assert scale is not None
+            codes = ops.encode_at(x, scale, zero, scheme.format)
+            return ops.decode(codes, scale, zero, None, scheme.format, n, False, x.dtype)
+        if scheme.of.affine and scheme.rows == 1:
+            made = (ops.quantize if scheme.symmetric else ops.quantize_affine)(x, scheme.bits, group)
+            codes, found, *zeros = made
+            return ops.dequantize(codes, found, zeros[0] if zeros else None, 8, group, x.dtype)
+        codes, found = ops.encode(x, scheme.format, group if scheme.rows else 0)
+        return ops.decode(codes, found, None, None, scheme.format, group, False, x.dtype)
 
 
 class StoredLinear(nn.Module):
-    """A linear as the checkpoint has it, with the tensors' names there: what transformers loads into."""
+    """A linear as a checkpoint has it, with the tensors' names there: what transformers loads into."""
 
-    def __init__(self, like: nn.Linear, layout: Layout, inputs: Rounding | None):
+    def __init__(self, like: nn.Linear):
         super().__init__()
-        self.layout, self.inputs = layout, inputs
         self.in_features, self.out_features, self.bias = like.in_features, like.out_features, like.bias
-        out, channels = like.out_features, like.in_features
-        scales = layout.scales(out, channels)
-        if layout.packed:
-            self._hold("weight_packed", (out, -(-channels * layout.bits // 32)), torch.int32)
-            self._hold("weight_shape", (2,), torch.int64)
-        else:
-            self._hold("weight", (out, channels), torch.int8)
-        self._hold("weight_scale", scales, like.weight.dtype)
-        if not layout.symmetric:
-            rows = (-(-out * layout.bits // 32), *scales[1:]) if layout.packed and layout.group >= 0 else scales
-            self._hold("weight_zero_point", rows, torch.int32 if rows != scales else torch.int8)
+        self.dtype = like.weight.dtype
 
-    def _hold(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def hold(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """A place for a tensor of the checkpoint."""
         empty = torch.empty(shape, dtype=dtype, device="meta")
         self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
-    def finished(self) -> CodedLinear:
-        """The linear to run, over the same codes."""
-        layout, out, channels = self.layout, self.out_features, self.in_features
-        codes = unpack_words(self.weight_packed, layout.bits, channels) if layout.packed else self.weight
-        scale, zero = self.weight_scale.detach(), None
-        if not layout.symmetric:
-            zero = self.weight_zero_point.detach()
-            zero = unpack_words(zero, layout.bits, out, 0) if zero.dtype == torch.int32 else zero
-        if layout.group < 0:  # the op has no scale of a whole tensor
-            scale = scale.expand(out, 1).contiguous()
-            zero = None if zero is None else zero.expand(out, 1).contiguous()
-        return CodedLinear(codes.detach(), scale, zero, self.bias, layout, self.inputs)
+    def finished(self, name: str) -> CodedLinear:
+        """The linear to run, over the same codes; name: the module's, for messages."""
+        raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("a StoredLinear is loaded, and then replaced by what it is `finished` as")
@@ -93,44 +105,70 @@ class StoredLinear(nn.Module):
 class CodedLinear(nn.Module):
     """y = x·Wᵀ + b, W expanded from codes where it is used.
 
-    codes: as `fuseline::dequantize` has them, two to a byte where they have 4 bits and groups are even, else one.
-    scale: [out, in / group]; zero: uint8, or None.
+    Buffers: codes, packed as `Scheme.pack` has them; scale, zero, outer and order of `Codes`; input_scale and
+    input_zero [1] where the input is rounded by a range that the checkpoint has.
     """
 
     def __init__(
         self,
-        codes: torch.Tensor,
-        scale: torch.Tensor,
-        zero: torch.Tensor | None,
+        made: Codes,
         bias: nn.Parameter | None,
-        layout: Layout,
-        inputs: Rounding | None,
+        inputs: Rounding | None = None,
+        input_scale: torch.Tensor | None = None,
+        input_zero: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        """codes, zero: signed, int8 [out, in] and of scale's shape."""
+        """dtype: of the expanded weight where nothing is multiplied with it; None: the scales'."""
         super().__init__()
-        self.out_features, self.in_features = codes.shape
-        self.inputs, self.bias = inputs, bias
-        self.group = max(layout.group, 0) or self.in_features
-        self.bits = 4 if layout.bits == 4 and self.group % 2 == 0 else 8
-        if self.bits == 4:
-            codes = pack_nibbles((codes + 8).to(torch.uint8), self.group)
-        elif zero is not None:
-            codes = _unsigned(codes, 128)
-        self.register_buffer("codes", codes.contiguous())
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero", None if zero is None else _unsigned(zero, 8 if self.bits == 4 else 128))
+        self.out_features, self.in_features = made.codes.shape
+        self.scheme, self.inputs, self.bias = made.scheme, inputs, bias
+        self.dtype = dtype or made.scale.dtype
+        self.group = made.scheme.group_of(self.in_features)
+        self.register_buffer("codes", made.scheme.pack(made.codes).contiguous())
+        for name in ("scale", "zero", "outer", "order"):
+            self.register_buffer(name, getattr(made, name))
+        self.register_buffer("input_scale", input_scale)
+        self.register_buffer("input_zero", input_zero)
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.scheme.bits
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight [out, in], expanded, in the scales' dtype."""
-        return ops.dequantize(self.codes, self.scale, self.zero, self.bits, self.group, self.scale.dtype)
+        """The weight [out, in], expanded in `dtype`, its columns in the order of `order`."""
+        return self.expanded(self.dtype)
+
+    def expanded(self, dtype: torch.dtype) -> torch.Tensor:
+        """The same in another dtype; what it is rounded to is the product of a code and a scale, never a scale."""
+        if self.scheme.format in KERNELS:
+            return ops.dequantize(self.codes, self.scale, self.zero, self.bits, self.group, dtype)
+        return ops.decode(self.codes, self.scale, self.zero, self.outer, self.scheme.format, self.group, True, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x if self.inputs is None else self.inputs(x), self.weight, self.bias)
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
+        if self.inputs is not None:
+            x = self.inputs(x, self.input_scale, self.input_zero)
+        return nn.functional.linear(x, self.expanded(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} → {self.out_features}, {self.bits}-bit codes, group {self.group}"
+        return f"{self.in_features} → {self.out_features}, {self.scheme}"
 
 
-def _unsigned(codes: torch.Tensor, offset: int) -> torch.Tensor:
-    return (codes.to(torch.int16) + offset).to(torch.uint8)
+def order_of(groups: torch.Tensor, size: int, name: str) -> torch.Tensor:
+    """Channels sorted by their groups, each of which has `size`; groups: int64 [in].
+
+    Raises:
+        UserError: it is no division into groups of that size.
+    """
+    count = len(groups) // size
+    inside = bool(((groups >= 0) & (groups < count)).all())
+    if not inside or not (torch.bincount(groups, minlength=count) == size).all():
+        raise UserError(
+            f"'{name}' has groups that are not of {size} channels each",
+            ["sorted by their groups, channels would not share scales in runs of one length"],
+            "another copy of the checkpoint, or the model's original weights",
+        )
+    return torch.argsort(groups, stable=True)

@@ -1,9 +1,7 @@
-"""Checkpoints of compressed-tensors, as llm-compressor writes them: `quantization_config` read, and codes loaded.
+"""Checkpoints of compressed-tensors, as llm-compressor writes them: `quantization_config` read.
 
-transformers loads them through a quantizer of ours, registered under another name: it puts a `StoredLinear` in the
-place of each linear that the configuration quantizes, and a `CodedLinear` over the same codes when they are there. The
-package compressed-tensors is not needed. Integer weights of 1, 2, 4 and 8 bits are read, and inputs that are rounded
-at run time; all else is refused.
+The package compressed-tensors is not needed. What a group of the configuration says of the weights becomes a `Layout`,
+and of inputs that are rounded at run time a `Rounding`; what neither can say is refused.
 """
 
 from __future__ import annotations
@@ -11,17 +9,28 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from torch import nn
 
 from fuseline.compiler.errors import UserError
-from fuseline.models.coded import Layout, Rounding, StoredLinear
+from fuseline.compiler.schemes import Scheme
+from fuseline.models.coded import Rounding
+from fuseline.models.compressed_linear import CompressedLinear, Layout
+from fuseline.models.headers import Headers
 from fuseline.models.packing import WIDTHS
 
 METHOD = "compressed-tensors"
-READER = "fuseline-compressed-tensors"
+
+INTEGERS = ("pack-quantized", "int-quantized", "naive-quantized")
+FLOATS = {
+    ("float-quantized", 8): ("e4m3", ("tensor", "channel", "group", "block")),
+    ("naive-quantized", 8): ("e4m3", ("tensor", "channel", "group", "block")),
+    ("mxfp8-quantized", 8): ("mxfp8", ("group",)),
+    ("mxfp4-pack-quantized", 4): ("mxfp4", ("group",)),
+    ("nvfp4-pack-quantized", 4): ("nvfp4", ("tensor_group",)),
+}
+"""The number format, and for what there can be a scale, of a format's name with weights of so many bits."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,16 @@ class Group:
     targets: tuple[str, ...]
     layout: Layout
     inputs: Rounding | None
+
+
+def prepared(config: dict[str, Any], headers: Headers) -> dict[str, Any]:
+    """The configuration, which is what `replace` needs.
+
+    Raises:
+        UserError: something that is not read, and what it is.
+    """
+    read(config)
+    return config
 
 
 def read(config: dict[str, Any]) -> list[Group]:
@@ -53,44 +72,64 @@ def read(config: dict[str, Any]) -> list[Group]:
 
 
 def _group(name: str, group: dict[str, Any], default: str | None) -> Group:
-    format = group.get("format") or default
+    format = str(group.get("format") or default)
     weights, inputs = group.get("weights"), group.get("input_activations")
     where = f"'{name}'"
     if weights is None:
         raise _refused(f"{where} quantizes no weights")
-    if format not in ("pack-quantized", "int-quantized", "naive-quantized") or weights.get("type", "int") != "int":
-        raise _refused(
-            f"{where} is in the format '{format}' with {weights.get('type')}{weights.get('num_bits')} weights"
-        )
-    packed, bits = format == "pack-quantized", weights.get("num_bits", 8)
-    if bits not in (WIDTHS if packed else range(1, 9)):
+    kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
+    as_integers = format in INTEGERS and kind == "int"
+    if not as_integers and (kind != "float" or (format, bits) not in FLOATS):
+        raise _refused(f"{where} is in the format '{format}' with {kind}{bits} weights")
+    if as_integers and bits not in (WIDTHS if format == "pack-quantized" else range(1, 9)):
         raise _refused(f"{where} has {bits}-bit codes, which releases of compressed-tensors pack in several ways")
-    if weights.get("actorder") in ("group", "dynamic"):
-        raise _refused(f"{where} orders channels by activation (weight_g_idx)")
     if group.get("output_activations"):
         raise _refused(f"{where} rounds outputs")
-    strategies = {"tensor": -1, "channel": 0, "group": weights.get("group_size")}
     strategy = weights.get("strategy") or ("group" if (weights.get("group_size") or 0) > 0 else "channel")
+    number, strategies = (
+        FLOATS.get((format, bits), ("", ())) if kind == "float" else ("", ("tensor", "channel", "group"))
+    )
     if strategy not in strategies:
         raise _refused(f"{where} has a scale for each {strategy}")
-    layout = Layout(packed, bits, strategies[strategy], weights.get("symmetric", True))
+    if not as_integers and not weights.get("symmetric", True):
+        raise _refused(f"{where} has zero points beside floating-point codes")
+    ordered = weights.get("actorder") in ("group", "dynamic", True)
+    if ordered and (format != "pack-quantized" or strategy != "group"):
+        raise _refused(f"{where} orders channels by activation (weight_g_idx) in the format '{format}', by {strategy}")
+    grouped = strategy in ("group", "tensor_group")
+    blocks = tuple(weights["block_structure"]) if strategy == "block" else None
+    layout = Layout(
+        format in ("pack-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized"), bits,
+        {"tensor": -1, "block": blocks[1] if blocks else 0}.get(strategy, weights["group_size"] if grouped else 0),
+        weights.get("symmetric", True), number, blocks[0] if blocks else 1, ordered,
+    )  # fmt: skip
+    block = layout.prescribed
+    if block and layout.group != block:
+        raise _refused(f"{where} has {number} in groups of {layout.group}, and its blocks are of {block}")
     return Group(tuple(group["targets"]), layout, None if inputs is None else _rounding(where, inputs))
 
 
 def _rounding(where: str, inputs: dict[str, Any]) -> Rounding:
-    strategy = inputs.get("strategy")
-    if inputs.get("type", "int") != "int" or inputs.get("dynamic") is not True or strategy not in ("token", "group"):
-        kind = "run time" if inputs.get("dynamic") else "fixed scales"
-        raise _refused(
-            f"{where} rounds inputs to {inputs.get('type')}{inputs.get('num_bits')} at {kind}, by {strategy}"
-        )
-    group = inputs["group_size"] if strategy == "group" else 0
-    return Rounding(inputs.get("num_bits", 8), group, inputs.get("symmetric", True))
+    strategy, bits = inputs.get("strategy"), inputs.get("num_bits", 8)
+    kind, dynamic = inputs.get("type", "int"), inputs.get("dynamic")
+    symmetric, size = inputs.get("symmetric", True), inputs.get("group_size")
+    floating = kind == "float" and bits == 8 and symmetric
+    mx = floating and strategy == "group" and size == 32 and "uint8" in str(inputs.get("scale_dtype"))
+    format = "mxfp8" if mx else "e4m3" if floating else f"int{bits}"
+    read = kind == "int" or floating
+    if dynamic is True and read and (strategy in ("token", "group") or (strategy == "tensor" and symmetric)):
+        group = int(size or 0) if strategy == "group" else 0
+        return Rounding(Scheme(format, group, symmetric, rows=int(strategy != "tensor")))
+    if not dynamic and read and strategy == "tensor" and bits == 8:
+        return Rounding(Scheme(format, 0, symmetric, rows=0, static=True))
+    at = "fixed scales" if not dynamic else "run time" if dynamic is True else f"run time ({dynamic})"
+    raise _refused(f"{where} rounds inputs to {kind}{bits} at {at}, by {strategy}")
 
 
 def _refused(why: str, remedy: str | None = None) -> UserError:
     details = [
-        "read are int-quantized and pack-quantized weights of 1, 2, 4 and 8 bits, and inputs rounded by token or group"
+        "read are integer weights (int-quantized; pack-quantized of 1, 2, 4 and 8 bits), float-quantized, mxfp8, mxfp4 "
+        "and nvfp4, and inputs rounded by token, group or tensor"
     ]
     return UserError(f"a checkpoint of compressed-tensors that is not read: {why}", details, remedy)
 
@@ -119,7 +158,7 @@ def _rank(name: str, module: nn.Module, target: str) -> int | None:
 
 
 def replace(model: nn.Module, config: dict[str, Any]) -> None:
-    """Puts a `StoredLinear` in the place of each linear that the configuration quantizes.
+    """Puts a `CompressedLinear` in the place of each linear that the configuration quantizes.
 
     Raises:
         UserError: it quantizes another module, or a group does not divide a linear's inputs.
@@ -130,63 +169,4 @@ def replace(model: nn.Module, config: dict[str, Any]) -> None:
             raise _refused(f"'{name}', which it quantizes, is a {type(linear).__name__}")
         if group.layout.group > 0 and linear.in_features % group.layout.group:
             raise _refused(f"groups of {group.layout.group} do not divide the {linear.in_features} inputs of '{name}'")
-        model.set_submodule(name, StoredLinear(linear, group.layout, group.inputs))
-
-
-def finish(model: nn.Module) -> None:
-    """Puts a `CodedLinear` in the place of each `StoredLinear`, one after the other."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, StoredLinear):
-            model.set_submodule(name, module.finished())
-
-
-def rebuild(model: nn.Module, config: Any) -> None:
-    """Gives a model that was built without its values the linears that it was loaded with.
-
-    config: the model's `quantization_config`; one that is not of the quantizer below is none of ours.
-    """
-    if isinstance(config, dict) and config.get("quant_method") == READER:
-        replace(model, config["stored"])
-        finish(model)
-
-
-def redirected(config: dict[str, Any]) -> dict[str, Any]:
-    """The `quantization_config` with which transformers calls the quantizer below.
-
-    Raises:
-        UserError: it is not read.
-    """
-    read(config)
-    _register()
-    return {"quant_method": READER, "stored": config}
-
-
-@cache
-def _register() -> None:
-    from transformers.quantizers import register_quantization_config, register_quantizer
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    @register_quantization_config(READER)
-    class Config(QuantizationConfigMixin):
-        def __init__(self, stored: dict[str, Any], quant_method: str = READER):
-            self.quant_method, self.stored = quant_method, stored
-
-    @register_quantizer(READER)
-    class Quantizer(HfQuantizer):
-        requires_calibration = True
-
-        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-            replace(model, self.quantization_config.stored)
-            return model
-
-        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-            finish(model)
-            return model
-
-        def is_serializable(self) -> bool:
-            return False
-
-        @property
-        def is_trainable(self) -> bool:
-            return False
+        model.set_submodule(name, CompressedLinear(linear, group.layout, group.inputs))

@@ -1,4 +1,4 @@
-"""`gguf:FILE`, through transformers' reader, with the result kept as safetensors.
+"""`gguf:FILE` and `gguf-codes:FILE`, through transformers' reader, with the result kept as safetensors.
 
 Reading a GGUF file means dequantizing every tensor and rebuilding the tokenizer's merges: half a minute for a small
 model. The converted folder (float32: the product of a scale and a code is exact there) is kept in the cache, and the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from fuseline.compiler.errors import UserError
+from fuseline.models import gguf_codes
 from fuseline.models.cache import cache_dir, new_folder
 from fuseline.models.checks import check_weights, require
 from fuseline.models.gguf_file import GgufHeader, read_header
@@ -34,8 +36,23 @@ def load_gguf(path: Path, name: str, dtype: torch.dtype | None = None) -> Loaded
     return load_converted(cache_dir() / "gguf" / f"{path.stem}-{_fingerprint(path)}", path, name, dtype)
 
 
+def load_gguf_codes(path: Path, name: str, dtype: torch.dtype | None = None) -> LoadedModel:
+    """The same, linears kept as codes where a number format holds them exactly; says on stderr which are not."""
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    folder = cache_dir() / "gguf" / f"{path.stem}-{_fingerprint(path)}-codes"
+    loaded = load_converted(folder, path, name, dtype, codes=True)
+    print(gguf_codes.summary(loaded.model.config.quantization_config.stored), file=sys.stderr)
+    return loaded
+
+
 def load_converted(
-    folder: Path, gguf: Path | None, name: str, dtype: torch.dtype | None, header: GgufHeader | None = None
+    folder: Path,
+    gguf: Path | None,
+    name: str,
+    dtype: torch.dtype | None,
+    header: GgufHeader | None = None,
+    codes: bool = False,
 ) -> LoadedModel:
     """Loads `folder`; where it is absent or damaged, converts `gguf` into it first (None: there is no such file)."""
     if folder.is_dir():
@@ -47,12 +64,15 @@ def load_converted(
             shutil.rmtree(folder, ignore_errors=True)  # a damaged cache entry is made again, not reported
     if gguf is None:
         raise UserError(f"no such folder: {folder}")
-    convert(gguf, folder, header or read_header(gguf), name)
+    convert(gguf, folder, header or read_header(gguf), name, codes)
     return load_directory(folder, name, dtype or torch.float32)
 
 
-def convert(gguf: Path, folder: Path, header: GgufHeader, name: str) -> None:
-    """Writes the model (float32 safetensors) and its tokenizer to `folder`, which appears whole or not at all."""
+def convert(gguf: Path, folder: Path, header: GgufHeader, name: str, codes: bool = False) -> None:
+    """Writes the model (float32 safetensors) and its tokenizer to `folder`, which appears whole or not at all.
+
+    codes: with the codes of linears in the place of their weights, where they are the same (`gguf_codes.py`).
+    """
     for package in ("transformers", "gguf", "accelerate"):
         require(package, f"reading {name}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,7 +90,11 @@ def convert(gguf: Path, folder: Path, header: GgufHeader, name: str) -> None:
     forget_quantization(model)
     set_special_tokens(tokenizer, header)
     with new_folder(folder) as temporary, quiet(), contextlib.redirect_stderr(io.StringIO()):
-        model.save_pretrained(temporary)
+        state, config = gguf_codes.replaced(model, gguf) if codes else (None, None)
+        model.save_pretrained(temporary, state_dict=state)
+        if config is not None:
+            path = temporary / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}, indent=2))
         tokenizer.save_pretrained(temporary)
 
 

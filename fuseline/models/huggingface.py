@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from fuseline.compiler.errors import UserError
-from fuseline.models import compressed
+from fuseline.models import stored
 from fuseline.models.checks import check_safetensors, check_weights, require
+from fuseline.models.headers import headers_of
+from fuseline.models.left_over import refuse_left_over, refuse_shapes
 from fuseline.models.loaded import LoadedModel, Tokenizer
 from fuseline.models.tokens import ByteTokenizer
 
@@ -24,10 +26,10 @@ EXAMPLE_TOKENS = 32
 def load_directory(path: Path, name: str, dtype: torch.dtype | None = None) -> LoadedModel:
     """Loads a folder written by `save_pretrained`. dtype: None keeps the checkpoint's.
 
-    Quantized weights of compressed-tensors stay codes: see `compressed.py`.
+    Weights that are stored as codes stay codes: see `stored.py`.
 
-    Raises a UserError for a folder without config.json, a weight file that is missing, truncated or incomplete, and
-    for weights that are not finite.
+    Raises a UserError for a folder without config.json, a weight file that is missing, truncated or incomplete, for
+    tensors that are missing, of another shape or left over, and for weights that are not finite.
     """
     require("transformers", f"the model {name!r}")
     if not (path / "config.json").is_file():
@@ -42,13 +44,13 @@ def load_directory(path: Path, name: str, dtype: torch.dtype | None = None) -> L
 
 
 def _with_our_reader(path: Path) -> Any:
-    """The folder's configuration, quantized weights of compressed-tensors to be read by Fuseline."""
+    """The folder's configuration, codes of the methods that Fuseline knows to be read by it."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     quantization = getattr(config, "quantization_config", None)
-    if isinstance(quantization, dict) and quantization.get("quant_method") == compressed.METHOD:
-        config.quantization_config = compressed.redirected(quantization)
+    if isinstance(quantization, dict):
+        config.quantization_config = stored.redirected(quantization, headers_of(path)) or quantization
     return config
 
 
@@ -107,7 +109,8 @@ def from_pretrained(path: Path, dtype: torch.dtype | None = None, config: Any = 
     """The model in a folder, read by transformers; config: in the place of the folder's own.
 
     Raises:
-        UserError: transformers cannot load it, or would fill in weights that are missing.
+        UserError: transformers cannot load it, or would fill in weights that are missing or leave out some that a
+            module of the model should have.
     """
     import transformers
 
@@ -116,17 +119,20 @@ def from_pretrained(path: Path, dtype: torch.dtype | None = None, config: Any = 
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         model_class = _model_class(transformers, config)
         model, info = model_class.from_pretrained(
-            path, config=config, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
-        )
+            path, config=config, dtype=dtype or "auto", local_files_only=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} could not be loaded", str(error).strip().splitlines()[:4]) from error
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    refuse_shapes(model, info["mismatched_keys"])
+    missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
             f"{path} lacks {len(missing)} weights that {type(model).__name__} needs: {missing[0]}",
             missing[1:5],
             "transformers would fill them with random numbers; save the whole model",
         )
+    refuse_left_over(model, path, info["unexpected_keys"])
     return model
 
 

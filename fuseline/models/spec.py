@@ -9,12 +9,20 @@ import torch
 
 from fuseline.compiler.errors import UserError, nearest
 from fuseline.models.demo import DEMOS, load_demo
-from fuseline.models.gguf import load_gguf
+from fuseline.models.gguf import load_gguf, load_gguf_codes
 from fuseline.models.huggingface import load_directory
 from fuseline.models.loaded import LoadedModel
 from fuseline.models.module import load_exported, load_factory
 
-FORMS = ("demo:NAME", "hf:DIR", "gguf:FILE", "py:package.module:factory", "py:FILE.py:factory", "FILE.pt2")
+FORMS = (
+    "demo:NAME",
+    "hf:DIR",
+    "gguf:FILE",
+    "gguf-codes:FILE",
+    "py:package.module:factory",
+    "py:FILE.py:factory",
+    "FILE.pt2",
+)
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -27,7 +35,8 @@ def load(spec: str, dtype: torch.dtype | None = None) -> LoadedModel:
     """Loads the model that `spec` names, in eval mode on the CPU.
 
     Args:
-        spec: demo:NAME, hf:DIR, gguf:FILE, py:package.module:factory, py:FILE.py:factory, or the path of a .pt2 file.
+        spec: demo:NAME, hf:DIR, gguf:FILE, gguf-codes:FILE (linears over the file's codes), py:package.module:factory,
+            py:FILE.py:factory, or the path of a .pt2 file.
         dtype: of the floating-point weights; None keeps the checkpoint's (float32 for GGUF and for demo: models).
 
     Raises:
@@ -45,6 +54,8 @@ def load(spec: str, dtype: torch.dtype | None = None) -> LoadedModel:
         return load_directory(Path(rest).expanduser(), spec, dtype)
     if kind == "gguf":
         return load_gguf(Path(rest).expanduser(), spec, dtype)
+    if kind == "gguf-codes":
+        return load_gguf_codes(Path(rest).expanduser(), spec, dtype)
     if kind == "py":
         return load_factory(rest, spec, dtype)
     if kind.endswith(".py"):

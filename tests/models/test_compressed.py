@@ -17,7 +17,8 @@ import fuseline
 from fuseline.compiler.expressions import Param
 from fuseline.compiler.precision import error
 from fuseline.models import compressed, load
-from fuseline.models.coded import CodedLinear, Layout, StoredLinear
+from fuseline.models.coded import CodedLinear
+from fuseline.models.compressed_linear import CompressedLinear, Layout
 from fuseline.models.packing import pack_words, unpack_words
 
 pytest.importorskip("transformers")
@@ -178,7 +179,7 @@ def test_targets_are_matched_as_they_do(targets: list[str], ignore: list[str]) -
 def test_every_layout(stored: tuple[int, bool], group: int, symmetric: bool) -> None:
     """Against (code − zero)·scale on the signed codes."""
     (bits, packed), (out, channels) = stored, (5, 12)
-    module = StoredLinear(nn.Linear(channels, out), Layout(packed, bits, group, symmetric), None)
+    module = CompressedLinear(nn.Linear(channels, out), Layout(packed, bits, group, symmetric), None)
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     scales = module.layout.scales(out, channels)
     codes = torch.randint(low, high + 1, (out, channels), dtype=torch.int8)
@@ -197,7 +198,7 @@ def test_every_layout(stored: tuple[int, bool], group: int, symmetric: bool) -> 
     wide = [t.expand(out, 1) if group < 0 else t for t in (state["weight_scale"], zero)]
     scale, shift = (t.repeat_interleave(channels // t.shape[-1], -1) for t in wide)
     expected, x = (codes.float() - shift.float()) * scale, torch.randn(3, channels)
-    made = module.finished()
+    made = module.finished("w")
     assert torch.equal(made.weight, expected)
     assert torch.equal(made(x), nn.functional.linear(x, expected, bias))
 
@@ -208,13 +209,18 @@ def group(weights: dict[str, Any] | None = None, **rest: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": one}}
 
 
-INPUTS = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
+INPUTS = {"num_bits": 8, "type": "int", "strategy": "channel", "dynamic": False}
 REFUSED = {
-    "fp8": (group({"type": "float", "num_bits": 8}, format="float-quantized"), "format 'float-quantized' with float8"),
+    "fp6": (group({"type": "float", "num_bits": 6}, format="float-quantized"), "format 'float-quantized' with float6"),
     "three bits": (group({"num_bits": 3}), "3-bit codes, which releases of compressed-tensors pack in several ways"),
     "blocks": (group({"strategy": "block"}), "a scale for each block"),
-    "order": (group({"actorder": "group"}), "orders channels by activation"),
-    "static inputs": (group(input_activations=INPUTS), "rounds inputs to int8 at fixed scales, by tensor"),
+    "order": (group({"actorder": "group", "num_bits": 8}, format="int-quantized"), "orders channels by activation"),
+    "static inputs": (group(input_activations=INPUTS), "rounds inputs to int8 at fixed scales, by channel"),
+    "local": (group(input_activations=INPUTS | {"dynamic": "local"}), "rounds inputs to int8 at run time (local)"),
+    "blocks of another size": (
+        group({"type": "float", "group_size": 16}, format="mxfp4-pack-quantized"),
+        "has mxfp4 in groups of 16, and its blocks are of 32",
+    ),
     "cache": (group() | {"kv_cache_scheme": INPUTS}, "quantizes keys and values"),
     "rotations": (group() | {"transform_config": {"config_groups": {"R4": {}}}}, "rotations at run time"),
     "not compressed": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,9 +33,14 @@ def tiny(tmp_path: Path) -> Path:
     return write_llama(tmp_path / "tiny.gguf")
 
 
-def write_llama(path: Path, poison: str | None = None) -> Path:
-    """`poison`: the tensor that gets a NaN."""
-    hidden, inner, vocabulary = 32, 64, 262
+def write_llama(
+    path: Path,
+    poison: str | None = None,
+    hidden: int = 32,
+    blocks: Callable[[str, tuple[int, ...]], tuple[numpy.ndarray, str] | None] = lambda name, shape: None,
+) -> Path:
+    """poison: the tensor that gets a NaN; blocks: bytes and type of a tensor that is not in float32."""
+    inner, vocabulary = 2 * hidden, 262
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
     writer.add_context_length(64)
@@ -69,6 +75,10 @@ def write_llama(path: Path, poison: str | None = None) -> Path:
         "blk.0.ffn_down.weight": (hidden, inner),
     }
     for name, shape in shapes.items():
+        stored = blocks(name, shape)
+        if stored is not None:
+            writer.add_tensor(name, stored[0], raw_dtype=gguf.GGMLQuantizationType[stored[1]])
+            continue
         values = generator.standard_normal(shape).astype(numpy.float32) / 8
         if name == poison:
             values.flat[7] = numpy.nan

@@ -4,5 +4,6 @@ from .fusing import Fuse
 from .quantize import Quantize
 from .raising import Raise
 from .rotation import Rotate
+from .sparsity import RSparse
 
-__all__ = ["Fuse", "Quantize", "Raise", "Rotate"]
+__all__ = ["Fuse", "Quantize", "RSparse", "Raise", "Rotate"]

@@ -12,8 +12,10 @@ from .quantize import quantize
 from .quantize_affine import quantize_affine
 from .rms_norm import rms_norm
 from .rotary import rotary
+from .sparse_linear import sparse_linear
 
 __all__ = [
     "REGISTRY", "Kind", "Op", "attention", "decode", "dequantize", "encode", "find", "glu", "hadamard", "layer_norm",
     "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
+    "sparse_linear",
 ]  # fmt: skip

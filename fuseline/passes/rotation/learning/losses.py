@@ -43,7 +43,7 @@ def criterion(loss: Loss, program: Program) -> Criterion:
     Raises:
         UserError: the program has no logits, or no ids, that the loss could be taken from.
     """
-    position = _logits(program)
+    position = logits_position(program)
     if loss is Loss.AUTO:
         loss = Loss.ERROR if position is None else Loss.DIVERGENCE
     if loss is Loss.ERROR:
@@ -81,7 +81,7 @@ def _next_token(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[..., :-1, :].float().flatten(0, -2), ids[..., 1:].flatten())
 
 
-def _logits(program: Program) -> int | None:
+def logits_position(program: Program) -> int | None:
     """The position among the results of what a head over a vocabulary gives."""
     sizes = {head.meta["val"].shape[-1] for head in heads(program)}
     results = next(iter(reversed(program.graph.nodes))).args[0]

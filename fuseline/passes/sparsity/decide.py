@@ -1,0 +1,253 @@
+"""What `rsparse` decides from data: thresholds, and how the bytes are divided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...compiler.errors import UserError
+from ...compiler.framework import Study
+from ...compiler.plan import SitePlan
+from ...compiler.planned import probe
+from ...compiler.progress import steps
+from ...compiler.sites import sites as site_names
+from ..rotation.learning.losses import Loss, criterion
+from .budgets import Budgets, Choice, Choices, Shares, fitted, sensitivity, split, within
+from .curves import Curve, curves, ranks
+from .factors import NOMINAL, Factors, LowRank, low_rank
+from .greedy import greedy
+from .groups import Group, groups
+from .options import LowRankUse, Score
+from .samples import check, samples
+from .search import Candidate, Losses, evolve
+from .trial import Judge, Mask
+
+if TYPE_CHECKING:
+    from . import RSparse
+
+MODEL = ""
+"""The site in a plan for what holds for the whole model."""
+
+
+class Decision:
+    """All that one analysis finds out, each part when it is asked for.
+
+    A comparison sets another `step`, of the same score and factors, and asks again: activations are read once.
+    """
+
+    def __init__(self, step: RSparse, study: Study):
+        self.step, self.study, self.program = step, study, study.program
+        names = site_names(self.program.graph)
+        found, refused = groups(self.program, names, step.only, step.skip)
+        if not found:
+            raise UserError(
+                "pass 'rsparse' found no product to make sparse",
+                list(dict.fromkeys(refused.values()))[:3] or ["the program has no product with a parameter"],
+            )
+        self.samples, dull = samples(self.program, found, study.data, step.score is Score.NORM_WEIGHTED)
+        self.refused = {names[site.node]: reason for site, reason in refused.items()}
+        self.refused |= {name: reason for group, reason in dull.items() for name in group.names}
+        counted = [site for site in refused if not _left_alone(refused[site])]
+        itemsize = found[0].itemsize
+        self.dense = sum(site.shape[0] * site.shape[1] for site in counted) * itemsize
+        self.dense += sum(group.bytes for group in dull)
+        self.groups = list(self.samples)
+        if not self.groups:
+            raise UserError("pass 'rsparse' found no product to make sparse", list(dict.fromkeys(dull.values()))[:3])
+        self.factors: dict[Group, LowRank] = {}
+        self._curves: dict[Group, Curve] | None = None
+        self._judges: dict[int, Judge] = {}
+        self._greedy: dict[float, Shares] = {}
+
+    def factor(self, group: Group, rank: int) -> LowRank:
+        """The factors of a group, of this rank at least."""
+        known = self.factors.get(group)
+        if known is None or len(known.down) < rank:
+            sample, parameter = self.samples[group], self._parameter
+            weight = torch.cat([site.weight.evaluate(parameter).detach() for site in group.sites])
+            dropped = None
+            if self.step.factors is Factors.DATA:
+                dropped = sample.x.masked_fill(~sample.dropped(NOMINAL), 0)
+            known = self.factors[group] = low_rank(weight, dropped, rank)
+        return known
+
+    def curves(self) -> dict[Group, Curve]:
+        """What each group costs, by fraction and rank."""
+        if self._curves is None:
+            if self.step.low_rank is not LowRankUse.OFF:
+                for group in steps(self.groups, "decomposing weights"):
+                    if widest := max(ranks(group)):
+                        self.factor(group, widest)
+            self._curves = curves(self.program, self.samples, self.factors, self.study.data, self.step.seed)
+        return self._curves
+
+    def judge(self, calls: int) -> Judge:
+        """The loss of the whole model on the first calls of the calibration data."""
+        if calls not in self._judges:
+            measure = criterion(Loss.AUTO, self.program)
+            self._judges[calls] = Judge(self.program, measure, self.study.data[:calls])
+        return self._judges[calls]
+
+    def choose(self) -> tuple[Choices, dict[str, Any]]:
+        """Fractions and ranks for the step's budget, and what was measured on the way."""
+        step = self.step
+        share = within(self.groups, step.budget, self.dense)
+        record: dict[str, Any] = {"share": share}
+        if step.budgets is Budgets.SEARCHED:
+            choices, found = self._search(share)
+            record |= found
+        elif step.budgets is Budgets.GREEDY:
+            choices = self._split(self.greedy(share))
+        elif step.budgets is Budgets.SENSITIVITY:
+            choices = self._split(sensitivity(self._plain(), share))
+        else:
+            choices = self._split(dict.fromkeys(self.groups, share))
+        check(self.samples, {group: choice.fraction for group, choice in choices.items()})
+        return choices, record
+
+    def masks(self, choices: Mapping[Group, Choice]) -> dict[Group, Mask]:
+        """What the choices do to each group's input."""
+        found = {}
+        for group, choice in choices.items():
+            threshold = self.samples[group].threshold(choice.fraction)
+            if not choice.rank:
+                found[group] = Mask(threshold)
+                continue
+            factors = self.factor(group, choice.rank).first(choice.rank)
+            ups = factors.up.split([site.shape[0] for site in group.sites], 1)
+            found[group] = Mask(threshold, factors.down, tuple(up.contiguous() for up in ups))
+        return found
+
+    def greedy(self, share: float) -> Shares:
+        """TEAL's shares."""
+        if share not in self._greedy:
+            few = self.study.data[: self.step.calls]
+            self._greedy[share] = greedy(self.program, self.samples, few, share)
+        return self._greedy[share]
+
+    def _plain(self) -> dict[Group, Curve]:
+        """The curves of the splits that the options leave open."""
+        made = self.curves()
+        if self.step.ratio is None and self.step.low_rank is not LowRankUse.OFF:
+            return made
+        return {group: Curve(group, (0,), curve.costs[:, :1]) for group, curve in made.items()}
+
+    def _split(self, shares: Shares) -> Choices:
+        """Shares divided among channels and the branch as the options say."""
+        step = self.step
+        if step.low_rank is LowRankUse.OFF or step.ratio == 1:
+            return {group: Choice(share) for group, share in shares.items()}
+        if step.ratio is None:
+            return split(shares, self.curves(), {})
+        found = {}
+        for group, share in shares.items():
+            rank = round((1 - step.ratio) * share * group.n * group.m / (group.n + group.m))
+            fixed = Choice(share - rank * (group.n + group.m) / (group.n * group.m), rank)
+            found[group] = fixed if step.low_rank is LowRankUse.ON or not rank or self._pays(group, share, rank) else Choice(share)
+        return found
+
+    def _pays(self, group: Group, share: float, rank: int) -> bool:
+        """Whether a branch of this rank costs less than channels for its bytes; of the rank measured that is nearest."""
+        curve = self.curves()[group]
+        nearest = min(curve.ranks, key=lambda r: abs(r - rank))
+        return bool(nearest) and curve.at(curve.fraction(share, nearest), nearest) < curve.at(share, 0)
+
+    def _search(self, share: float) -> tuple[Choices, dict[str, Any]]:
+        step, made = self.step, self._plain()
+        starts = {
+            "sensitivity": sensitivity(made, share),
+            "uniform": dict.fromkeys(self.groups, share),
+            "greedy": self.greedy(share),
+        }
+        halfway = {g: (starts["sensitivity"][g] * starts["uniform"][g]) ** 0.5 for g in self.groups}
+        first = [Candidate(shares, {}) for shares in (*starts.values(), fitted(halfway, share))]
+        never = dict.fromkeys(self.groups, float("inf"))
+        if step.low_rank is LowRankUse.AUTO:
+            first.append(Candidate(starts["sensitivity"], never))
+        judge = self.judge(step.calls)
+        of = f"{step} keeping {share:.6f} on data {self.study.digest()}"
+        losses = Losses(self.study.checkpoint, of, lambda choices: judge(self.masks(choices)))
+        try:
+            found, history = evolve(first, made, share, losses, step.trials, step.seed)
+        except BaseException:
+            losses.write()
+            raise
+        losses.close()
+        best = self._settled(found, first, made)
+        names = [*starts, "halfway", "sensitivity without branches"]
+        measured = {name: next(c.loss for c in found if c.shares is s.shares and c.lean is s.lean) for name, s in zip(names, first, strict=False)}
+        return split(best.shares, made, best.lean), {"measured": {**measured, "searched": best.loss}, "history": history}
+
+    def _settled(self, found: Sequence[Candidate], first: Sequence[Candidate], made: Mapping[Group, Curve]) -> Candidate:
+        """The best of the few best by their loss on calls that the search did not see, where there are any."""
+        rest = self.study.data[self.step.calls : 2 * self.step.calls]
+        if not rest:
+            return found[0]
+        judge = Judge(self.program, criterion(Loss.AUTO, self.program), rest)
+        able = list(found[:3])
+        return min(able, key=lambda one: judge(self.masks(split(one.shares, made, one.lean))) + one.loss)
+
+    def _parameter(self, name: str) -> torch.Tensor:
+        found: torch.Tensor = self.study.data[0][self.program.sources[name].index].detach()
+        return found
+
+
+def _left_alone(reason: str) -> bool:
+    """Whether a product is none of the pass's business: its bytes are not counted."""
+    return "head over its vocabulary" in reason or "convolution" in reason
+
+
+def decide(step: RSparse, study: Study) -> dict[str, SitePlan]:
+    """A threshold for each group, the branch's factors, and what was left dense, with the reason.
+
+    Raises:
+        UserError: no batch, no product, too little data for a threshold, or a budget that cannot be kept.
+    """
+    if not study.data:
+        raise UserError("thresholds are quantiles of activations, and there is no batch", remedy="calibration=[(ids,), …]")
+    decision = Decision(step, study)
+    choices, record = decision.choose()
+    return plans(decision, choices, record)
+
+
+def plans(decision: Decision, choices: Choices, record: Mapping[str, Any]) -> dict[str, SitePlan]:
+    """The choices as a plan: tensors that a group shares are at its first product, whose site is the others' `leader`."""
+    found = {name: SitePlan({"reason": reason}) for name, reason in decision.refused.items()}
+    spent = sum(group.spent(choice.fraction, choice.rank) for group, choice in choices.items())
+    total = sum(group.bytes for group in choices)
+    for group, mask in decision.masks(choices).items():
+        choice, sample = choices[group], decision.samples[group]
+        kept = 1 - float(sample.dropped(choice.fraction).float().mean())
+        costs = _costs(decision, group, choice)
+        for number, (site, name) in enumerate(zip(group.sites, group.names, strict=True)):
+            structure: dict[str, Any] = {"leader": group.name, "fraction": choice.fraction, "rank": choice.rank}
+            tensors: dict[str, torch.Tensor] = {}
+            if mask.down is not None:
+                structure["probe"] = list(probe(site.weight.evaluate(decision._parameter)))
+                tensors["up"] = mask.ups[number]
+            if number == 0:
+                tensors["threshold"] = mask.threshold.float()
+                if mask.down is not None:
+                    tensors["down"] = mask.down
+                structure |= {"kept": kept, "channels": group.n, "columns": group.m, "rows": sample.seen, **costs}
+                structure["rotated"] = any(_is_rotated(s) for s in group.sites)
+            found[name] = SitePlan(structure, tensors)
+    found[MODEL] = SitePlan({"read": spent / total, "dense_bytes": decision.dense, "bytes": total, **record})
+    return found
+
+
+def _costs(decision: Decision, group: Group, choice: Choice) -> dict[str, float]:
+    """What the group costs to second order as chosen, and with all of its bytes spent on channels."""
+    if decision._curves is None:
+        return {}
+    curve = decision._curves[group]
+    share = group.spent(choice.fraction, choice.rank) / group.bytes
+    nearest = min(curve.ranks, key=lambda r: abs(r - choice.rank))
+    return {"cost": curve.at(choice.fraction, nearest), "cost_channels": curve.at(share, 0)}
+
+
+def _is_rotated(site: Any) -> bool:
+    """Whether a rotation is folded into the weight's input channels."""
+    return any(type(e).__name__ in ("Hadamard", "Blocks") and e.dim in (1, -1) for e in site.weight.walk())

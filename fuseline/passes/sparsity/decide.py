@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -156,31 +157,29 @@ class Decision:
 
     def _search(self, share: float) -> tuple[Choices, dict[str, Any]]:
         step, made = self.step, self._plain()
-        starts = {
-            "sensitivity": sensitivity(made, share),
-            "uniform": dict.fromkeys(self.groups, share),
-            "greedy": self.greedy(share),
-        }
-        halfway = {g: (starts["sensitivity"][g] * starts["uniform"][g]) ** 0.5 for g in self.groups}
-        first = [Candidate(shares, {}) for shares in (*starts.values(), fitted(halfway, share))]
-        never = dict.fromkeys(self.groups, float("inf"))
+        by_cost = sensitivity(made, share)
+        uniform: Shares = dict.fromkeys(self.groups, share)
+        halfway = fitted({g: (by_cost[g] * uniform[g]) ** 0.5 for g in self.groups}, share)
+        named = {"sensitivity": by_cost, "uniform": uniform, "greedy": self.greedy(share), "halfway": halfway}
+        first = {name: Candidate(shares, {}) for name, shares in named.items()}
         if step.low_rank is LowRankUse.AUTO:
-            first.append(Candidate(starts["sensitivity"], never))
+            never = dict.fromkeys(self.groups, math.inf)
+            channels = {group: Curve(group, (0,), curve.costs[:, :1]) for group, curve in made.items()}
+            first["channels alone"] = Candidate(sensitivity(channels, share), never)
         judge = self.judge(step.calls)
         of = f"{step} keeping {share:.6f} on data {self.study.digest()}"
         losses = Losses(self.study.checkpoint, of, lambda choices: judge(self.masks(choices)))
         try:
-            found, history = evolve(first, made, share, losses, step.trials, step.seed)
+            found, history = evolve(list(first.values()), made, share, losses, step.trials, step.seed)
         except BaseException:
             losses.write()
             raise
         losses.close()
-        best = self._settled(found, first, made)
-        names = [*starts, "halfway", "sensitivity without branches"]
-        measured = {name: next(c.loss for c in found if c.shares is s.shares and c.lean is s.lean) for name, s in zip(names, first, strict=False)}
-        return split(best.shares, made, best.lean), {"measured": {**measured, "searched": best.loss}, "history": history}
+        best = self._settled(found, made)
+        measured = dict(zip(first, losses.known, strict=False)) | {"searched": best.loss}
+        return split(best.shares, made, best.lean), {"measured": measured, "history": history}
 
-    def _settled(self, found: Sequence[Candidate], first: Sequence[Candidate], made: Mapping[Group, Curve]) -> Candidate:
+    def _settled(self, found: Sequence[Candidate], made: Mapping[Group, Curve]) -> Candidate:
         """The best of the few best by their loss on calls that the search did not see, where there are any."""
         rest = self.study.data[self.step.calls : 2 * self.step.calls]
         if not rest:

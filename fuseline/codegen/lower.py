@@ -28,6 +28,7 @@ from .manifest import describe
 from .module_file import deduplicate, load_module, render, write_text
 from .templates.attention import emit_attention
 from .templates.linear import emit_linear
+from .templates.sparse import emit_sparse
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def emit(region: GraphModule, name: str) -> Launcher | Refusal:
 _EMITTERS: dict[object, Callable[[GraphModule, str], Launcher | Refusal]] = {
     "linear": emit_linear,
     "attention": emit_attention,
+    "sparse": emit_sparse,
 }
 
 

@@ -31,6 +31,8 @@ packed without unused bits. Kernels read int8 and int4 weights; those of other f
 (`fuseline.decode`), which saves memory, not time. A NaN or an infinity in a weight makes NaN of all that shares its
 scale, and so it does in activations, but for integers with a scale a token or group.
 
+Behind `rsparse` codes lie along the outputs, in groups of those, so that a channel left out is bytes left out.
+
 Every linear whose weight is a parameter is a site, and so is a product with a parameter of the transposed layout
 (`addmm`, `mm`) and a convolution (`conv1d`, `conv2d`, `conv3d`): its kernel is the matrix [out, in · positions], and
 `activations` refuses it. Refused too are experts stacked in one tensor, recurrent layers and transposed convolutions.
@@ -57,6 +59,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
+from ..compiler import ops
 from ..compiler.errors import UserError
 from ..compiler.expressions import Decided, Expression, HalfQuadratic, Param, Planned
 from ..compiler.expressions import Quantize as QuantizeExpression
@@ -242,8 +245,14 @@ class Quantize(Pass):
             return f"its result is {site.node.meta['val'].dtype}, not a floating-point type"
         if activations and site.kernel:
             return "a convolution's input has no tokens to share a scale: leave the convolutions out, skip=…"
+        if site.is_sparse and self.needs_data:
+            return (
+                f"method={self.method.value} decides along the inputs, and the codes of a sparse product lie along its "
+                "outputs: method=rtn or method=hqq"
+            )
         reason = weights.refuse(site.shape[1], site.shape[0]) if weights else None
-        reason = reason or (activations.refuse_group(site.shape[1]) if activations else None)
+        inputs = site.shape[0] if site.is_sparse else site.shape[1]
+        reason = reason or (activations.refuse_group(inputs) if activations else None)
         return reason or _needs_gradient(program, site.weight)
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
@@ -286,7 +295,7 @@ def _quantized(
     activations: Scheme | None,
     inputs: dict[Node, Node],
 ) -> Node:
-    x, (_, channels) = site.x, site.shape
+    x, (_, channels) = site.x, site.shape  # along which codes lie
     dtype = x.meta["val"].dtype
     if activations is not None:
         if x not in inputs:
@@ -298,6 +307,8 @@ def _quantized(
         table = new.weight(site.weight)
     if site.kernel is not None:
         return _convolution(new, site, table)
+    if site.is_sparse:
+        return new(ops.sparse_linear, x, table, *site.node.args[2:])
     if site.bias is not None and site.bias.meta["val"].dim() != 1:  # `addmm` adds anything that broadcasts
         return new(aten.add.Tensor, new(aten.linear.default, x, table, None), site.bias)
     return new(aten.linear.default, x, table, site.bias)

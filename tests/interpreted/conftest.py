@@ -16,3 +16,12 @@ if not collect_ignore_glob:
         return interpreter.TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_fma = _fused
+
+    _patched = interpreter._patch_lang_tensor
+
+    def _with_index(tensor, scope):
+        """A number that was computed as the end of a loop: NumPy 2.4 turns no array of one element into a number."""
+        _patched(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
+
+    interpreter._patch_lang_tensor = _with_index

@@ -52,6 +52,7 @@ from .budgets import Budgets
 from .decide import decide
 from .factors import Factors
 from .findings import findings
+from .groups import left_out
 from .options import LowRankUse, Prefill, Score
 
 MOST_ROWS = 16
@@ -119,8 +120,9 @@ class RSparse(Pass):
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         for site in sites(program):
-            name = rewriter.site(site.node)
-            decision = rewriter.decisions.get(name)
+            if left_out(site, self.only, self.skip):
+                continue
+            decision = rewriter.decision(site.node)
             if decision is None:
                 continue
             if "reason" in decision.structure:

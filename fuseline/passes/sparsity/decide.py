@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...compiler.errors import UserError
+from ...compiler.expand import EXPANSIONS
 from ...compiler.framework import Study
 from ...compiler.plan import SitePlan
 from ...compiler.planned import probe
+from ...compiler.program import Program
 from ...compiler.progress import steps
 from ...compiler.sites import sites as site_names
 from ..rotation.learning.losses import Loss, criterion
@@ -43,10 +45,7 @@ class Decision:
         names = site_names(self.program.graph)
         found, refused = groups(self.program, names, step.only, step.skip)
         if not found:
-            raise UserError(
-                "pass 'rsparse' found no product to make sparse",
-                list(dict.fromkeys(refused.values()))[:3] or ["the program has no product with a parameter"],
-            )
+            raise _nothing(self.program, list(dict.fromkeys(refused.values())))
         self.samples, dull = samples(self.program, found, study.data, step.score is Score.NORM_WEIGHTED)
         self.refused = {names[site.node]: reason for site, reason in refused.items()}
         self.refused |= {name: reason for group, reason in dull.items() for name in group.names}
@@ -56,7 +55,7 @@ class Decision:
         self.dense += sum(group.bytes for group in dull)
         self.groups = list(self.samples)
         if not self.groups:
-            raise UserError("pass 'rsparse' found no product to make sparse", list(dict.fromkeys(dull.values()))[:3])
+            raise _nothing(self.program, list(dict.fromkeys(dull.values())))
         self.factors: dict[Group, LowRank] = {}
         self._curves: dict[Group, Curve] | None = None
         self._judges: dict[int, Judge] = {}
@@ -95,6 +94,7 @@ class Decision:
         """Fractions and ranks for the step's budget, and what was measured on the way."""
         step = self.step
         share = within(self.groups, step.budget, self.dense)
+        check(self.samples, share)
         record: dict[str, Any] = {"share": share}
         if step.budgets is Budgets.SEARCHED:
             choices, found = self._search(share)
@@ -105,8 +105,10 @@ class Decision:
             choices = self._split(sensitivity(self._plain(), share))
         else:
             choices = self._split(dict.fromkeys(self.groups, share))
-        check(self.samples, {group: choice.fraction for group, choice in choices.items()})
-        return choices, record
+        return self._resolved(choices), record
+
+    def _resolved(self, choices: Choices) -> Choices:
+        return {g: Choice(self.samples[g].resolved(choice.fraction), choice.rank) for g, choice in choices.items()}
 
     def masks(self, choices: Mapping[Group, Choice]) -> dict[Group, Mask]:
         """What the choices do to each group's input."""
@@ -168,7 +170,7 @@ class Decision:
             first["channels alone"] = Candidate(sensitivity(channels, share), never)
         judge = self.judge(step.calls)
         of = f"{step} keeping {share:.6f} on data {self.study.digest()}"
-        losses = Losses(self.study.checkpoint, of, lambda choices: judge(self.masks(choices)))
+        losses = Losses(self.study.checkpoint, of, lambda choices: judge(self.masks(self._resolved(choices))))
         try:
             found, history = evolve(list(first.values()), made, share, losses, step.trials, step.seed)
         except BaseException:
@@ -186,11 +188,20 @@ class Decision:
             return found[0]
         judge = Judge(self.program, criterion(Loss.AUTO, self.program), rest)
         able = list(found[:3])
-        return min(able, key=lambda one: judge(self.masks(split(one.shares, made, one.lean))) + one.loss)
+        masks = lambda one: self.masks(self._resolved(split(one.shares, made, one.lean)))
+        return min(able, key=lambda one: judge(masks(one)) + one.loss)
 
     def _parameter(self, name: str) -> torch.Tensor:
         found: torch.Tensor = self.study.data[0][self.program.sources[name].index].detach()
         return found
+
+
+def _nothing(program: Program, reasons: list[str]) -> UserError:
+    """The error where no product can be made sparse."""
+    if any(node.target in EXPANSIONS for node in program.graph.nodes):
+        reasons.insert(0, "weights are codes already, which lie along the inputs: put 'rsparse' before 'quantize'")
+    details = reasons[:3] or ["the program has no product with a parameter"]
+    return UserError("pass 'rsparse' found no product to make sparse", details)
 
 
 def _left_alone(reason: str) -> bool:
@@ -231,6 +242,7 @@ def plans(decision: Decision, choices: Choices, record: Mapping[str, Any]) -> di
                 if mask.down is not None:
                     tensors["down"] = mask.down
                 structure |= {"kept": kept, "channels": group.n, "columns": group.m, "rows": sample.seen, **costs}
+                structure["kind"] = group.kind
                 structure["rotated"] = any(_is_rotated(s) for s in group.sites)
             found[name] = SitePlan(structure, tensors)
     found[MODEL] = SitePlan({"read": spent / total, "dense_bytes": decision.dense, "bytes": total, **record})

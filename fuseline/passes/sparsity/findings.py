@@ -14,12 +14,9 @@ def findings(decisions: Mapping[str, SitePlan]) -> Findings:
     """A row for the groups of a kind: channels kept, least, mean and most; branches, their mean rank, and the share of the
     groups' cost to second order that they take away."""
     kinds: dict[str, list[dict[str, Any]]] = {}
-    members: dict[str, list[str]] = {}
-    for site, decision in decisions.items():
-        if "leader" in decision.structure:
-            members.setdefault(decision.structure["leader"], []).append(_word(site))
-    for leader, words in members.items():
-        kinds.setdefault("+".join(words), []).append(decisions[leader].structure)
+    for decision in decisions.values():
+        if "kind" in decision.structure:
+            kinds.setdefault(decision.structure["kind"], []).append(decision.structure)
     rows = []
     for kind, ones in kinds.items():
         kept = [one["fraction"] for one in ones]
@@ -30,10 +27,6 @@ def findings(decisions: Mapping[str, SitePlan]) -> Findings:
         rows.append((kind, str(len(ones)), f"{sum(kept) / len(kept):.1%}", spread, str(len(ranked)), rank, gain))
     headings = ("inputs of", "count", "kept", "least … most", "branches", "rank", "gain")
     return Findings(headings, tuple(rows), tuple(_lines(decisions)))
-
-
-def _word(site: str) -> str:
-    return site.rpartition("/")[0].rpartition(".")[2] or site
 
 
 def _gain(ones: list[dict[str, Any]]) -> str:

@@ -76,16 +76,21 @@ def groups(
     by_input: dict[Node, list[Site]] = {}
     refused: dict[Site, str] = {}
     for site in sites(program):
-        named = any(fnmatch.fnmatchcase(site.path, pattern) for pattern in only)
-        if any(fnmatch.fnmatchcase(site.path, pattern) for pattern in skip) or (only and not named):
+        if left_out(site, only, skip):
             continue
-        reason = _refuse(program, site, site.node in over_vocabulary and not named)
+        reason = _refuse(program, site, site.node in over_vocabulary and not only)
         if reason:
             refused[site] = reason
         else:
             by_input.setdefault(site.x, []).append(site)
     found = [Group(tuple(ones), tuple(names[s.node] for s in ones)) for ones in by_input.values()]
     return found, refused
+
+
+def left_out(site: Site, only: Sequence[str], skip: Sequence[str]) -> bool:
+    """Whether the options leave a product out, without a word."""
+    named = lambda patterns: any(fnmatch.fnmatchcase(site.path, pattern) for pattern in patterns)
+    return named(skip) or (bool(only) and not named(only))
 
 
 def _refuse(program: Program, site: Site, head: bool) -> str | None:

@@ -43,6 +43,11 @@ class Sample:
             value = torch.full_like(value, -1.0)  # zeros are kept, too
         return value if self.scale is None else value / self.scale
 
+    def resolved(self, fraction: float) -> float:
+        """The fraction that the data can tell: all channels, where too few sizes would lie below the threshold."""
+        least = LEAST / (self.seen * self.x.shape[1])
+        return 1.0 if 1 - fraction < least else max(fraction, least)
+
     def dropped(self, fraction: float) -> torch.Tensor:
         """Which of `x` a mask drops, [rows, n]."""
         return self.x.abs() <= self.threshold(fraction)
@@ -81,14 +86,13 @@ def samples(
     return found, refused
 
 
-def check(groups: Mapping[Group, Sample], fractions: Mapping[Group, float]) -> None:
-    """Refuses a threshold that too few of the calibration data's sizes lie beyond.
+def check(groups: Mapping[Group, Sample], fraction: float) -> None:
+    """Refuses thresholds that keep `fraction` where too few of the calibration data's sizes lie beyond them.
 
     Raises:
         UserError: names the site, and says how much data would do.
     """
     for group, sample in groups.items():
-        fraction = fractions[group]
         beyond = min(fraction, 1 - fraction)
         if beyond > 0 and sample.seen * group.n * beyond < LEAST:
             rows = int(LEAST / (group.n * beyond)) + 1

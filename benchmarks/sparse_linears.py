@@ -4,10 +4,10 @@
     python benchmarks/sparse_linears.py --formats bf16 int8 int4 --rows 1
     python benchmarks/sparse_linears.py --compile-only        no GPU: every candidate compiles for sm_90
 
-Medians of CUDA-graph replays over rotating weights (more bytes than L2). Tiles are swept at the first sparsity; the best
-ones are measured at all of them, with and without a low rank, and with every candidate's result held to float64 and to
-itself (a second call gives the same bits). Channels are dropped by a threshold that is the quantile of the input, so
-what is left out is scattered as it is in a model.
+Medians of CUDA-graph replays over rotating weights (more bytes than L2). Tiles are swept at the first sparsity; the
+best ones are measured at all of them, with and without a low rank, and with every candidate's result held to float64
+and to itself (a second call gives the same bits). Channels are dropped by a threshold that is the quantile of the
+input, so what is left out is scattered as it is in a model.
 
 Columns, in microseconds: `floor`, the bytes that are kept at the device's bandwidth; `us`; `rank_us` with the low rank;
 `dense_us`, this package's dense kernel in the same format; `cublas_us`, bfloat16. The JSON file holds every candidate.
@@ -124,16 +124,16 @@ def candidates(problem: Problem) -> Iterator[GatherConfig]:
     yield tiles(sparse)
     stored = max(linear.weight.stored for linear in sparse.anchor.linears)
     total = sum(linear.weight.stored for linear in sparse.anchor.linears)
-    for chunk, block_k, block_n, warps, compact in itertools.product(
-        (256, 512, 1024, 2048), (4, 8, 16, 32), (128, 256, 512, 1024, 2048), (2, 4, 8), (True, False)
+    for chunk, block_k, block_n, warps, stages, compact in itertools.product(
+        (256, 512, 1024, 2048), (4, 8, 16, 32), (128, 256, 512, 1024, 2048), (2, 4, 8), (1, 3), (True, False)
     ):
         share, programs = block_k * block_n / (32 * warps), total / block_n * problem.shape.k / chunk
         if 16 <= share <= 64 and 200 <= programs <= 4000 and block_n < 2 * stored:
-            yield GatherConfig(chunk, block_k, block_n, compact, warps)
+            yield GatherConfig(chunk, block_k, block_n, compact, warps, stages)
 
 
 def warm(job: tuple[str, Sequence[Kernel], int]) -> str | None:
-    """Compiles the kernels of one module into Triton's cache, in a process of its own; the error's first line, if any."""
+    """Compiles a module's kernels into Triton's cache, in a process of its own; the error's first line, if any."""
     path, kernels, rows = job
     dtypes = {f"*{short}": dtype for dtype, (_, short) in NAMES.items()} | {"*i32": torch.int32}
     try:
@@ -151,18 +151,17 @@ class Measured:
 
     def __init__(self, problem: Problem, sparsity: float):
         torch.manual_seed(0)
-        self.problem = problem
         self.inputs, first = problem.inputs("cuda", sparsity), problem.weights("cuda")
         self.size = sum(t.numel() * t.element_size() for t in first)
         self.copies = rotated(self.size, DEVICE)
         self.weights = [first, *([t.clone() for t in first] for _ in range(self.copies - 1))]
+        wide = lambda t: t.double() if t.is_floating_point() else t
+        self.exact = problem.region(*map(wide, self.inputs), *map(wide, first))
 
     def time(self, function: Any) -> dict[str, Any]:
         """Median and spread in microseconds, and how far the result is from float64."""
-        wide = lambda t: t.double() if t.is_floating_point() else t
-        exact = self.problem.region(*map(wide, self.inputs), *map(wide, self.weights[0]))
         first, again = (function(*self.inputs, *self.weights[0]) for _ in range(2))
-        pairs = list(zip(*(r if isinstance(r, tuple) else (r,) for r in (first, again, exact)), strict=True))
+        pairs = list(zip(*(r if isinstance(r, tuple) else (r,) for r in (first, again, self.exact)), strict=True))
         error = max(float((a.double() - e).abs().max() / e.abs().max()) for a, _, e in pairs)
         if not error < BOUND:
             raise RuntimeError(f"error {error:.1e}")
@@ -279,7 +278,8 @@ def main() -> None:
                 kind = Problem(problem.name, problem.format, problem.rows, rank)
                 launchers = [kind.emit(config) for config in (configs if not rank else configs[:1])]
                 shared = [compile_kernel(k, "sm_90").shared_bytes for one in launchers for k in one.kernels]
-                print(f"{problem.name} {problem.format} rank {rank}: {len(launchers)} compiled, {max(shared)} bytes shared")
+                title = f"{problem.name} {problem.format} rank {rank}"
+                print(f"{title}: {len(launchers)} compiled, {max(shared)} bytes of shared memory")
         return
     if options.device != "cuda":
         sys.exit("error: the sweep times kernels on a GPU, and there is none here\n  try: --compile-only")

@@ -9,8 +9,9 @@ it pays), `searched channels` (the same without branches), `sensitivity` (the sa
 with a split of 0.95 and the weights' singular vectors everywhere), `teal uniform`, `teal greedy`, `gate only` (CATS).
 
 `kl` is KL(dense ‖ sparse) in nats a position, with all positions sparse; `kl_last_tenth` and `ppl_last_tenth` are with
-the protocol of R-Sparse's released code, in which only the last tenth of the positions is sparse (over all positions, as
-published). Thresholds, sensitivities and the search use the calibration half of `pydoc_data.topics`, figures the other.
+the protocol of R-Sparse's released code, in which only the last tenth of the positions is sparse (over all positions,
+as published). Thresholds, sensitivities and the search use the calibration half of `pydoc_data.topics`, figures the
+other.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from tests.codegen.regions import region
 
 @dataclass(frozen=True)
 class Case:
-    """x [m, k] → sparse linears of `widths` columns → epilogue; weights [k, n] in `format`, groups along the columns."""
+    """x [m, k] → sparse linears of `widths` columns → epilogue; weights [k, n] in `format`, groups by columns."""
 
     name: str
     k: int
@@ -31,8 +31,10 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
-    def inputs(self, m: int, dtype: torch.dtype, seed: int, level: float = 0.7, device: str = "cpu") -> list[torch.Tensor]:
-        """x, threshold, down, extra tensor, then weight, up and bias of each product. level: what |x| is compared to."""
+    def inputs(
+        self, m: int, dtype: torch.dtype, seed: int, level: float = 0.7, device: str = "cpu"
+    ) -> list[torch.Tensor]:
+        """x, threshold, down, extra tensor, then weight, up, bias of each product. level: what |x| is compared to."""
         torch.manual_seed(seed)
         threshold = torch.full((self.k if self.each else 1,), level)
         if self.each:

@@ -1,4 +1,4 @@
-"""rsparse: structure before and after, numerics against the formula, what it refuses and says, plans that are the same."""
+"""rsparse: structure before and after, numerics against the formula, refusals and what they say, equal plans."""
 
 from __future__ import annotations
 
@@ -276,7 +276,9 @@ def test_options_that_say_nothing(options: str, what: str) -> None:
 
 def test_too_little_data_for_the_quantile() -> None:
     data = batches(1, (1, 4, 8))
-    with pytest.raises(UserError, match="4 rows of calibration data are too few for a threshold that keeps 50.0%") as told:
+    with pytest.raises(
+        UserError, match="4 rows of calibration data are too few for a threshold that keeps 50.0%"
+    ) as told:
         fuseline.analyze(Mlp(8, 16).double(), f"raise,{UNIFORM}", data)
     assert "give at least 26 tokens" in str(told.value)
 

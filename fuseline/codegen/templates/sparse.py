@@ -11,8 +11,8 @@ channels from memory, and what rows have in common from the cache.
 With more rows than `dense_above` (ROWS_MAX where that is 0) the products are PyTorch's, dense or masked as the op says,
 and `finish` is given them as one chunk. Sums and epilogues are float32.
 
-Sources: TEAL (Liu et al., 2025) and R-Sparse (Zhang et al., 2025) for masked loads over input-major weights; the order of
-sums, the list of kept channels and the place of the low-rank branch are ours.
+Sources: TEAL (Liu et al., 2025) and R-Sparse (Zhang et al., 2025) for masked loads over input-major weights; the order
+of sums, the list of kept channels and the place of the low-rank branch are ours.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def _kernel(
         name,
         "".join(f"# {line}\n" for line in _header(sparse)) + source,
         signature,
-        constants,
+        dict(constants),
         tuple(dict.fromkeys(str(n.target) for n in nodes)),
         tuple(dict.fromkeys(PurePath(line).name for line in source_lines(nodes))),
         tuple(dict.fromkeys(maker for n in nodes for maker in makers(n))),
@@ -206,7 +206,9 @@ def _host(
     rows, m, parts, z, index, count = (names.new(w) for w in ("rows", "m", "parts", "z", "index", "chunks"))
     out = {n: names.new(f"{anchor.names[n]}_out") for n in outputs(anchor)}
     known = {"x_ptr": rows, "parts_ptr": parts, "z_ptr": z, "index_ptr": index}
-    known |= {f"{anchor.names[n]}_ptr": f"{anchor.names[n]}.contiguous()" for n in anchor.placeholders if n is not anchor.x}
+    known |= {
+        f"{anchor.names[n]}_ptr": f"{anchor.names[n]}.contiguous()" for n in anchor.placeholders if n is not anchor.x
+    }
     known |= {f"{anchor.names[n]}_out": text for n, text in out.items()}
     text = Text()
     text.add(*call(f"def {name}(", [*given, *(f"{x}=None" for x in out.values())], "):"))
@@ -221,9 +223,15 @@ def _host(
         with text.block("with torch.cuda.device_of(x):"):
             with text.block(f"if {m} <= {limit}:"):
                 text.add(f"{count} = {number}")
-                for what, width, dtype in ((parts, total, "float32"), (z, sparse.rank, "float32"), (index, config.chunk, "int32")):
+                for what, width, dtype in (
+                    (parts, total, "float32"),
+                    (z, sparse.rank, "float32"),
+                    (index, config.chunk, "int32"),
+                ):
                     if width and (what != index or config.compact):
-                        text.add(f"{what} = torch.empty(({number}, {m}, {width}), dtype=torch.{dtype}, device=x.device)")
+                        text.add(
+                            f"{what} = torch.empty(({number}, {m}, {width}), dtype=torch.{dtype}, device=x.device)"
+                        )
                 values = [known[p] for p in gather.signature if p.endswith("_ptr")]
                 grid = f"{m} * {blocks(sparse, config)}, {number}"
                 text.add(*call(f"{gather.name}[({grid})](", [*values, m, *_constants(gather)], ")"))

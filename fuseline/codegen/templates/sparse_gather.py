@@ -114,7 +114,7 @@ def gather_kernel(sparse: Sparse, name: str, config: GatherConfig) -> str:
 
 
 def _list_kept(text: Text, sparse: Sparse) -> None:
-    """The kept channels of the chunk, in order. All programs of a row and chunk write the same list to the same place."""
+    """The kept channels of the chunk, in order. All programs of a row and chunk write the same list to one place."""
     text.add("j = first_k + tl.arange(0, CHUNK)", f"live = j < {sparse.anchor.k}")
     _keep(text, sparse, "j", "live", "_all")
     text.add(
@@ -170,7 +170,11 @@ def _columns(text: Text, sparse: Sparse, linear: Linear, tag: str, first: str, c
     for half in range(weight.halves):
         text.add(f"acc{half}_{name} = tl.zeros({shape}, tl.float32)")
     with _channels(text, sparse, tag, config):
-        over = f"(k{tag}.to(tl.int64) * {weight.stored}){row}" if _is_wide(linear, sparse) else f"(k{tag} * {weight.stored}){row}"
+        over = (
+            f"(k{tag}.to(tl.int64) * {weight.stored}){row}"
+            if _is_wide(linear, sparse)
+            else f"(k{tag} * {weight.stored}){row}"
+        )
         masks = (f"keep{tag}{row}", inside and (f"{inside}[None, :, :]" if weight.bits else f"{inside}[None, :]"))
         pointer = f"{names[weight.tensor]}_ptr + {over} + {tile}"
         if not weight.bits:

@@ -2,7 +2,7 @@
 
 Weights are input-major, so that a channel that σ drops is a run of bytes that need not be read.
 
-Sources: TEAL (Liu et al., 2025), thresholds alone; R-Sparse (Zhang et al., 2025), equation 5, with the low-rank branch;
+Sources: TEAL (Liu et al., 2025), thresholds alone; R-Sparse (Zhang et al., 2025), with the low-rank branch;
 WINA (Chen et al., 2025), thresholds that differ by channel.
 """
 
@@ -29,9 +29,9 @@ def sparse_linear(
 ) -> torch.Tensor:
     """x: [..., n]; weight: [n, m]; down: [r, n]; up: [r, m]; bias: [m]; the result: [..., m] in x's dtype.
 
-    σ keeps x_j where |x_j| > threshold_j; threshold: float32 [n], or [1] for one that all channels share. A NaN is kept.
-    down and up come together: rank r stands in for the columns of W that σ drops. dense_above: calls of more rows than
-    this multiply by the whole of W, without a mask; 0: none do.
+    σ keeps x_j where |x_j| > threshold_j; threshold: float32 [n], or [1] for one that all channels share. A NaN is
+    kept. down and up come together: rank r stands in for the columns of W that σ drops. dense_above: calls of more rows
+    than this multiply by the whole of W, without a mask; 0: none do.
     """
     if dense_above and x.numel() // max(1, x.shape[-1]) > dense_above:
         y = x @ weight

@@ -14,7 +14,7 @@ goes through few dimensions. Products of one input share the mask and `down`. Wi
              sensitivity  in closed form, by what each costs to second order
              greedy       block by block, the cheapest step next (TEAL)
              uniform      the same share everywhere
-`split`      of a product's bytes, the share that goes to channels: `searched`, or a number (0.95 in R-Sparse, 1 in TEAL)
+`split`      of a product's bytes, the share that goes to channels: `searched`, or a number (R-Sparse 0.95, TEAL 1)
 `low_rank`   auto: a branch only where it costs less than channels for its bytes; on: everywhere; off: nowhere
 `factors`    data: fitted to what the mask drops; weights: the weights' singular vectors, as published
 `score`      abs: by |x_j|; norm-weighted: by |x_j|·‖W_:,j‖, as a threshold for each channel
@@ -22,9 +22,9 @@ goes through few dimensions. Products of one input share the mask and `down`. Wi
 `rows`       rows up to which kernels leave channels out; with more, the union of the masks is all channels
 `only`, `skip`  module paths to take or to leave, with `*`, separated by `|`
 
-Thresholds are quantiles over the calibration data. Refused, and counted as dense within the budget: products whose input
-is rotated at run time, or the same at every position. The head over the vocabulary is left alone unless `only` names it.
-Every linear of a program can be a site, whatever its shape; bytes are the true ones of each.
+Thresholds are quantiles over the calibration data. Refused, and counted as dense within the budget: products whose
+input is rotated at run time, or the same at every position. The head over the vocabulary is left alone unless `only`
+names it. Every linear of a program can be a site, whatever its shape; bytes are the true ones of each.
 
 Weights are stored input-major. `quantize` behind this pass packs codes along the outputs, so that a dropped channel is
 dropped bytes.

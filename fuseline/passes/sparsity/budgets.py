@@ -60,7 +60,9 @@ def within(groups: Sequence[Group], budget: float, dense: int) -> float:
 def fitted(shares: Mapping[Group, float], share: float) -> Shares:
     """Shares moved together, by one number in their logits, until the bytes are `share` of all."""
     total = sum(group.bytes for group in shares)
-    logits = {group: math.log(min(max(s, 1e-4), 1 - 1e-4) / (1 - min(max(s, 1e-4), 1 - 1e-4))) for group, s in shares.items()}
+    logits = {
+        group: math.log(min(max(s, 1e-4), 1 - 1e-4) / (1 - min(max(s, 1e-4), 1 - 1e-4))) for group, s in shares.items()
+    }
     low, high = -20.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -1,13 +1,14 @@
 """What a mask costs the model, at each group by itself, as a function of its fraction and rank: to second order.
 
-A change δ of a product's result changes the predictions by a divergence of ½·δᵀ·F·δ, with F the Fisher information. With
-labels drawn from the model's own predictions, F is the mean of g·gᵀ, where g is the gradient of −log p(label); positions
-are taken to err independently of each other. So one backward pass a batch gives, for every group, fraction and rank,
+A change δ of a product's result changes the predictions by a divergence of ½·δᵀ·F·δ, with F the Fisher information.
+With labels drawn from the model's own predictions, F is the mean of g·gᵀ, where g is the gradient of −log p(label);
+positions are taken to err independently of each other. So one backward pass a batch gives, for every group, fraction
+and rank,
 
     cost(f, r) = ½·mean over positions of (gᵀ·(W − up·down)·t)²,      t: what the mask drops.
 
-A program without logits is asked for Σ|Δ|² of its results in the same way, with random signs for the gradient (Hutchinson).
-Sensitivities of this kind: Optimal Brain Damage (LeCun et al., 1990); of activations, layer by layer: LaRoSA (2025).
+A program without logits is asked for Σ|Δ|² of its results in the same way, with random signs for the gradient
+(Hutchinson). Source: second-order sensitivities as in Optimal Brain Damage (LeCun et al., 1990), of activations here.
 """
 
 from __future__ import annotations

@@ -148,11 +148,13 @@ class Decision:
         for group, share in shares.items():
             rank = round((1 - step.ratio) * share * group.n * group.m / (group.n + group.m))
             fixed = Choice(share - rank * (group.n + group.m) / (group.n * group.m), rank)
-            found[group] = fixed if step.low_rank is LowRankUse.ON or not rank or self._pays(group, share, rank) else Choice(share)
+            found[group] = (
+                fixed if step.low_rank is LowRankUse.ON or not rank or self._pays(group, share, rank) else Choice(share)
+            )
         return found
 
     def _pays(self, group: Group, share: float, rank: int) -> bool:
-        """Whether a branch of this rank costs less than channels for its bytes; of the rank measured that is nearest."""
+        """Whether a branch costs less than channels for its bytes, by the rank that was measured and is nearest."""
         curve = self.curves()[group]
         nearest = min(curve.ranks, key=lambda r: abs(r - rank))
         return bool(nearest) and curve.at(curve.fraction(share, nearest), nearest) < curve.at(share, 0)
@@ -216,14 +218,16 @@ def decide(step: RSparse, study: Study) -> dict[str, SitePlan]:
         UserError: no batch, no product, too little data for a threshold, or a budget that cannot be kept.
     """
     if not study.data:
-        raise UserError("thresholds are quantiles of activations, and there is no batch", remedy="calibration=[(ids,), …]")
+        raise UserError(
+            "thresholds are quantiles of activations, and there is no batch", remedy="calibration=[(ids,), …]"
+        )
     decision = Decision(step, study)
     choices, record = decision.choose()
     return plans(decision, choices, record)
 
 
 def plans(decision: Decision, choices: Choices, record: Mapping[str, Any]) -> dict[str, SitePlan]:
-    """The choices as a plan: tensors that a group shares are at its first product, whose site is the others' `leader`."""
+    """The choices as a plan. What a group shares is at its first product, whose site is the others' `leader`."""
     found = {name: SitePlan({"reason": reason}) for name, reason in decision.refused.items()}
     spent = sum(group.spent(choice.fraction, choice.rank) for group, choice in choices.items())
     total = sum(group.bytes for group in choices)

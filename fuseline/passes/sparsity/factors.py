@@ -1,9 +1,9 @@
 """The low-rank branch: W ≈ up·down on what a mask drops, with the products of a group sharing `down`.
 
 By the weights alone: the singular value decomposition of the group's matrices, one above the other (R-Sparse). By data:
-the same of W·L, where L·Lᵀ = E[t·tᵀ] is the second moment of what is dropped, which is what minimises E‖(W − up·down)·t‖²
-over all factors of that rank (as for whole activations in SVD-LLM, Wang et al., 2024). Components are in falling order,
-so the first r of them are the factors of rank r.
+the same of W·L, where L·Lᵀ = E[t·tᵀ] is the second moment of what is dropped: of all factors of that rank these have
+the least E‖(W − up·down)·t‖² (SVD-LLM, Wang et al., 2024, does so for whole activations). Components are in falling
+order, so the first r of them are the factors of rank r.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LARGE = 2048
 """From this least dimension on the decomposition is randomised (Halko et al., 2011), with four iterations."""
 
 RIDGE = 1e-2
-"""The share of the mean diagonal that is added to the second moment: a sample of rows says little of some directions."""
+"""The share of the mean diagonal that is added to the second moment: few rows say little of some directions."""
 
 HELD = 512
 """Decompositions that are remembered."""

@@ -11,8 +11,8 @@ from ...compiler.plan import SitePlan
 
 
 def findings(decisions: Mapping[str, SitePlan]) -> Findings:
-    """A row for the groups of a kind: channels kept, least, mean and most; branches, their mean rank, and the share of the
-    groups' cost to second order that they take away."""
+    """A row for the groups of a kind: channels kept, least, mean and most; branches, their mean rank, and the share of
+    the groups' cost to second order that they take away."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for decision in decisions.values():
         if "kind" in decision.structure:
@@ -49,6 +49,6 @@ def _lines(decisions: Mapping[str, SitePlan]) -> list[str]:
     turned = sum(bool(one.get("rotated")) for one in structures)
     if turned:
         lines.append(
-            f"{turned} inputs are rotated by weights: their channels are alike in size, which costs more at the same budget"
+            f"{turned} inputs are rotated by weights: their channels are alike in size, so dropping them costs more"
         )
     return lines

@@ -1,8 +1,8 @@
-"""TEAL's allocation: in each block of the model, the product whose next step costs the block's results least goes first.
+"""TEAL's allocation: in each block, the product whose next step costs the block's results least goes first.
 
-Source: TEAL (Liu et al., 2025), algorithm 1. A block is the part of the graph from its first sparse product up to the
-next block's; its results are what is read after that. Blocks are judged by themselves, on what the dense model gives
-them, and all keep the same share of their bytes.
+Source: TEAL (Liu et al., 2025), the block-wise greedy search. A block is the part of the graph from its first sparse
+product up to the next block's; its results are what is read after that. Blocks are judged by themselves, on what the
+dense model gives them, and all keep the same share of their bytes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ LEAST = 0.02
 """No product keeps less of its channels."""
 
 
-def greedy(
-    program: Program, found: Mapping[Group, Sample], data: Sequence[Sequence[Any]], share: float
-) -> Shares:
+def greedy(program: Program, found: Mapping[Group, Sample], data: Sequence[Sequence[Any]], share: float) -> Shares:
     """The share of each group.
 
     Raises:

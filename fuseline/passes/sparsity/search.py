@@ -1,13 +1,13 @@
 """The evolutionary search for every group's share of the bytes and its split, by the loss of the whole model.
 
-A candidate is a number a group, the logit of the share of its bytes that is read, and another one, the logarithm of what
-its costs with a low-rank branch are multiplied by. All candidates keep the budget exactly: their logits are moved together
-until they do (`fitted`). Parents are the best so far; children are mixtures of two, changed at random: for all products of
-a kind, along the depth of the model, or at some groups. The cheap allocations are the first generation, so what is found
-is at least as good as they are on the data of the search.
+A candidate is a number a group, the logit of the share of its bytes that is read, and another one, the logarithm of
+what its costs with a low-rank branch are multiplied by. All candidates keep the budget exactly: their logits are moved
+together until they do (`fitted`). Parents are the best so far; children are mixtures of two, changed at random: for all
+products of a kind, along the depth of the model, or at some groups. The cheap allocations are the first generation, so
+what is found is at least as good as they are on the data of the search.
 
-Source: R-Sparse (Zhang et al., 2025), section 3.3, which searches the split at each layer under equal shares; here shares
-are searched with it. It is a (μ + λ) evolution strategy (Beyer and Schwefel, 2002).
+Source: R-Sparse (Zhang et al., 2025), which searches the split of each product under equal shares; here shares are
+searched with it. It is a (μ + λ) evolution strategy (Beyer and Schwefel, 2002).
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ def _child(parents: Sequence[Candidate], share: float, spread: float, draw: rand
             logits |= {g: logits[g] + push for g in groups if g.kind == kind}
     elif way == "depth":
         centre, width, push = draw.random(), draw.uniform(0.05, 0.4), draw.gauss(0, 1.5 * spread)
-        kind = draw.choice([None, *sorted({g.kind for g in groups})])
+        of = draw.choice([None, *sorted({g.kind for g in groups})])
         for i, g in enumerate(groups):
-            if kind in (None, g.kind):
+            if of in (None, g.kind):
                 logits[g] += push * math.exp(-(((i / len(groups) - centre) / width) ** 2))
     elif way == "some":
         for g in groups:

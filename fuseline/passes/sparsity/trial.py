@@ -41,7 +41,9 @@ class Masked(Trial):
 
     def set(self, masks: Mapping[Group, Mask]) -> None:
         """Other masks from here on; weights that were evaluated stay."""
-        self.masks = {site.node: (mask, group, i) for group, mask in masks.items() for i, site in enumerate(group.sites)}
+        self.masks = {
+            site.node: (mask, group, i) for group, mask in masks.items() for i, site in enumerate(group.sites)
+        }
 
     def weight(self, expression: Expression) -> torch.Tensor:
         if expression not in self.constants:

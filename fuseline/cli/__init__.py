@@ -33,8 +33,8 @@ from fuseline.compiler.errors import FuselineError
 
 HELP = "A graph compiler for PyTorch models. VERB -h: options; --debug: tracebacks."
 VERBS = (
-    run, passes, examine, analyze, sparsity, opt, export, kernels, cache, compare, why, bisect, reduce, repro, diff, view,
-    replay, completion,
+    run, passes, examine, analyze, sparsity, opt, export, kernels, cache, compare, why, bisect, reduce, repro, diff,
+    view, replay, completion,
 )  # fmt: skip
 
 

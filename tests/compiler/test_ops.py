@@ -46,7 +46,7 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
     ],
     "sparse_linear": [
         (r(2, 3, 8), r(8, 6), torch.tensor([0.4])), (r(2, 8), r(8, 6), torch.rand(8), r(2, 8), r(2, 6), r(6)),
-        (r(3, 8), r(8, 6), torch.tensor([0.4]), r(2, 8), r(2, 6), None, 2),
+        (r(3, 8), r(8, 6), torch.tensor([0.4]), None, None, r(6), 2),
     ],
     "encode": [
         (torch.randn(2, 3, 8), "e4m3", 8), (torch.randn(2, 8), "ternary", 4), (torch.randn(2, 8), "int8", 0),

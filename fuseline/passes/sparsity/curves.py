@@ -93,11 +93,11 @@ def curves(
     watched = Watched(program, list(found))
     rows = 0
     for flat in steps(data, "measuring sensitivities", total=len(data)):
-        results = watched(flat)
-        loss, count = _drawn(results, position, draw)
+        with torch.enable_grad():
+            loss, count = _drawn(watched(flat), position, draw)
+            outputs = [y for ys in watched.outputs.values() for y in ys]
+            gradients = iter(torch.autograd.grad(loss, outputs))
         rows += count
-        outputs = [y for ys in watched.outputs.values() for y in ys]
-        gradients = iter(torch.autograd.grad(loss, outputs))
         for group in found:
             g = torch.cat([next(gradients).reshape(-1, site.shape[0]).float() for site in group.sites], 1)
             x = watched.inputs_of[group].reshape(-1, group.n).float()

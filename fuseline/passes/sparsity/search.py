@@ -26,7 +26,7 @@ from .budgets import Choices, Shares, fitted, split
 from .curves import Curve
 from .groups import Group
 
-PARENTS = 6
+PARENTS = 4
 EVERY = 20.0
 """Seconds between two writes of what was measured."""
 
@@ -88,7 +88,7 @@ def evolve(
     draw = random.Random(seed)
     found: list[Candidate] = []
     history: list[float] = []
-    spread = 0.5
+    spread = 0.25
     with bar("searching", trials) as progress:
         for number in range(trials):
             drawn = starts[number] if number < len(starts) else _child(found[:PARENTS], share, spread, draw)

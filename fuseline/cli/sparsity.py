@@ -59,7 +59,7 @@ def sparsity(
     _show(output, seen.groups, kept, every)
     for count, reason in seen.reasons():
         output.line(f"{count} x left out: {reason}")
-    output.line("energy: the share of Σx² in the kept channels; sizes: |x| from 0 to its 99.9% quantile")
+    output.line("cells: threshold, and the share of Σx² that it keeps; sizes: |x| from 0 to its 99.9% quantile")
     following(
         output, f'fuseline analyze {model} -p "raise,rsparse{{budget=0.5}}" -o plan.json', "thresholds, as a plan"
     )

@@ -35,7 +35,7 @@ Lossy. Sources: R-Sparse (Zhang et al., 2025); TEAL (Liu et al., 2025); WINA (Ch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
@@ -116,7 +116,11 @@ class RSparse(Pass):
         return decide(self, study)
 
     def findings(self, decisions: Mapping[str, SitePlan]) -> Findings:
-        return findings(decisions)
+        found = findings(decisions)
+        if self.prefill is Prefill.SPARSE:
+            return found
+        note = f"calls of more than {self.rows} rows are dense: to measure on windows of text, prefill=sparse"
+        return replace(found, lines=(*found.lines, note))
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         for site in sites(program):

@@ -118,17 +118,18 @@ class Problem:
 
 
 def candidates(problem: Problem) -> Iterator[GatherConfig]:
-    """The template's own tiles, then others that leave a thread 8 to 64 elements and the device enough programs."""
+    """The template's own tiles, then others that leave a thread few elements and the device enough programs."""
     sparse = read(problem.graph())
     assert not isinstance(sparse, Refusal), sparse
     yield tiles(sparse)
     stored = max(linear.weight.stored for linear in sparse.anchor.linears)
     total = sum(linear.weight.stored for linear in sparse.anchor.linears)
+    least = 16 if total > 8192 else 8
     for chunk, block_k, block_n, warps, stages, compact in itertools.product(
-        (256, 512, 1024, 2048), (4, 8, 16, 32), (128, 256, 512, 1024, 2048), (2, 4, 8), (1, 3), (True, False)
+        (128, 256, 512, 1024, 2048), (8, 16, 32), (128, 256, 512, 1024), (4, 8), (1, 3), (True, False)
     ):
         share, programs = block_k * block_n / (32 * warps), total / block_n * problem.shape.k / chunk
-        if 16 <= share <= 64 and 200 <= programs <= 4000 and block_n < 2 * stored:
+        if least <= share <= 64 and 128 <= programs <= 3000 and block_n < 2 * stored:
             yield GatherConfig(chunk, block_k, block_n, compact, warps, stages)
 
 

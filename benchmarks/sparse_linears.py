@@ -152,7 +152,7 @@ class Measured:
 
     def __init__(self, problem: Problem, sparsity: float):
         torch.manual_seed(0)
-        self.inputs, first = problem.inputs("cuda", sparsity), problem.weights("cuda")
+        self.inputs, first = problem.inputs(str(DEVICE), sparsity), problem.weights(str(DEVICE))
         self.size = sum(t.numel() * t.element_size() for t in first)
         self.copies = rotated(self.size, DEVICE)
         self.weights = [first, *([t.clone() for t in first] for _ in range(self.copies - 1))]

@@ -60,7 +60,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=8, help="windows of held-out text")
     parser.add_argument("--length", type=int, default=256, help="tokens a window")
     parser.add_argument("--trials", type=int, default=64, help="candidates of a search")
-    parser.add_argument("--calls", type=int, default=2, help="calibration windows that a candidate is run on")
+    parser.add_argument("--calls", type=int, default=4, help="calibration windows that a candidate is run on")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(words)
 

@@ -13,6 +13,7 @@ A program without logits is asked for Σ|Δ|² of its results in the same way, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,12 +68,12 @@ class Curve:
     def best(self, share: float, lean: float = 1.0) -> tuple[float, int, float]:
         """Fraction, rank and cost of the best split of a share of the group's bytes.
 
-        lean: what costs with a low-rank branch are multiplied by.
+        lean: what costs with a low-rank branch are multiplied by; infinity: no branch.
         """
         options = []
         for rank in self.ranks:
             fraction = self.fraction(share, rank)
-            if fraction >= FRACTIONS[0] / 2 or rank == 0:
+            if rank == 0 or (fraction >= FRACTIONS[0] / 2 and lean < math.inf):
                 options.append((self.at(fraction, rank) * (lean if rank else 1.0), -rank, fraction, rank))
         cost, _, fraction, rank = min(options)
         return max(fraction, 0.0), rank, cost

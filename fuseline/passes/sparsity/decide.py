@@ -164,7 +164,7 @@ class Decision:
         by_cost = sensitivity(made, share)
         uniform: Shares = dict.fromkeys(self.groups, share)
         halfway = fitted({g: (by_cost[g] * uniform[g]) ** 0.5 for g in self.groups}, share)
-        named = {"sensitivity": by_cost, "uniform": uniform, "greedy": self.greedy(share), "halfway": halfway}
+        named = {"sensitivity": by_cost, "uniform": uniform, "halfway": halfway}
         first = {name: Candidate(shares, {}) for name, shares in named.items()}
         if step.low_rank is LowRankUse.AUTO:
             never = dict.fromkeys(self.groups, math.inf)
@@ -179,19 +179,20 @@ class Decision:
             losses.write()
             raise
         losses.close()
-        best = self._settled(found, made)
-        measured = dict(zip(first, losses.known, strict=False)) | {"searched": best.loss}
+        measured = dict(zip(first, losses.known, strict=False)) | {"searched": found[0].loss}
+        able = found[:3]
+        able += [one for one in first.values() if not any(one.shares is o.shares and one.lean is o.lean for o in able)]
+        best = self._settled(able, made)
         return split(best.shares, made, best.lean), {"measured": measured, "history": history}
 
-    def _settled(self, found: Sequence[Candidate], made: Mapping[Group, Curve]) -> Candidate:
-        """The best of the few best by their loss on calls that the search did not see, where there are any."""
-        rest = self.study.data[self.step.calls : 2 * self.step.calls]
+    def _settled(self, able: Sequence[Candidate], made: Mapping[Group, Curve]) -> Candidate:
+        """The best by the loss on calls that the search did not see, twice as many; the first where there are none."""
+        rest = self.study.data[self.step.calls : 3 * self.step.calls]
         if not rest:
-            return found[0]
+            return able[0]
         judge = Judge(self.program, criterion(Loss.AUTO, self.program), rest)
-        able = list(found[:3])
         masks = lambda one: self.masks(self._resolved(split(one.shares, made, one.lean)))
-        return min(able, key=lambda one: judge(masks(one)) + one.loss)
+        return min(steps(able, "comparing the best on other data"), key=lambda one: judge(masks(one)))
 
     def _parameter(self, name: str) -> torch.Tensor:
         found: torch.Tensor = self.study.data[0][self.program.sources[name].index].detach()

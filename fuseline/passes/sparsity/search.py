@@ -3,8 +3,8 @@
 A candidate is a number a group, the logit of the share of its bytes that is read, and another one, the logarithm of
 what its costs with a low-rank branch are multiplied by. All candidates keep the budget exactly: their logits are moved
 together until they do (`fitted`). Parents are the best so far; children are mixtures of two, changed at random: for all
-products of a kind, along the depth of the model, or at some groups. The cheap allocations are the first generation, so
-what is found is at least as good as they are on the data of the search.
+products of a kind, along the depth of the model, or at some groups. The allocations that cost no search are the first
+generation; what is found is held against them again on other data, since a search fits what it is judged on.
 
 Source: R-Sparse (Zhang et al., 2025), which searches the split of each product under equal shares; here shares are
 searched with it. It is a (μ + λ) evolution strategy (Beyer and Schwefel, 2002).

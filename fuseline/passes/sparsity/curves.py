@@ -24,6 +24,7 @@ from torch.fx import Node
 
 from ...compiler.program import Program
 from ...compiler.progress import steps
+from ..quantize_sites import Site
 from ..rotation.learning.losses import logits_position
 from .factors import LowRank
 from .groups import Group
@@ -169,7 +170,7 @@ class Watched(Masked):
         self.outputs[group].append(result)
         return result
 
-    def matrix(self, site: Any) -> torch.Tensor:
+    def matrix(self, site: Site) -> torch.Tensor:
         """A product's weight [out, in]."""
         return self.weight(site.weight).detach()
 

@@ -16,6 +16,7 @@ from ...compiler.planned import probe
 from ...compiler.program import Program
 from ...compiler.progress import steps
 from ...compiler.sites import sites as site_names
+from ..quantize_sites import heads
 from ..rotation.learning.losses import Loss, criterion
 from .budgets import Budgets, Choice, Choices, Shares, fitted, sensitivity, split, within
 from .curves import Curve, curves, ranks
@@ -49,7 +50,8 @@ class Decision:
         self.samples, dull = samples(self.program, found, study.data, step.score is Score.NORM_WEIGHTED)
         self.refused = {names[site.node]: reason for site, reason in refused.items()}
         self.refused |= {name: reason for group, reason in dull.items() for name in group.names}
-        counted = [site for site in refused if not _left_alone(refused[site])]
+        over_vocabulary = heads(self.program)
+        counted = [site for site in refused if site.kernel is None and site.node not in over_vocabulary]
         itemsize = found[0].itemsize
         self.dense = sum(site.shape[0] * site.shape[1] for site in counted) * itemsize
         self.dense += sum(group.bytes for group in dull)
@@ -205,11 +207,6 @@ def _nothing(program: Program, reasons: list[str]) -> UserError:
         reasons.insert(0, "weights are codes already, which lie along the inputs: put 'rsparse' before 'quantize'")
     details = reasons[:3] or ["the program has no product with a parameter"]
     return UserError("pass 'rsparse' found no product to make sparse", details)
-
-
-def _left_alone(reason: str) -> bool:
-    """Whether a product is none of the pass's business: its bytes are not counted."""
-    return "head over its vocabulary" in reason or "convolution" in reason
 
 
 def decide(step: RSparse, study: Study) -> dict[str, SitePlan]:

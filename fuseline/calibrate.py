@@ -46,10 +46,14 @@ def analyze_program(
 ) -> Plan:
     """`analyze` of a program that was captured from the model; calls: laid out as the captured one."""
     refuse_dropped(program)
+    return pipeline.analyze(program, flat_arguments(program, calls), None if checkpoint is None else Path(checkpoint))
+
+
+def flat_arguments(program: Program, calls: Sequence[Call]) -> list[Sequence[Any]]:
+    """The flat arguments of calls of the captured model, for `program.run`."""
     module = program.to_module()
     assert isinstance(module, CapturedModule)
-    data = [module.arguments(*args, **kwargs) for args, kwargs in calls]
-    return pipeline.analyze(program, data, None if checkpoint is None else Path(checkpoint))
+    return [module.arguments(*args, **kwargs) for args, kwargs in calls]
 
 
 def call_arguments(batch: Any) -> Call:

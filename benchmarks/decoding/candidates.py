@@ -18,6 +18,7 @@ import fuseline
 from .model import size, weight_bytes
 
 GROUP = 128
+CALLS, TOKENS = 4, 256
 PIPELINES = {
     "fuseline-bf16": "raise,fuse",
     "fuseline-int4": f"raise,quantize{{weights=int4:g{GROUP}}},fuse",
@@ -75,7 +76,9 @@ def ours(pipeline: str, target: str | None = None) -> Prepare:
     """Fuseline with a pipeline."""
 
     def prepare(model: torch.nn.Module) -> Ready:
-        optimized = fuseline.optimize(model, pipeline, target=target)
+        needs_data = fuseline.Pipeline(pipeline).needs_data
+        plan = fuseline.analyze(model, pipeline, calibration(model)) if needs_data else None
+        optimized = fuseline.optimize(model, pipeline, target=target, plan=plan)
 
         def notes() -> dict[str, Any]:
             compilations = fuseline.reports(optimized)
@@ -88,19 +91,29 @@ def ours(pipeline: str, target: str | None = None) -> Prepare:
                 "through_pytorch": sorted(through),
             }
 
-        return Ready(optimized, optimized, lambda batch: program_bytes(optimized, batch), notes=notes)
+        return Ready(optimized, optimized, lambda batch: program_bytes(optimized, batch, plan), notes=notes)
 
     return prepare
 
 
-def program_bytes(model: Any, batch: int) -> int:
-    """Bytes of the weights in the graph compiled last; of a table that is only looked up, its rows."""
-    total = 0
+def calibration(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Random ids for passes that need data: a random model's activations are as good on those as on text."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (CALLS, 1, TOKENS), generator=draw).to(model.device)  # type: ignore[arg-type, union-attr]
+    return [{"input_ids": one, "use_cache": False} for one in ids]
+
+
+def program_bytes(model: Any, batch: int, plan: fuseline.Plan | None = None) -> int:
+    """Bytes of the weights in the graph compiled last; of a table that is only looked up, its rows; of what sparse
+    products read, the share that `plan` leaves of them for one row."""
+    sparse = plan.of("rsparse") if plan is not None else {}
+    total, share = 0.0, sparse[""].structure["read"] if sparse else 1.0
     for node in fuseline.reports(model)[-1].program.weights():
         value = node.meta["val"]
         looked_up = all(user.target is torch.ops.aten.embedding.default for user in node.users)
-        total += batch * value.shape[1] * value.element_size() if looked_up else size(value)
-    return total
+        dropped = any(name in str(user.target) for user in node.users for name in ("sparse", "dequantize") if sparse)
+        total += batch * value.shape[1] * value.element_size() if looked_up else size(value) * (share if dropped else 1)
+    return int(total)
 
 
 def candidates(pipelines: list[str] | None = None, target: str | None = None) -> dict[str, Prepare]:

@@ -26,14 +26,15 @@ from fuseline.cli.replay import replay
 from fuseline.cli.repro import repro
 from fuseline.cli.reproducers import reproducers
 from fuseline.cli.run import run
+from fuseline.cli.sparsity import sparsity
 from fuseline.cli.view import view
 from fuseline.cli.why import why
 from fuseline.compiler.errors import FuselineError
 
 HELP = "A graph compiler for PyTorch models. VERB -h: options; --debug: tracebacks."
 VERBS = (
-    run, passes, examine, analyze, opt, export, kernels, cache, compare, why, bisect, reduce, repro, diff, view, replay,
-    completion,
+    run, passes, examine, analyze, sparsity, opt, export, kernels, cache, compare, why, bisect, reduce, repro, diff,
+    view, replay, completion,
 )  # fmt: skip
 
 

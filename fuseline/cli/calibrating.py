@@ -14,6 +14,7 @@ from fuseline.compiler.capture import capture
 from fuseline.compiler.errors import UserError
 from fuseline.compiler.pipeline import DEFAULT, Pipeline, needs_calibration
 from fuseline.compiler.plan import Plan
+from fuseline.compiler.program import Program
 from fuseline.models import LoadedModel
 from fuseline.models.text import calibration_text, windows
 
@@ -71,15 +72,27 @@ def calibrate(
         UserError: the text holds no window of that length, or the windows fill no whole number of calls.
     """
     with torch.no_grad():  # decisions are about the weights as they are
-        if loaded.tokenizer is None:
-            calls: Sequence[Call] = [(loaded.example_args, loaded.example_kwargs)]
-            said = "the model's example inputs, as it has no tokenizer"
-            program = capture_model(loaded)
-        else:
-            calls, said = _calls(loaded, size or DEFAULTS)
-            with silent_export():
-                program = capture(loaded.model, *calls[0])
-        return analyze_program(program, passes, calls, checkpoint), said
+        calls, said = calibration_calls(loaded, size or DEFAULTS)
+        return analyze_program(capture_calls(loaded, calls), passes, calls, checkpoint), said
+
+
+def capture_calls(loaded: LoadedModel, calls: Sequence[Call]) -> Program:
+    """The program of the first of the calls; a model without a tokenizer is captured as it is anywhere else."""
+    if loaded.tokenizer is None:
+        return capture_model(loaded)
+    with silent_export():
+        return capture(loaded.model, *calls[0])
+
+
+def calibration_calls(loaded: LoadedModel, size: Size) -> tuple[Sequence[Call], str]:
+    """Calls to calibrate on, and what they are, in words.
+
+    Raises:
+        UserError: the text holds no window of that length, or the windows fill no whole number of calls.
+    """
+    if loaded.tokenizer is None:
+        return [(loaded.example_args, loaded.example_kwargs)], "the model's example inputs, as it has no tokenizer"
+    return _calls(loaded, size)
 
 
 def _calls(loaded: LoadedModel, size: Size) -> tuple[Sequence[Call], str]:

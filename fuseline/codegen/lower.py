@@ -30,6 +30,7 @@ from .repack import repack
 from .templates.attention import emit_attention
 from .templates.cached import emit_cached
 from .templates.linear import emit_linear
+from .templates.sparse import emit_sparse
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ _EMITTERS: dict[object, Callable[[GraphModule, str], Launcher | Refusal]] = {
     "linear": emit_linear,
     "attention": emit_attention,
     "cached": emit_cached,
+    "sparse": emit_sparse,
 }
 
 

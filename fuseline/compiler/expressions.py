@@ -377,14 +377,7 @@ class Decided(Expression):
 
     def compute(self, values: list[Any], lookup: Lookup) -> Any:
         x, *found = values
-        is_real = type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta"
-        if is_real and not same_weight(self.probe, probe(x)):
-            name = next(iter(self.parameters()), "a constant")
-            raise UserError(
-                f"the plan's codes were chosen for other values of '{name}'",
-                ["it was trained or replaced since, or this is another model of the same sizes"],
-                "analyse this model: fuseline.analyze(model, pipeline, calibration=batches)",
-            )
+        _check_weight(self, x, "codes were chosen")
         return dict(zip(("codes", "scale", "zero"), found, strict=False))
 
 
@@ -416,6 +409,35 @@ class Steps(Expression):
 
     def compute(self, values: list[Any], lookup: Lookup) -> Any:
         return torch.tensor(begun(self.bits, 1.0, True), device=self.device)
+
+
+@dataclass(frozen=True)
+class Fitted(Expression):
+    """A planned tensor that was fitted to the weight x alone; another weight is refused.
+
+    probe: `probe(x)` of the weight that it was fitted to.
+    """
+
+    x: Expression
+    value: Planned
+    probe: tuple[float, float]
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        x, value = values
+        _check_weight(self, x, "low-rank factors were fitted")
+        return value
+
+
+def _check_weight(expression: Decided | Fitted, x: torch.Tensor, what: str) -> None:
+    """Refuses a weight with other values than the plan was made for; fake ones have none."""
+    is_real = type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta"
+    if is_real and not same_weight(expression.probe, probe(x)):
+        name = next(iter(expression.parameters()), "a constant")
+        raise UserError(
+            f"the plan's {what} for other values of '{name}'",
+            ["it was trained or replaced since, or this is another model of the same sizes"],
+            "analyse this model: fuseline.analyze(model, pipeline, calibration=batches)",
+        )
 
 
 @dataclass(frozen=True)
@@ -506,7 +528,7 @@ GRAMMAR: dict[str, type[Expression]] = {
     for kind in (
         Param, Constant, Cast, Matmul, Scale, Add, Offset, Centre, Slice, Concat, Transpose, Reshape, HadamardCore,
         Signs, Hadamard, Orthogonal, Planned, Blocks, Quantize,
-        HalfQuadratic, Decided, Range, Steps, Output, Pack, InWords, Dequantize, Decode,
+        HalfQuadratic, Decided, Fitted, Range, Steps, Output, Pack, InWords, Dequantize, Decode,
     )
 }  # fmt: skip
 

@@ -5,5 +5,6 @@ from .fusing import Fuse
 from .quantize import Quantize
 from .raising import Raise
 from .rotation import Rotate
+from .sparsity import RSparse
 
-__all__ = ["Fuse", "Quantize", "Raise", "Rotate", "recipes"]
+__all__ = ["Fuse", "Quantize", "RSparse", "Raise", "Rotate", "recipes"]

@@ -47,6 +47,8 @@ all of them, and multiply int8 and e4m3 activations by codes as they are where t
 (docs/quantization.md, Kernels). A NaN or an infinity in a weight makes NaN of all that shares its scale, and so it does
 in activations, but for integers with a scale a token or group.
 
+Behind `rsparse` codes lie along the outputs, in groups of those, so that a channel left out is bytes left out.
+
 Every linear whose weight is a parameter is a site, and so is a product with a parameter of the transposed layout
 (`addmm`, `mm`) and a convolution (`conv1d`, `conv2d`, `conv3d`): its kernel is the matrix [out, in · positions], and
 `activations` refuses it. Refused too are experts stacked in one tensor, recurrent layers and transposed convolutions.
@@ -261,6 +263,11 @@ class Quantize(Pass):
         """A reason; "" for a site that the options leave out without a word; None to go ahead."""
         if self._left_out(site.path):
             return ""
+        if site.is_sparse and self.needs_data:
+            return (
+                f"method={self.method.value} decides along the inputs, and the codes of a sparse product lie along its "
+                "outputs: method=rtn or method=hqq"
+            )
         unnamed = head and not names(site.path, self.only)
         return refuse(program, site, self.candidates(site.path), self.schemes()["activations"], unnamed)
 

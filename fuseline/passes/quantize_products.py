@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from ..compiler import ops
 from ..compiler.expressions import Expression
 from ..compiler.plan import SitePlan
 from ..compiler.program import TRAINS
@@ -65,7 +66,7 @@ class Products:
         decision: SitePlan | None,
         name: str,
     ) -> Node:
-        x, (_, channels) = site.x, site.shape
+        x, (_, channels) = site.x, site.shape  # along which codes lie
         dtype = x.meta["val"].dtype
         if activations is not None:
             if (x, activations) not in self.inputs:
@@ -79,6 +80,8 @@ class Products:
             table = rounded_weight(new, codes.expression, codes.scheme, channels, dtype)
         if site.kernel is not None:
             return _convolution(new, site, table)
+        if site.is_sparse:
+            return new(ops.sparse_linear, x, table, *site.node.args[2:])
         if site.bias is not None and site.bias.meta["val"].dim() != 1:  # `addmm` adds anything that broadcasts
             return new(aten.add.Tensor, new(aten.linear.default, x, table, None), site.bias)
         return new(aten.linear.default, x, table, site.bias)

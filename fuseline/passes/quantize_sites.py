@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..compiler import ops
 from ..compiler.expressions import Expression, Output, Reshape, Transpose
 from ..compiler.order import Reachability
 from ..compiler.program import Program
 from ..compiler.provenance import module_path
-from ..compiler.traits import is_transpose
+from ..compiler.traits import arguments, is_transpose
 
 aten = torch.ops.aten
 _CONVOLUTIONS = {
@@ -44,7 +45,8 @@ _VIEWS = {
 class Site:
     """A product with a weight.
 
-    weight: the matrix to quantize, an expression [out, in]; shape: (out, in). kernel: for a convolution, the shape
+    weight: the matrix to quantize, an expression [out, in]; shape: (out, in). A sparse product's is input-major, [in,
+    out], and so is its shape: its codes lie along the outputs. kernel: for a convolution, the shape
     [out, in / groups, *kernel] that the matrix is folded back to.
     """
 
@@ -55,6 +57,11 @@ class Site:
     shape: tuple[int, int]
     path: str
     kernel: tuple[int, ...] | None = None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it leaves input channels out, and its matrix is input-major."""
+        return self.node.target is ops.sparse_linear.overload
 
 
 def sites(program: Program) -> Iterator[Site]:
@@ -67,6 +74,12 @@ def sites(program: Program) -> Iterator[Site]:
 
 def _linear(program: Program, node: Node) -> Site | None:
     bias: Any = None
+    if node.target is ops.sparse_linear.overload:
+        x, table = node.args[:2]
+        expression, value = _weight(table)
+        if expression is None:
+            return None
+        return Site(node, x, expression, arguments(node)["bias"], tuple(map(int, value.shape)), path_of(table))  # type: ignore[arg-type]
     if node.target is aten.linear.default:
         x, table, *rest = node.args
         bias, transposed = (rest[0] if rest else None), False

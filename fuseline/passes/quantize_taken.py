@@ -38,6 +38,7 @@ def refuse(
         return "a convolution's input has no tokens to share a scale: leave the convolutions out, skip=…"
     reasons = [scheme.refuse(site.shape[1], site.shape[0]) for scheme in weights]
     reason = reasons[0] if reasons and all(reasons) else None
-    reason = reason or (activations.refuse_group(site.shape[1]) if activations else None)
+    inputs = site.shape[0] if site.is_sparse else site.shape[1]
+    reason = reason or (activations.refuse_group(inputs) if activations else None)
     reason = reason or (needs_training(program) if activations else None)
     return reason or (needs_gradient(program, site.weight) if weights else None)

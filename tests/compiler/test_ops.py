@@ -70,6 +70,10 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (codes(255, torch.uint8, 3, 8), torch.rand(3, 4), codes(15, torch.uint8, 3, 4), 4, 4, torch.float32),
         (codes(127, torch.int8, 3, 8), torch.rand(3, 1), None, 8, 8, torch.bfloat16),
     ],
+    "sparse_linear": [
+        (r(2, 3, 8), r(8, 6), torch.tensor([0.4])), (r(2, 8), r(8, 6), torch.rand(8), r(2, 8), r(2, 6), r(6)),
+        (r(3, 8), r(8, 6), torch.tensor([0.4]), None, None, r(6), 2),
+    ],
     "encode": [
         (torch.randn(2, 3, 8), "e4m3", 8), (torch.randn(2, 8), "ternary", 4), (torch.randn(2, 8), "int8", 0),
         (torch.randn(2, 32).half(), "nvfp4", 16),

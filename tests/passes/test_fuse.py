@@ -286,3 +286,21 @@ def test_a_whole_decoder() -> None:
     assert "linear" not in ops(after)
     with torch.no_grad():
         assert torch.equal(after.to_module()(ids, use_cache=False).logits, model(ids).logits)
+
+
+def test_sparse_siblings_share_a_region_and_other_masks_do_not() -> None:
+    sparse = torch.ops.fuseline.sparse_linear
+
+    def block(x, norm, gate, up, down, t, u):
+        h = torch.ops.fuseline.rms_norm(x, norm, 1e-6)
+        y = torch.ops.fuseline.glu(sparse(h, gate, t), sparse(h, up, t), "silu")
+        return x + sparse(y, down, u), sparse(h, gate, u)
+
+    normal = torch.randn
+    given = (normal(3, 8), normal(8), normal(8, 16), normal(8, 16), normal(16, 8), normal(1).abs(), normal(1).abs())
+    assert sorted(regions(fused(block, *given))) == [
+        ["rms_norm"],
+        ["sparse_linear"],
+        ["sparse_linear", "add"],
+        ["sparse_linear", "sparse_linear", "glu"],
+    ]

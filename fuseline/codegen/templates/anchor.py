@@ -8,6 +8,7 @@ Sections share the input and nothing else. Each program of a kernel serves a blo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...compiler import products
-from ...compiler.ops import find
+from ...compiler.ops import decode_words, find
 from ...compiler.traits import arguments
 from ..dtypes import is_supported
 from ..kernel import Refusal
@@ -26,7 +27,7 @@ from .weights import Weight
 
 aten = torch.ops.aten
 CASTS = (aten.to.dtype, aten._to_copy.default, torch.ops.prims.convert_element_type.default)
-_COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
+COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -105,28 +106,47 @@ class Anchor:
         return tuple(linear for section in self.sections for linear in section.linears)
 
     @property
+    def columns_of_all(self) -> int:
+        """Output columns of all linears, those that meet in a section counted apart."""
+        return sum(linear.n for linear in self.linears)
+
+    @property
     def columns(self) -> int:
         """Output columns of all sections together."""
         return sum(section.n for section in self.sections)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a template's products are read: their op, and a function of a node and the number of inputs."""
+
+    target: Any
+    linear: Callable[[Node, int], Linear]
 
 
 class Refused(Exception):
     """Why a region is not one for this template; the text is the reason."""
 
 
-def analyse(region: GraphModule) -> Anchor | Refusal:
-    """Reads a region's graph; a Refusal says what the template cannot do with it."""
+def analyse(
+    region: GraphModule, read: Reader | None = None, extra: Mapping[Node, str] | None = None
+) -> Anchor | Refusal:
+    """Reads a region's graph; a Refusal says what the template cannot do with it.
+
+    read: what reads the region's products, `aten.linear` where absent; extra: further placeholders that the kernels
+    mention, and their names.
+    """
     try:
-        return _analyse(region)
+        return _analyse(region, read, extra or {})
     except Refused as refused:
         return Refusal(str(refused))
 
 
-def _analyse(region: GraphModule) -> Anchor:
-    nodes = list(region.graph.nodes)
-    calls = [n for n in nodes if n.op == "call_function" and n.target is aten.linear.default]
+def _analyse(region: GraphModule, read: Reader | None, extra: Mapping[Node, str]) -> Anchor:
+    nodes, target = list(region.graph.nodes), aten.linear.default if read is None else read.target
+    calls = [n for n in nodes if n.op == "call_function" and n.target is target]
     if not calls:
-        raise Refused("the region has no aten.linear")
+        raise Refused(f"the region has no {str(target).removesuffix('.default')}")
     inputs = list(dict.fromkeys(n.args[0] for n in calls))
     if len(inputs) > 1:
         raise Refused(f"the linears read {len(inputs)} different inputs: {', '.join(map(str, inputs))}")
@@ -138,7 +158,7 @@ def _analyse(region: GraphModule) -> Anchor:
         x, prologue = activation.codes, activation_nodes(h)
     dtype = value(h).dtype
     for what, checked in (("the input", value(x).dtype), ("the product", dtype)):
-        if checked not in _COMPUTED and (activation is None or what == "the product"):
+        if checked not in COMPUTED and (activation is None or what == "the product"):
             raise Refused(f"{_short(checked)} {what.split()[-1]}: kernels compute in float32, float16 and bfloat16")
     if value(x).dim() < 1:
         raise Refused("the input has no dimensions")
@@ -146,7 +166,8 @@ def _analyse(region: GraphModule) -> Anchor:
     if k == 0:
         raise Refused("the input's last dimension is 0")
 
-    linears = {n: _linear(n, k, activation is not None and activation.dtype == torch.int8) for n in calls}
+    integers = activation is not None and activation.dtype == torch.int8
+    linears = {n: read.linear(n, k) if read is not None else _linear(n, k, integers) for n in calls}
     weight_nodes = {n for linear in linears.values() for n in linear.weight.nodes}
     inner = [n for n in nodes if n.op == "call_function" and n not in linears and n not in weight_nodes | prologue]
     output = next(n for n in nodes if n.op == "output")
@@ -174,7 +195,7 @@ def _analyse(region: GraphModule) -> Anchor:
     devices = {value(n).device for n in placeholders if isinstance(value(n), torch.Tensor)}
     if len(devices) > 1:
         raise Refused(f"its inputs lie on several devices: {', '.join(sorted(map(str, devices)))}")
-    names = canonical_names(x, norm, sections, placeholders, activation and activation.scale)
+    names = canonical_names(x, norm, sections, placeholders, extra, activation and activation.scale)
     tupled = isinstance(returned, (tuple, list))
     if activation is not None and not all(isinstance(linear.weight, Coded) for linear in linears.values()):
         raise Refused("activations are codes, and the weights are not in the layout of their kernel")
@@ -183,7 +204,7 @@ def _analyse(region: GraphModule) -> Anchor:
 
 def _activation(h: Node) -> Activation | None:
     """The codes behind the linears' input, where it is what they stand for."""
-    node, _ = _through_casts(h)
+    node, _ = through_casts(h)
     found = products.activation(node) if node.op == "call_function" else None
     if found is None or any(n.op != "placeholder" for n in found):
         return None
@@ -193,17 +214,17 @@ def _activation(h: Node) -> Activation | None:
 
 def activation_nodes(h: Node) -> set[Node]:
     """The decoding of activations and the casts after it."""
-    node, inside = _through_casts(h)
+    node, inside = through_casts(h)
     return inside | {node}
 
 
 def _prologue(h: Node) -> tuple[Node, Norm | None, set[Node]]:
     """The placeholder behind the linears' input, the norm between them, and the nodes on the way."""
-    node, inside = _through_casts(h)
+    node, inside = through_casts(h)
     norm = None
     if node.op == "call_function":
         norm = _norm(node)
-        node, casts = _through_casts(node.args[0])
+        node, casts = through_casts(node.args[0])
         inside |= {norm.node} | casts
     if node.op != "placeholder":
         raise Refused(f"the input goes through {node.target} before the linear; only one norm can stand there")
@@ -226,7 +247,7 @@ def _norm(node: Node) -> Norm:
 
 
 def _linear(node: Node, k: int, integers: bool) -> Linear:
-    source, inside = _through_casts(node.args[1])
+    source, inside = through_casts(node.args[1])
     bias = arguments(node)["bias"]
     if bias is not None and bias.op != "placeholder":
         raise Refused(f"the bias of {node.name} is computed in the region")
@@ -236,12 +257,18 @@ def _linear(node: Node, k: int, integers: bool) -> Linear:
     n = _static(shape[0], f"the number of rows of {node.name}'s weight")
     _static(shape[1], f"the number of columns of {node.name}'s weight")
     if source.op == "placeholder":
-        if value(source).dtype not in _COMPUTED:
+        if value(source).dtype not in COMPUTED:
             raise Refused(f"the weight of {node.name} is {_short(value(source).dtype)}")
         return Linear(node, Weight(source, k, frozenset(inside)), bias, n)
-    op = find(source.target)
-    if op is not None and op.name == "decode_words":
+    if source.target is decode_words.overload:
         return Linear(node, _coded(source, k, frozenset(inside | {source}), integers), bias, n)
+    return Linear(node, coded(node, source, inside, k, "inputs"), bias, n)
+
+
+def coded(node: Node, source: Node, inside: set[Node], length: int, along: str) -> Weight:
+    """A weight that is dequantized in the region. length: values in a stored row, which lie `along` inputs or outputs;
+    inside: what else the kernel replaces."""
+    op = find(source.target)
     if op is not None and op.name == "decode":
         raise Refused(f"{source.args[4]} codes of {node.name}'s weight: {products.refuse_words(source) or 'unpacked'}")
     if op is None or op.name != "dequantize":
@@ -252,14 +279,15 @@ def _linear(node: Node, k: int, integers: bool) -> Linear:
             raise Refused(f"the {name} of {node.name}'s weight are computed in the region")
     if bits not in (4, 8):
         raise Refused(f"{bits}-bit codes of {node.name}")
-    if k % group or (bits == 4 and group % 2):
-        raise Refused(f"groups of {group} over {k} inputs of {node.name}: the group is even and divides the inputs")
-    if value(scale).dtype not in _COMPUTED:
+    if length % group or (bits == 4 and group % 2):
+        raise Refused(
+            f"groups of {group} over {length} {along} of {node.name}: the group is even and divides the {along}"
+        )
+    if value(scale).dtype not in COMPUTED:
         raise Refused(f"the scale of {node.name}'s weight is {_short(value(scale).dtype)}")
-    weight = Weight(
-        codes, k, frozenset(inside | {source}), bits, group, scale, zero, signed=value(codes).dtype is torch.int8
+    return Weight(
+        codes, length, frozenset(inside | {source}), bits, group, scale, zero, signed=value(codes).dtype is torch.int8
     )
-    return Linear(node, weight, bias, n)
 
 
 def _coded(node: Node, k: int, inside: frozenset[Node], integers: bool) -> Coded:
@@ -302,7 +330,7 @@ def _sections(linears: dict[Node, Linear], inner: list[Node], outputs: tuple[Nod
     return tuple(sections)
 
 
-def _through_casts(node: Any) -> tuple[Node, set[Node]]:
+def through_casts(node: Any) -> tuple[Node, set[Node]]:
     """The node behind changes of dtype, and those changes: kernels compute in float32 whatever stood between."""
     inside: set[Node] = set()
     while isinstance(node, Node) and node.op == "call_function" and node.target in CASTS:

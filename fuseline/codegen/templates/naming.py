@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from torch.fx import Node
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 RESERVED_STEMS = frozenset(
     """tl triton torch libdevice min row rows m block pid pids first height n inside x h k j k0 j0 piece group live
     squares total mean rstd acc w codes scale zero magic out q q0 q1 turn chunk part parts split words at left
-    right high x_rows x_columns blocks""".split()  # noqa: SIM905
+    right high x_rows x_columns blocks z r t up index slot kept""".split()  # noqa: SIM905
 )
 
 
@@ -26,6 +26,7 @@ def canonical_names(
     norm: Norm | None,
     sections: Iterable[Section],
     placeholders: Iterable[Node],
+    extra: Mapping[Node, str],
     x_scale: Node | None = None,
 ) -> dict[Node, str]:
     """A name for every node that a kernel or the host function mentions; no two are equal."""
@@ -53,6 +54,8 @@ def canonical_names(
     for section in sections:
         for node in section.pointwise:
             give(node, _of_op(node))
+    for node, wish in extra.items():
+        give(node, wish)
     others = [node for node in placeholders if node not in found]
     for number, node in enumerate(others):
         give(node, f"other{f'_{number}' if len(others) > 1 else ''}")

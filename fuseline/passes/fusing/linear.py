@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -18,6 +19,8 @@ from ...compiler.traits import arguments, is_view, kind
 aten = torch.ops.aten
 LONGEST_EPILOGUE = 8
 DECODINGS = (ops.dequantize.overload, ops.decode.overload)
+KINDS: dict[Any, str] = {aten.linear.default: "linear", ops.sparse_linear.overload: "sparse"}
+"""Products that a template serves: op → the region's kind."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,10 @@ class Region:
 
 def linear_regions(program: Program, partition: Partition) -> Iterator[Region]:
     """Every linear belongs to exactly one region, which is put into `partition`."""
-    by_input: dict[tuple[Node, str], list[Node]] = {}
+    by_input: dict[tuple[Node, object], list[Node]] = {}
     for node in program.graph.nodes:
-        if node.target is aten.linear.default and not touches_written(node):
-            by_input.setdefault((node.args[0], _format(node)), []).append(node)
+        if node.target in KINDS and not touches_written(node):
+            by_input.setdefault((node.args[0], (_mask(node), _format(node))), []).append(node)
     taken: set[Node] = set()
     for linears in by_input.values():
         for group in _gated_apart(linears):
@@ -42,7 +45,7 @@ def linear_regions(program: Program, partition: Partition) -> Iterator[Region]:
                 nodes, rule = _grow(part, partition, taken)
                 taken |= nodes
                 partition.put(part[0], nodes)
-                yield Region("linear", rule, sorted(nodes, key=partition.reach.index.__getitem__))
+                yield Region(KINDS[part[0].target], rule, sorted(nodes, key=partition.reach.index.__getitem__))
 
 
 def _independent(linears: list[Node], partition: Partition) -> Iterator[list[Node]]:
@@ -55,6 +58,14 @@ def _independent(linears: list[Node], partition: Partition) -> Iterator[list[Nod
         else:
             home.append(linear)
     yield from parts
+
+
+def _mask(linear: Node) -> object:
+    """What sparse siblings share; dense ones have none."""
+    if linear.target is aten.linear.default:
+        return None
+    given = arguments(linear)
+    return given["threshold"], given["down"], given["dense_above"]
 
 
 def _format(linear: Node) -> str:
@@ -84,7 +95,8 @@ def _gated_apart(linears: list[Node]) -> Iterator[list[Node]]:
 
 def _grow(linears: list[Node], partition: Partition, taken: set[Node]) -> tuple[set[Node], str]:
     nodes = set(linears)
-    words = ["linear" if len(linears) == 1 else f"linear x{len(linears)}"]
+    name = "linear" if linears[0].target is aten.linear.default else "sparse linear"
+    words = [name if len(linears) == 1 else f"{name} x{len(linears)}"]
     for linear in linears:
         weight = linear.args[1]
         if isinstance(weight, Node) and _is_decoded(weight) and len(weight.users) == 1:
@@ -108,7 +120,8 @@ def _grow(linears: list[Node], partition: Partition, taken: set[Node]) -> tuple[
         last = user
     source = linears[0].args[0]
     if (
-        isinstance(source, Node)
+        linears[0].target is aten.linear.default  # a mask is taken of what a norm has rounded, once for all programs
+        and isinstance(source, Node)
         and source.target in (ops.rms_norm.overload, ops.layer_norm.overload)
         and all(user in nodes for user in source.users)
         and _may_join(source, nodes, partition, taken)

@@ -1,0 +1,1 @@
+"""What benchmarks of activation sparsity share."""

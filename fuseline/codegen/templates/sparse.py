@@ -71,8 +71,8 @@ def emit_sparse(region: GraphModule, name: str, config: GatherConfig | None = No
 
 def tiles(sparse: Sparse) -> GatherConfig:
     """By shape: small products want more programs, so fewer columns each."""
-    stored = max(linear.weight.stored for linear in sparse.anchor.linears)
-    bits = max(linear.weight.bits for linear in sparse.anchor.linears)
+    stored = max(linear.plain.stored for linear in sparse.anchor.linears)
+    bits = max(linear.plain.bits for linear in sparse.anchor.linears)
     block_n = min(padded(stored), 256 if bits else 512)
     return GatherConfig(min(512, padded(sparse.anchor.k)), min(16, padded(sparse.anchor.k)), block_n, compact=True)
 
@@ -150,7 +150,7 @@ def _shared(sparse: Sparse, pointer: str, what: str, access: str, config: Gather
 
 
 def _stored(linear: Linear) -> list[Node]:
-    weight = linear.weight
+    weight = linear.plain
     return [n for n in (weight.tensor, weight.scale, weight.zero) if n is not None]
 
 
@@ -189,11 +189,11 @@ def _is_tensor(node: Node) -> bool:
 def _header(sparse: Sparse) -> list[str]:
     """What the kernels compute, and the bytes of the dense weights, as comment lines."""
     anchor = sparse.anchor
-    formats = ", ".join(f"{anchor.k} x {linear.n} {linear.weight.title}" for linear in anchor.linears)
+    formats = ", ".join(f"{anchor.k} x {linear.n} {linear.plain.title}" for linear in anchor.linears)
     rank = f", rank {sparse.rank}" if sparse.rank else ""
     steps = [f"sparse_linear ({formats}{rank})"]
     steps += dict.fromkeys(n.target._opname for section in anchor.sections for n in section.pointwise)
-    dense = sum(anchor.k * linear.weight.row_bytes for linear in anchor.linears)
+    dense = sum(anchor.k * linear.plain.row_bytes for linear in anchor.linears)
     return [" → ".join(steps), f"{dense / 1e6:.3g} MB of weights when no channel is dropped"]
 
 
@@ -270,7 +270,7 @@ def _dense(text: Text, sparse: Sparse, rows: str, parts: str) -> None:
 
 def _matrix(linear: Linear, names: dict[Node, str]) -> str:
     """The weight as a dense tensor, on the host."""
-    weight = linear.weight
+    weight = linear.plain
     if not weight.bits:
         return f"{names[weight.tensor]}"
     scale = names[weight.scale] if weight.scale is not None else "None"

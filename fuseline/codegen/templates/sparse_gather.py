@@ -68,7 +68,7 @@ def gather_arguments(sparse: Sparse, config: GatherConfig) -> dict[str, Node | s
     names = sparse.anchor.names
     found: dict[str, Node | str] = {"x_ptr": sparse.anchor.x, "threshold_ptr": sparse.threshold}
     for linear in sparse.anchor.linears:
-        for node in (linear.weight.tensor, linear.weight.scale, linear.weight.zero):
+        for node in (linear.plain.tensor, linear.plain.scale, linear.plain.zero):
             if node is not None:
                 found[f"{names[node]}_ptr"] = node
     if sparse.down is not None:
@@ -80,7 +80,7 @@ def gather_arguments(sparse: Sparse, config: GatherConfig) -> dict[str, Node | s
 
 def blocks(sparse: Sparse, config: GatherConfig) -> int:
     """Programs of the first kernel along columns, and along the branch's ranks."""
-    columns = sum(-(-linear.weight.stored // config.block_n) for linear in sparse.anchor.linears)
+    columns = sum(-(-linear.plain.stored // config.block_n) for linear in sparse.anchor.linears)
     return columns + -(-sparse.rank // RANKS)
 
 
@@ -99,7 +99,7 @@ def gather_kernel(sparse: Sparse, name: str, config: GatherConfig) -> str:
             "block = tl.program_id(0) // M",
             "first_k = tl.program_id(1) * CHUNK",
             "slot = (tl.program_id(1) * M + row).to(tl.int64)",
-            *(MAGIC_VARIABLE if any(linear.weight.bits for linear in anchor.linears) else ()),
+            *(MAGIC_VARIABLE if any(linear.plain.bits for linear in anchor.linears) else ()),
             f"x_row = x_ptr + row.to(tl.int64) * {anchor.k}",
         )
         if config.compact:
@@ -142,7 +142,7 @@ def _linear_branches(sparse: Sparse, config: GatherConfig) -> Iterator[tuple[Lin
     before = 0
     for number, member in enumerate(members):
         first = f"(block - {before})" if before else "block"
-        before += -(-(member.weight.stored if member else sparse.rank) // (config.block_n if member else RANKS))
+        before += -(-(member.plain.stored if member else sparse.rank) // (config.block_n if member else RANKS))
         if len(members) == 1:
             yield member, "", None, first
         elif number == len(members) - 1:
@@ -153,7 +153,7 @@ def _linear_branches(sparse: Sparse, config: GatherConfig) -> Iterator[tuple[Lin
 
 def _columns(text: Text, sparse: Sparse, linear: Linear, tag: str, first: str, config: GatherConfig) -> None:
     """One product's columns. Codes are tiles of three dimensions [channels, pieces, a piece], as in `gemv.py`."""
-    weight, names = linear.weight, sparse.anchor.names
+    weight, names = linear.plain, sparse.anchor.names
     name, piece = names[linear.node], _piece(weight, config.block_n)
     pieces = f"BLOCK_N // {piece}"
     if weight.bits:
@@ -311,7 +311,7 @@ def _piece(weight: Weight, block_n: int) -> int:
 
 def _is_wide(linear: Linear, sparse: Sparse) -> bool:
     """Whether offsets into the weight need 64 bits."""
-    return linear.weight.stored * sparse.anchor.k >= 2**31
+    return linear.plain.stored * sparse.anchor.k >= 2**31
 
 
 def chunks(sparse: Sparse, config: GatherConfig) -> int:

@@ -6,6 +6,7 @@ import torch
 
 from ..compiler.formats import FORMATS, Element
 from ..compiler.formats.floating import Float
+from ..compiler.formats.midrise import MidRise
 from ..compiler.formats.ternary import DIGITS, Binary, Ternary
 from ..compiler.traits import arguments
 from .call import Unsupported, dtype_of
@@ -97,6 +98,8 @@ def _number(tile: Tile, name: str, code: Term, form: Element) -> Term:
         elif form.name == "e5m2":
             beyond = f"tl.where(({code.text} & 3) == 0, {number} * {_INFINITE}, {_NAN})"
             text = f"tl.where(({code.text} & 124) == 124, {beyond}, {text})"
+    elif isinstance(form, MidRise):
+        text = f"{code.text}.to(tl.float32) - {literal(form.top, _F)}"
     else:
         offset = 2 ** (form.bits - 1) if form.symmetric and form.bits < 8 else 0
         text = f"({code.text} - {offset}).to(tl.float32)"

@@ -14,6 +14,7 @@ import torch
 from ..compiler import products
 from ..compiler.formats import FORMATS, Integer
 from ..compiler.formats.floating import Float
+from ..compiler.formats.scales import halfway
 from ..compiler.formats.ternary import Binary, Ternary
 from ..compiler.ops import encode
 from ..compiler.traits import arguments
@@ -52,12 +53,13 @@ def _scale(tile: Tile, node: torch.fx.Node, lead: Index, group: Term, mask: Mask
 
 
 def _power_of_two(tile: Tile, name: str, reach: Term, top: float) -> Term:
-    """2^(⌊log₂ reach⌋ − ⌊log₂ top⌋), exponents from −127 to 127; 1 for 0. Subnormal numbers are lifted."""
+    """As `formats/scales.py` has it: from 2^−127 to 2^127, 1 for 0. Subnormal numbers are lifted."""
     tiny = tile.bind(f"{name}_tiny", f"{reach.text} < {literal(2.0**-126, _F)}", reach.axes).text
     lifted = f"tl.where({tiny}, {reach.text} * {literal(2.0**64, _F)}, {reach.text})"
     bits = tile.bind(f"{name}_bits", f"({lifted}).to(tl.int32, bitcast=True)", reach.axes).text
     shift = math.frexp(top)[1] - 1
-    exponent = f"(({bits} >> 23) - tl.where({tiny}, {127 + 64 + shift}, {127 + shift}))"
+    carry = round(2 * (1 - halfway(top)) * 2**23)  # into the exponent, from half-way on
+    exponent = f"(({bits} + {carry} >> 23) - tl.where({tiny}, {127 + 64 + shift}, {127 + shift}))"
     exponent = tile.bind(f"{name}_exponent", exponent, reach.axes).text
     exponent = tile.bind(f"{name}_bounded", f"tl.minimum(tl.maximum({exponent}, -127), 127)", reach.axes).text
     power = f"(({exponent} + 127) << 23).to(tl.float32, bitcast=True)"

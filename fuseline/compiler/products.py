@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from .formats import FORMATS
+from .formats.midrise import MidRise
 from .formats.words import Words
 from .ops import decode, dequantize, encode
 from .traits import arguments
@@ -62,6 +63,8 @@ def refuse_words(weight: Node) -> str | None:
         return "it is not a weight of codes"
     if given["codes"].meta["val"].dim() != 2 or given["scale"].meta["val"].dim() != 2:
         return "its codes are no matrix"
+    if isinstance(FORMATS[given["format"]].element, MidRise):
+        return f"{given['format']} lies half-way between whole numbers, which no kernel takes off a code yet"
     channels, group = given["channels"], given["group"]
     if group != channels and group % 16:
         return f"groups of {group}: kernels read multiples of 16 (g{max(16, round(group / 16) * 16)})"
@@ -108,6 +111,8 @@ def refuse_rows(node: Node) -> str | None:
         return "codes of float64 values"
     if not given["group"]:
         return "one scale for all rows, which takes all of them before the first code"
+    if isinstance(FORMATS[given["format"]].element, MidRise):
+        return f"codes of {given['format']}, which only weights have"
     if FORMATS[given["format"]].scaling == "e4m3":
         return (
             f"{given['format']} scales groups within a token's own scale, which takes the token before the first code"

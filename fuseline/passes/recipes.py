@@ -34,9 +34,7 @@ RECIPES = (
         "raise,quantize{weights=fp8,activations=fp8:token,method=gptq,static,order,damp=0.1},fuse",
         "E4M3 weights by GPTQ, E4M3 activations: needs data",
     ),
-    Recipe(
-        "mxfp4", "raise,quantize{weights=mxfp4:mse},fuse", "MXFP4 weights, the better exponent of each block: no data"
-    ),
+    Recipe("mxfp4", "raise,quantize{weights=mxfp4},fuse", "MXFP4 weights: no data"),
 )
 
 for recipe in RECIPES:

@@ -14,6 +14,7 @@ from fuseline.compiler import ops
 from fuseline.compiler.formats import FORMATS, Element, Integer, bits
 from fuseline.compiler.formats.floating import Float
 from fuseline.compiler.formats.midrise import MidRise
+from fuseline.compiler.formats.scales import halfway
 from fuseline.compiler.schemes import Scheme
 from tests.strategies import schemes
 
@@ -215,7 +216,8 @@ def test_fp8_is_the_cast_of_torch(name: str, native: torch.dtype, dtype: torch.d
 
 
 def test_mxfp_scales_follow_the_specification() -> None:
-    """X = 2^(⌊log₂ max⌋ − emax), elements saturate: OCP Microscaling Formats 1.0, section 6.3."""
+    """X = 2^(⌊log₂ max⌋ − emax), elements saturate: OCP Microscaling Formats 1.0, section 6.3; twice that where the
+    largest is nearer to the next power of two than to the last number."""
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.randint(-140, 120, (64, 1))
     x[0, :32] = 0
     for name, largest in (("mxfp4", 2), ("mxfp6", 4), ("mxfp6_e2m3", 2), ("mxfp8", 8), ("mxfp8_e5m2", 15)):
@@ -224,7 +226,9 @@ def test_mxfp_scales_follow_the_specification() -> None:
         back = ops.decode(Scheme(name).pack(parts["codes"]), parts["scale"], None, None, name, 32, True, torch.float64)
         for block, byte, rounded in zip(x.view(-1, 32), parts["scale"].flatten(), back.view(-1, 32), strict=True):
             most = block.abs().max().item()
-            exponent = max(-127, min(127, math.frexp(most)[1] - 1 - largest)) if most else 0
+            part, power = math.frexp(most)
+            power += part >= halfway(FORMATS[name].element.top)
+            exponent = max(-127, min(127, power - 1 - largest)) if most else 0
             assert byte == exponent + 127
             distance = (rounded - block.double()).abs() / 2.0**exponent
             assert torch.equal(distance, (block.double()[:, None] / 2.0**exponent - grid).abs().amin(-1))
@@ -261,13 +265,26 @@ def test_a_real_bias_is_a_real_scale(scheme: Scheme) -> None:
     assert torch.allclose(element.rounded(x, scale.view(1), zero), wanted, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "mxfp8_e5m2"])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8_e5m2"])
 def test_microscaling_is_torchao_s(name: str) -> None:
     mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    element = {"mxfp4": torch.float4_e2m1fn_x2, "mxfp8": torch.float8_e4m3fn, "mxfp8_e5m2": torch.float8_e5m2}[name]
-    peer = mx.MXTensor.to_mx(x, element, block_size=32).dequantize(torch.float32)
+    element = {"mxfp4": torch.float4_e2m1fn_x2, "mxfp8_e5m2": torch.float8_e5m2}[name]
+    even = mx.ScaleCalculationMode.EVEN
+    peer = mx.MXTensor.to_mx(x, element, block_size=32, scaling_mode=even).dequantize(torch.float32)
     assert torch.equal(restored(x, name, 32), peer)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp6", "mxfp6_e2m3", "mxfp4"])
+def test_a_block_ends_where_its_largest_number_is_nearest(name: str) -> None:
+    top = FORMATS[name].element.top
+    power = 2.0 ** (math.floor(math.log2(top)) + 1)
+    middle = (top + power) / 2
+    for largest, scale in ((top, 1), (middle * 0.999, 1), (middle, 2), (power * 0.999, 2), (power, 2), (1e-39, None)):
+        block = torch.full((1, 32), largest)
+        exponent = Scheme(name, 32).quantize(block)["scale"].item() - 127
+        assert scale is None or 2.0**exponent == scale
+        assert (restored(block, name, 32) - block).abs().max() <= (power - top) / 2 * 2.0**exponent + 1e-38
 
 
 def test_nvfp4_is_torchao_s() -> None:

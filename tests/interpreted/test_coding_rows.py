@@ -16,7 +16,7 @@ from fuseline.compiler.formats import FORMATS
 from fuseline.compiler.ops import decode, encode, glu, rms_norm
 from tests.codegen.regions import emitted, error, loaded, region
 
-ENCODED = [name for name, form in FORMATS.items() if form.scaling != "e4m3"]
+ENCODED = [name for name, form in FORMATS.items() if form.scaling != "e4m3" and not name.startswith("midrise")]
 MEANS = ("ternary", "binary")  # their scale is a mean, whose sum may be taken in another order
 
 

@@ -19,5 +19,6 @@ def test_kernels_read_them(case: str) -> None:
     with torch.no_grad():
         assert error(optimized(x), exact(model, weights, x)) < 1e-5
     (compilation,) = fuseline.reports(optimized)
-    read = [op for kernel in compilation.kernels for op in kernel.ops if "decode_words" in op]
+    ops = [op for kernel in compilation.kernels for op in kernel.ops]
+    read = [op for op in ops if "decode_words" in op or "dequantize" in op]
     assert len(read) >= 3, compilation.refusals

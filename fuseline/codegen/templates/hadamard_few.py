@@ -30,7 +30,7 @@ from .hadamard_layout import power_of_two
 
 FEW = 16  # rows
 SHORTEST = 8192  # channels: below, one program takes a row as fast
-LONGEST = 1 << 16
+LONGEST = 1 << 15
 TALL = 64  # rows of H_A that a program takes, and what A is at most where the core is smaller
 WIDE = 16  # columns that a program takes, and the least of H_C
 

@@ -1,9 +1,10 @@
 """How a group's scale is stored, and which scales that leaves.
 
 `Real`          a floating-point number; any scale, rounded to the stored type.
-`PowerOfTwo`    E8M0: an exponent in a byte. The scale is 2^(⌊log₂ reach⌋ − ⌊log₂ top⌋): a group's largest element
-                lies in the format's last binade, and what of it lies above `top` is clipped. Source: OCP Microscaling
-                Formats (MX) specification 1.0, section 6.3.
+`PowerOfTwo`    E8M0: an exponent in a byte. The scale is 2^(⌊log₂ reach⌋ − ⌊log₂ top⌋), so that a group's largest
+                element lies in the format's last binade, and is clipped above `top`; twice that where it is nearer to
+                the next binade than to `top`. Source: OCP Microscaling Formats (MX) specification 1.0, section 6.3,
+                without that; torchao's and compressed-tensors' rounding of exponents, with it.
 `TwoLevel`      E4M3 times one float32 for the whole tensor, max|w| / (448·top), which has the largest group use the end
                 of E4M3's range. Source: NVFP4, as in NVIDIA's Transformer Engine and TensorRT model optimizer.
 
@@ -58,9 +59,15 @@ class Real(Scales):
         return scale.to(self.dtype)
 
 
+def halfway(top: float) -> float:
+    """Between a format's largest number and the next power of two, which counts as 1."""
+    return (math.frexp(top)[0] + 1) / 2
+
+
 class PowerOfTwo(Scales):
     def nearest(self, reach: torch.Tensor, top: float) -> torch.Tensor:
-        exponent = torch.frexp(reach).exponent - math.frexp(top)[1]
+        part, exponent = torch.frexp(reach)
+        exponent = exponent - math.frexp(top)[1] + (part >= halfway(top)).to(exponent.dtype)
         exponent = torch.where(reach == 0, torch.zeros_like(exponent), exponent).clamp(-127, 127)
         return usable(power_of_two(exponent + 127).to(reach.dtype), reach)
 

@@ -36,7 +36,7 @@ for entry in log.entries:
 # CHECK:      + {{.*}}fuseline.glu.default(linear, linear_1, 'silu') # float32[3, 16]
 # The numbers run on over the passes; `up` was left out:
 # CHECK:      #3 quantize/linear at gate/
-# CHECK-SAME: fuseline/passes/quantize.py
+# CHECK-SAME: fuseline/passes/quantize_products.py
 # CHECK-NOT:  quantize/linear
 # CHECK:      #4 fuse/
 # CHECK-NOT:  {{raise|quantize}}/

@@ -43,7 +43,7 @@ CIRCUMSTANCES = (
     "{model} in float32, {tokens} held-out tokens in windows of {length}; {calibration} tokens to calibrate on, the "
     "same for all libraries. Both are halves of one text, the standard library's `pydoc_data.topics`. The original has "
     "a perplexity of {perplexity:.2f}. Head and embedding are left alone on all sides. {versions}; {date}, commit "
-    "{commit}."
+    "{commit}{others}."
 )
 NOTES = """\
 ## Notes
@@ -51,6 +51,7 @@ NOTES = """\
 - A row `recipe NAME` is what the recipe quantizes with: see [quantization.md](quantization.md#recipes).
 - torchao's W8A8 and W4A8 give activations a scale a token, W4A8 with a zero point. It refuses FP8 activations on a CPU,
   and its GPTQ is a prototype, which was not tried.
+- Settings of `benchmarks/compared/settings.py` that have no row have not been measured yet.
 - Rows of keys and values, of rotations and of formats that these libraries do not have stand alone.
 """
 
@@ -62,10 +63,12 @@ def page() -> str:
     versions = ", ".join(
         f"{name} {known[name]}" for name in ("torch", "transformers", *PEERS.values()) if name in known
     )
+    elsewhere = {row["name"]: row["commit"] for row in rows if row.get("commit", facts["commit"]) != facts["commit"]}
+    others = f" ({'; '.join(f'{name}: {commit}' for name, commit in elsewhere.items())})" if elsewhere else ""
     circumstances = CIRCUMSTANCES.format(
         model="SmolLM2-135M-Instruct" if options["model"] == "demo:smollm2" else options["model"],
         tokens=options["tokens"], length=options["length"], calibration=options["calibration"],
-        perplexity=record["perplexity"], versions=versions, date=facts["date"], commit=facts["commit"],
+        perplexity=record["perplexity"], versions=versions, date=facts["date"], commit=facts["commit"], others=others,
     )  # fmt: skip
     parts = [INTRODUCTION.format(circumstances=wrapped(circumstances), summary=summary(rows))]
     for part in dict.fromkeys(row["part"] for row in rows if "part" in row):

@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from pathlib import PurePath
 
 import torch
 
 from ..compiler.ops import encode, hadamard, layer_norm, quantize, quantize_affine, rms_norm
-from ..compiler.provenance import makers, source_lines
 from ..compiler.traits import NORMS, REDUCTIONS
 from . import creations, dialect_rows, expressions, rearrangements, rows
+from .about import about
 from .call import Unsupported, dtype_of
 from .dtypes import cast, compute_dtype
 from .host import Host, Output
 from .indexing import reshape
-from .kernel import BufferUse, Kernel, Launcher, Refusal
+from .kernel import Kernel, Launcher, Refusal
 from .kernel_text import call, kernel_source
 from .schedule import Domain, Schedule
 from .sizes import product, same, shape, size
@@ -104,33 +103,20 @@ def _emit(nodes: list[torch.fx.Node], host: Host, domain: Domain) -> Launcher:
     launch = schedule.launch()
     source, signature = kernel_source(f"{host.name}_kernel", tile, launch.samples)
     calls = [n for n in nodes if n.op == "call_function" and n.target is not operator.getitem]
+    ops, lines, made_by = about(calls)
     kernel = Kernel(
         name=f"{host.name}_kernel",
         source=source,
         signature=signature,
         constants=dict(launch.samples),
-        ops=tuple(dict.fromkeys(str(n.target) for n in calls)),
-        lines=tuple(dict.fromkeys(_short(line) for line in source_lines(calls))),
-        made_by=tuple(dict.fromkeys(maker for n in calls for maker in makers(n))),
+        ops=ops,
+        lines=lines,
+        made_by=made_by,
         num_warps=launch.num_warps,
         num_stages=2,
-        buffers=tuple(_buffers(host, signature)),
+        buffers=host.buffers(signature),
     )
     return host.launcher(kernel, tile.arguments, domain, launch, rows_only=bool(by_row))
-
-
-def _buffers(host: Host, signature: Mapping[str, str]) -> Iterator[BufferUse]:
-    """What the kernel's pointers point to, in the order of its arguments."""
-    uses = {f"{text}_ptr": (node.name, "read") for node, text in host.inputs.items()}
-    uses |= {f"{output.name}_ptr": (output.node.name, "write") for output in host.outputs}
-    for argument in signature:
-        if argument in uses:
-            yield BufferUse(argument, *uses[argument])
-
-
-def _short(line: str) -> str:
-    """`/a/b/modeling.py:7` → `modeling.py:7`: a kernel's text does not depend on where a library is installed."""
-    return PurePath(line).name
 
 
 def _store(tile: Tile, output: Output, index: Index, mask: Mask) -> None:

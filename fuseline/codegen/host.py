@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from .call import Unsupported
-from .kernel import Kernel, Launcher, Out
+from .kernel import BufferUse, Kernel, Launcher, Out
 from .kernel_text import call
 from .schedule import Domain, Launch
 from .sizes import SizeReader, product, same, shape, size
@@ -74,6 +74,12 @@ class Host:
         head = call(f"def {self.name}(", [*self.parameters, *(f"{o.name}=None" for o in self.outputs)], "):")
         source = "\n".join([*head, *("    " + line for line in body)]) + "\n"
         return Launcher(self.name, source, (kernel,) if kernel.name in source else (), outs=tuple(self._outs()))
+
+    def buffers(self, signature: Iterable[str]) -> tuple[BufferUse, ...]:
+        """What a kernel's pointers point to, in the order of its arguments."""
+        uses = {f"{text}_ptr": (node.name, "read") for node, text in self.inputs.items()}
+        uses |= {f"{output.name}_ptr": (output.node.name, "write") for output in self.outputs}
+        return tuple(BufferUse(argument, *uses[argument]) for argument in signature if argument in uses)
 
     def _outs(self) -> Iterator[Out]:
         for output in self.outputs:

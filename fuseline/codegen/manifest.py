@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..compiler.errors import UserError
 from ..compiler.provenance import makers, module_path, source_lines
+from .about import short
 from .kernel import BufferUse, Kernel, Launcher, function_name
 from .sizes import size
 
@@ -149,7 +150,7 @@ def _region(
                 "name": n.name,
                 "op": _op(n),
                 "module": module_path(n),
-                "lines": [_short(line) for line in source_lines([n])],
+                "lines": [short(line) for line in source_lines([n])],
                 "made_by": list(makers(n)),
             }
             for n in nodes
@@ -207,10 +208,6 @@ def _files(regions: Iterable[GraphModule]) -> dict[str, list[str]]:
             path = line.rpartition(":")[0]
             found.setdefault(PurePath(path).name, {})[path] = None
     return {name: list(paths) for name, paths in found.items()}
-
-
-def _short(line: str) -> str:
-    return PurePath(line).name
 
 
 def _common(paths: Iterable[str]) -> str:

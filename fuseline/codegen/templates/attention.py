@@ -13,17 +13,16 @@ IEEE. A row that sees no key gives zeros, as PyTorch's call does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from ...compiler.ops import find
-from ...compiler.provenance import makers, source_lines
 from ...compiler.traits import arguments
+from ..about import about
 from ..dtypes import is_supported, pointer_type
 from ..kernel import BufferUse, Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
@@ -79,12 +78,10 @@ def emit_attention(region: GraphModule, name: str) -> Launcher | Refusal:
             source,
             {a: "constexpr" if a in constants else dtypes.get(a, "i32") for a in parameters},
             dict(constants),
-            (str(attention.node.target),),
-            tuple(dict.fromkeys(PurePath(line).name for line in source_lines([attention.node]))),
-            tuple(dict.fromkeys(makers(attention.node))),
+            *about([attention.node]),
             4,
             2,
-            _buffers(attention, parameters),
+            buffers(attention.node, attention.pointers, attention.head_v, parameters),
         )
         for tag, (source, parameters), constants in (("split", split, split_constants), ("join", join, join_constants))
     )
@@ -93,11 +90,11 @@ def emit_attention(region: GraphModule, name: str) -> Launcher | Refusal:
     return Launcher(name, _host(attention, name, kernels), kernels, outs=(out,))
 
 
-def _buffers(attention: Attention, parameters: Sequence[str]) -> tuple[BufferUse, ...]:
+def buffers(node: Node, pointers: Mapping[str, Node], head_v: int, parameters: Sequence[str]) -> tuple[BufferUse, ...]:
     """What the kernels' pointers are; `parts` and `stats` are written by the one and read by the other."""
-    parts = ("pairs", "splits", "rows", attention.head_v)
-    uses = {f"{a}_ptr": BufferUse(f"{a}_ptr", n.name, "read") for a, n in attention.pointers.items()}
-    uses["out_ptr"] = BufferUse("out_ptr", attention.node.name, "write")
+    parts = ("pairs", "splits", "rows", head_v)
+    uses = {f"{a}_ptr": BufferUse(f"{a}_ptr", n.name, "read") for a, n in pointers.items()}
+    uses["out_ptr"] = BufferUse("out_ptr", node.name, "write")
     access = "read" if "out_ptr" in parameters else "write"
     uses["parts_ptr"] = BufferUse("parts_ptr", "parts", access, parts)
     uses["stats_ptr"] = BufferUse("stats_ptr", "stats", access, (2, *parts[:3]))

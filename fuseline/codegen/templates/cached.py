@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -25,13 +24,13 @@ from torch.fx import GraphModule, Node
 
 from ...compiler.cached import CacheScheme
 from ...compiler.ops import cache_attention, cache_write
-from ...compiler.provenance import makers, source_lines
 from ...compiler.traits import arguments
+from ..about import about
 from ..dtypes import is_supported, pointer_type
-from ..kernel import BufferUse, Kernel, Launcher, Out, Refusal
+from ..kernel import Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
 from ..sizes import shape
-from .attention import HEAD_MAX, ROWS_MAX
+from .attention import HEAD_MAX, ROWS_MAX, buffers
 from .cached_split import Split, split_kernel
 from .cached_update import Update, analyse_write, launch
 from .decode import join_kernel
@@ -97,26 +96,13 @@ def _kernels(found: _Attention, name: str) -> tuple[Kernel, ...]:
             source,
             {a: "constexpr" if a in constants else dtypes.get(a, "i32") for a in parameters},
             dict(constants),
-            (str(found.node.target),),
-            tuple(dict.fromkeys(PurePath(line).name for line in source_lines([found.node]))),
-            tuple(dict.fromkeys(makers(found.node))),
+            *about([found.node]),
             WARPS,
             stages,
-            _buffers(found, parameters),
+            buffers(found.node, found.pointers, found.split.head_v, parameters),
         )
         for tag, (source, parameters), constants, stages in chosen
     )
-
-
-def _buffers(found: _Attention, parameters: Sequence[str]) -> tuple[BufferUse, ...]:
-    """What the kernels' pointers are; `parts` and `stats` are written by the one and read by the other."""
-    parts = ("pairs", "splits", "rows", found.split.head_v)
-    uses = {f"{a}_ptr": BufferUse(f"{a}_ptr", n.name, "read") for a, n in found.pointers.items()}
-    uses["out_ptr"] = BufferUse("out_ptr", found.node.name, "write")
-    access = "read" if "out_ptr" in parameters else "write"
-    uses["parts_ptr"] = BufferUse("parts_ptr", "parts", access, parts)
-    uses["stats_ptr"] = BufferUse("stats_ptr", "stats", access, (2, *parts[:3]))
-    return tuple(uses[p] for p in parameters if p in uses)
 
 
 def _analyse(node: Node) -> _Attention | Refusal:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from ...compiler.cached import CacheScheme
-from ...compiler.provenance import makers, source_lines
 from ...compiler.traits import arguments
+from ..about import about
 from ..dtypes import pointer_type
 from ..kernel import BufferUse, Kernel, Refusal
 from ..kernel_text import call
@@ -77,9 +76,7 @@ def analyse_write(node: Node, name: str) -> Update | Refusal:
         source,
         {a: "constexpr" if a in CONSTANTS else dtypes.get(a, "i32") for a in parameters},
         dict.fromkeys(CONSTANTS, True),
-        (str(node.target),),
-        tuple(dict.fromkeys(PurePath(line).name for line in source_lines([node]))),
-        tuple(dict.fromkeys(makers(node))),
+        *about([node]),
         shape.warps,
         1,
         tuple(BufferUse(f"{a}_ptr", given[a].name, access(a)) for a in shape.tensors),

@@ -11,22 +11,25 @@ so that the row's bytes, which lie in L2, are all that is read more than once. A
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ...compiler.ops import hadamard
-from ...compiler.provenance import makers, source_lines
 from ...compiler.traits import arguments
+from ..about import about
 from ..call import dtype_of
 from ..dtypes import cast, compute_dtype, literal, triton_type
 from ..host import Host
 from ..indexing import unflatten
-from ..kernel import BufferUse, Kernel, Launcher
+from ..kernel import Kernel, Launcher
 from ..kernel_text import kernel_source
 from ..schedule import Domain, Launch
 from ..sizes import product, shape
 from ..tile import Tile
 from ..values import ZERO, Index, Term
-from .hadamard_layout import power_of_two
+from .hadamard_layout import Layout, power_of_two
+from .hadamard_writer import signs
 
 FEW = 16  # rows
 SHORTEST = 8192  # channels: below, one program takes a row as fast
@@ -49,27 +52,25 @@ def emit_few(nodes: list[torch.fx.Node], host: Host) -> Launcher | None:
         return None
     order = 1 if core is None else int(shape(core)[0])
     log2 = min(max(0, (TALL // order).bit_length() - 1), (channels // order).bit_length() - 1)
-    block = Block(node, order, log2, channels // (order << log2))
-    if block.columns < WIDE or block.height > 4 * TALL:
+    padded = power_of_two(order << log2)
+    cut = Layout(channels, order, log2, min(padded, TALL), padded)
+    if cut.columns < WIDE or padded > 4 * TALL:
         return None
-    return block.launcher(host, rows)
+    return Block(node, cut).launcher(host, rows)
 
 
 class Block:
-    """The cut of a row, H_n = H_A ⊗ H_C with A = order·2^log2 and C = columns, and the text of the kernel.
+    """The text of the kernel. cut: A and C are its rows and columns, and a program takes its `piece` of rows.
 
-    height, tall: A padded to a power of two, and how many of its rows a program takes.
+    down, across: how many programs share a row, by rows of H_A and by columns.
     """
 
-    def __init__(self, node: torch.fx.Node, order: int, log2: int, columns: int):
-        self.node, self.order, self.log2, self.columns = node, order, log2, columns
-        self.rows = order << log2
-        self.height = power_of_two(self.rows)
-        self.tall = min(self.height, TALL)
+    def __init__(self, node: torch.fx.Node, cut: Layout):
+        self.node, self.cut = node, cut
         given = arguments(node)
         self.x, self.core = given["x"], given["core"]
         self.exact = self.core is None or given["signs"] or dtype_of(self.core) is torch.int8
-        self.down, self.across = -(-self.rows // self.tall), columns // WIDE
+        self.down, self.across = -(-cut.rows // cut.piece), cut.columns // WIDE
 
     def launcher(self, host: Host, rows: int) -> Launcher:
         tile = Tile(host.sizes, lambda tile, node, index, mask: tile.load(node, index, mask))
@@ -80,93 +81,88 @@ class Block:
         tile.reserve(output.node, output.name)
         self._write(tile, output.name, rows)
         source, signature = kernel_source(f"{host.name}_kernel", tile, {})
-        uses = {f"{text}_ptr": (n.name, "read") for n, text in host.inputs.items()}
-        uses[f"{output.name}_ptr"] = (output.node.name, "write")
+        ops, lines, made_by = about([self.node])
         kernel = Kernel(
             name=f"{host.name}_kernel",
             source=source,
             signature=signature,
             constants={},
-            ops=(str(self.node.target),),
-            lines=tuple(dict.fromkeys(line.rpartition("/")[2] for line in source_lines([self.node]))),
-            made_by=tuple(makers(self.node)),
-            num_warps=4 if self.height * self.columns <= 1 << 14 else 8,
+            ops=ops,
+            lines=lines,
+            made_by=made_by,
+            num_warps=4 if self.cut.block <= 1 << 14 else 8,
             num_stages=2,
-            buffers=tuple(BufferUse(a, *uses[a]) for a in signature if a in uses),
+            buffers=host.buffers(signature),
         )
         launch = Launch({}, {}, str(rows * self.down * self.across), kernel.num_warps)
         domain = Domain(shape(self.node)[:-1], shape(self.node)[-1])
         return host.launcher(kernel, tile.arguments, domain, launch, rows_only=False)
 
     def _write(self, tile: Tile, name: str, rows: int) -> None:
-        lines, lead, dtype = tile.scopes[0].lines, shape(self.node)[:-1], dtype_of(self.x)
+        cut, lines, lead, dtype = self.cut, tile.scopes[0].lines, shape(self.node)[:-1], dtype_of(self.x)
         lines.append("pid = tl.program_id(0)")
         row = tile.bind("row", f"pid // {self.down * self.across}") if rows > 1 else ZERO
         outer = unflatten(tile, row, lead)
-        start = f"pid // {self.across} % {self.down} * {self.tall} + " if self.down > 1 else ""
-        to = tile.bind("to", f"{start}tl.arange(0, {self.tall})[:, None]", _DOWN)
+        start = f"pid // {self.across} % {self.down} * {cut.piece} + " if self.down > 1 else ""
+        to = tile.bind("to", f"{start}tl.arange(0, {cut.piece})[:, None]", _DOWN)
         column = tile.bind("column", f"pid % {self.across} * {WIDE} + tl.arange(0, {WIDE})[None, :]", _ACROSS)
         total = self._sums(tile, outer, column)
         # both powers of two are normal numbers, of the biased exponent of the largest magnitude
         largest = tile.bind("largest", f"tl.max(tl.max(tl.abs({total}), 1), 0)").text
         exponent = tile.bind("exponent", f"tl.maximum({largest}.to(tl.int32, bitcast=True) >> 23, 15)").text
         lifted = tile.bind("lifted", f"{total} * ((268 - {exponent}) << 23).to(tl.float32, bitcast=True)", _BOTH).text
-        parts = self._parts(tile, lifted, True)
+        parts, matrix = self._parts(tile, lifted, True), self._matrix(tile, to)
         y = ""
         for a, b in ((0, 1), (1, 0), (0, 0)):  # the small ones first
-            matrix = self._matrix(tile, to)
             if a < len(matrix):
                 y = tile.bind("y", f"tl.dot({matrix[a]}, {parts[b]}{', ' if y else ''}{y})", _BOTH).text
         down = tile.bind("down", f"(({exponent} - 14) << 23).to(tl.float32, bitcast=True)").text
-        scale = (self.columns << self.log2) * (self.order if self.core is not None and self.exact else 1)
-        result = tile.bind("result", f"{y} * ({down} * {literal(scale**-0.5, torch.float32)})", _BOTH).text
-        channel = tile.bind("channel", f"{to.text} * {self.columns} + {column.text}", _BOTH)
+        result = tile.bind("result", f"{y} * ({down} * {literal(cut.scale(self.exact), torch.float32)})", _BOTH).text
+        channel = tile.bind("channel", f"{to.text} * {cut.columns} + {column.text}", _BOTH)
         pointer, _ = tile.pointer(self.node, name, (*outer, channel))
-        guard = f", mask={to.text} < {self.rows}" if self.down * self.tall > self.rows else ""
+        guard = f", mask={to.text} < {cut.rows}" if self.down * cut.piece > cut.rows else ""
         lines.append(f"tl.store({pointer}, {cast(result, torch.float32, dtype)}{guard})")
 
     def _sums(self, tile: Tile, outer: Index, column: Term) -> str:
         """s [A, WIDE] in float32, zero beyond A."""
-        i = tile.bind("i", f"tl.arange(0, {self.height})[:, None]", _DOWN)
-        c = tile.bind("c", f"tl.arange(0, {self.columns})[None, :]", _ACROSS)
-        channel = tile.bind("channel", f"{i.text} * {self.columns} + {c.text}", _BOTH)
-        inside = (tile.bind("inside", f"{i.text} < {self.rows}", _DOWN),) if self.height > self.rows else ()
+        cut = self.cut
+        i = tile.bind("i", f"tl.arange(0, {cut.padded})[:, None]", _DOWN)
+        c = tile.bind("c", f"tl.arange(0, {cut.columns})[None, :]", _ACROSS)
+        channel = tile.bind("channel", f"{i.text} * {cut.columns} + {c.text}", _BOTH)
+        inside = (tile.bind("inside", f"{i.text} < {cut.rows}", _DOWN),) if cut.padded > cut.rows else ()
         x = tile.load(self.x, (*outer, channel), inside).text
         x = tile.bind("x", cast(x, torch.float32, dtype_of(self.x)), _BOTH).text
-        summand = tile.bind("summand", f"tl.arange(0, {self.columns})[:, None]", _DOWN).text
-        matrix = self._signs(tile, f"{summand} & {column.text}", self.columns.bit_length() - 1)
+        summand = tile.bind("summand", f"tl.arange(0, {cut.columns})[:, None]", _DOWN).text
+        matrix = signs(_binder(tile), f"{summand} & {column.text}", cut.columns.bit_length() - 1)
         return tile.bind("s", f"tl.dot({x}, {matrix}.to({triton_type(dtype_of(self.x))}))", _BOTH).text
 
     def _matrix(self, tile: Tile, to: Term) -> list[str]:
         """Rows `to` of H_Aᵀ [tall, A], without its scale, in float16; in two parts where one is not exact."""
-        come = tile.bind("come", f"tl.arange(0, {self.height})[None, :]", _ACROSS)
+        cut, bind = self.cut, _binder(tile)
+        come = tile.bind("come", f"tl.arange(0, {cut.padded})[None, :]", _ACROSS)
         both = f"{to.text} & {come.text}"
         if self.core is None:
-            return [tile.bind("matrix", f"{self._signs(tile, both, self.log2)}.to(tl.float16)", _BOTH).text]
-        index = tuple(tile.bind("entry", f"{t.text} >> {self.log2}", t.axes) if self.log2 else t for t in (come, to))
+            return [bind("matrix", f"{signs(bind, both, cut.log2)}.to(tl.float16)")]
+        index = tuple(tile.bind("entry", f"{t.text} >> {cut.log2}", t.axes) if cut.log2 else t for t in (come, to))
         masks = tuple(
-            tile.bind("known", f"{t.text} < {self.rows}", t.axes)
-            for t, size in ((to, self.down * self.tall), (come, self.height))
-            if size > self.rows
+            tile.bind("known", f"{t.text} < {cut.rows}", t.axes)
+            for t, size in ((to, self.down * cut.piece), (come, cut.padded))
+            if size > cut.rows
         )
         text = cast(tile.load(self.core, index, masks).text, compute_dtype(dtype_of(self.core)), torch.float32)
-        if self.log2:
-            text = f"{text} * {self._signs(tile, f'{both} & {(1 << self.log2) - 1}', self.log2)}"
-        return self._parts(tile, tile.bind("matrix", text, _BOTH).text, not self.exact)
+        if cut.log2:
+            text = f"{text} * {signs(bind, f'{both} & {(1 << cut.log2) - 1}', cut.log2)}"
+        return self._parts(tile, bind("matrix", text), not self.exact)
 
     def _parts(self, tile: Tile, x: str, two: bool) -> list[str]:
         """float32 as float16, or as the sum of two."""
-        high = tile.bind("high", f"{x}.to(tl.float16)", _BOTH).text
-        rest = tile.bind("rest", f"({x} - {high}.to(tl.float32)).to(tl.float16)", _BOTH).text if two else ""
-        return [high, rest] if two else [high]
+        bind = _binder(tile)
+        high = bind("high", f"{x}.to(tl.float16)")
+        return [high, bind("rest", f"({x} - {high}.to(tl.float32)).to(tl.float16)")] if two else [high]
 
-    def _signs(self, tile: Tile, both: str, bits: int) -> str:
-        """−1 where the number has an odd count of bits, of `bits` that it may have; in float32."""
-        found = tile.bind("bits", both, _BOTH).text
-        for shift in (8, 4, 2, 1):
-            if bits > shift:
-                found = tile.bind("bits", f"{found} ^ ({found} >> {shift})", _BOTH).text
-        return tile.bind("signs", f"(1 - 2 * ({found} & 1)).to(tl.float32)", _BOTH).text
+
+def _binder(tile: Tile) -> Callable[[str, str], str]:
+    return lambda wish, text: tile.bind(wish, text, _BOTH).text
 
 
 _DOWN, _ACROSS, _BOTH = frozenset({"down"}), frozenset({"across"}), frozenset({"down", "across"})

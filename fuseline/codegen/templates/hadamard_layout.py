@@ -48,6 +48,10 @@ class Layout:
     def padded(self) -> int:
         return power_of_two(self.rows)
 
+    def scale(self, exact: bool) -> float:
+        """What the products with signs are multiplied by; exact: the core holds signs, too."""
+        return float(((self.columns << self.log2) * (self.order if exact else 1)) ** -0.5)
+
     @property
     def block(self) -> int:
         return self.padded * self.columns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -48,8 +48,7 @@ class Writer:
         result = self._together([self._butterflies(s) for s in sums])
         if one_row:
             result = self.bind("only", f"tl.sum({result}, 0, keep_dims=True) if ROWS > 1 else {result}")
-        scale = (cut.columns << cut.log2) * (cut.order if self._exact else 1)
-        return tile.bind(self.node.name, f"{result} * {literal(scale**-0.5, torch.float32)}", self.axes)
+        return tile.bind(self.node.name, f"{result} * {literal(cut.scale(self._exact), torch.float32)}", self.axes)
 
     def write_parts(self, parts: Iterable[tuple[Term, Term | None]]) -> list[Term]:
         """[piece, columns] each, of one row, and where they hold channels → the same of the result.
@@ -65,7 +64,7 @@ class Writer:
             if not x.axes - {"row"}:
                 text = f"tl.broadcast_to({text}, [{cut.piece}, {cut.columns}])"
             operands.append(self.bind("part", cast(f"({text})", torch.float32, self.dtype)))
-        scale = ((cut.columns << cut.log2) * (cut.order if self._exact else 1)) ** -0.5
+        scale = cut.scale(self._exact)
         self.tile.taken = len(self.lines)
         found = [self._second(self._product(i, [operands]), scale) for i in range(len(operands))]
         return [self.tile.bind(self.node.name, text, self.axes) for text in found]
@@ -172,16 +171,12 @@ class Writer:
         return self.constant("core", cast(entry.text, compute_dtype(dtype_of(self.core)), torch.float32))
 
     def _signs(self, log2: int) -> str:
-        """H of 2^log2 in float32: −1 where two numbers share an odd count of bits."""
+        """H of 2^log2 in float32."""
         a, b = (
             self.tile.bind("h_bit", f"tl.arange(0, {1 << log2}){dims}", frozenset({axis})).text
             for axis, dims in (("h_to", "[:, None]"), ("h_from", "[None, :]"))
         )
-        bits = self.constant("bits", f"{a} & {b}")
-        for shift in (4, 2, 1):
-            if log2 > shift:
-                bits = self.constant("bits", f"{bits} ^ ({bits} >> {shift})")
-        return self.constant("signs", f"(1 - 2 * ({bits} & 1)).to(tl.float32)")
+        return signs(self.constant, f"{a} & {b}", log2)
 
     def _second(self, z: str, scale: float) -> str:
         """z · H_C · scale, z [piece, C]: butterflies between halves of the columns down to 64, then products."""
@@ -248,3 +243,15 @@ class Writer:
         order = [2 if tail else 1, *([(4 if tail else 2)] if lead else []), 0, *([1, 3] if tail else [])]
         turned = self.bind("turned", f"tl.permute(tl.reshape({parts[0]}, [{dims}]), {order})")
         return self.bind("row", f"tl.reshape({turned}, [ROWS, {cut.block}])")
+
+
+def signs(bind: Callable[[str, str], str], both: str, bits: int) -> str:
+    """The entries of a Hadamard matrix in float32, −1 where two numbers share an odd count of bits.
+
+    both: the bits that they share, of `bits` that they have; bind: gives a text a name, after a wish.
+    """
+    found = bind("bits", both)
+    for shift in (8, 4, 2, 1):
+        if bits > shift:
+            found = bind("bits", f"{found} ^ ({found} >> {shift})")
+    return bind("signs", f"(1 - 2 * ({found} & 1)).to(tl.float32)")

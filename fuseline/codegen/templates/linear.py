@@ -11,11 +11,9 @@ value as the graph, which rounds after every op.
 
 from __future__ import annotations
 
-from pathlib import PurePath
-
 from torch.fx import GraphModule, Node
 
-from ...compiler.provenance import makers, source_lines
+from ..about import about
 from ..kernel import Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
 from ..sizes import size
@@ -44,7 +42,9 @@ def emit_linear(region: GraphModule, name: str, tiles: Tiling | CodedTiling | No
         return anchor
     if any(isinstance(linear.weight, Coded) for linear in anchor.linears):
         heading = "".join(f"# {line}\n" for line in header(anchor))
-        return emit_coded(anchor, name, about(anchor), heading, tiles if isinstance(tiles, CodedTiling) else None)
+        return emit_coded(
+            anchor, name, about(region_nodes(anchor)), heading, tiles if isinstance(tiles, CodedTiling) else None
+        )
     if not isinstance(tiles, Tiling):
         tiles = tiling(anchor)
     try:
@@ -78,20 +78,10 @@ def _kernel(
         "".join(f"# {line}\n" for line in header(anchor)) + source,
         signature(arguments(anchor), tuple(constants)),
         dict(constants),
-        *about(anchor),
+        *about(region_nodes(anchor)),
         num_warps,
         num_stages,
         buffers(anchor),
-    )
-
-
-def about(anchor: Anchor) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """What a kernel of this region is made of: ops, the user's lines, the passes that made them."""
-    nodes = region_nodes(anchor)
-    return (
-        tuple(dict.fromkeys(str(n.target) for n in nodes)),
-        tuple(dict.fromkeys(PurePath(line).name for line in source_lines(nodes))),
-        tuple(dict.fromkeys(maker for n in nodes for maker in makers(n))),
     )
 
 

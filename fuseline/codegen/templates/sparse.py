@@ -17,14 +17,12 @@ of sums, the list of kept channels and the place of the low-rank branch are ours
 
 from __future__ import annotations
 
-from pathlib import PurePath
-
 import torch
 from torch.fx import GraphModule, Node
 
 from ...compiler.ops import sparse_linear
-from ...compiler.provenance import makers, source_lines
 from ...compiler.traits import arguments
+from ..about import about
 from ..dtypes import pointer_type
 from ..kernel import BufferUse, Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
@@ -173,9 +171,7 @@ def _kernel(
         "".join(f"# {line}\n" for line in _header(sparse)) + source,
         signature,
         dict(constants),
-        tuple(dict.fromkeys(str(n.target) for n in nodes)),
-        tuple(dict.fromkeys(PurePath(line).name for line in source_lines(nodes))),
-        tuple(dict.fromkeys(maker for n in nodes for maker in makers(n))),
+        *about(nodes),
         config.num_warps,
         config.stages,
         tuple(uses[p] for p in pointers),

@@ -12,12 +12,12 @@ from ...compiler.ops import decode, dequantize
 from ...compiler.plan import SitePlan
 from ...compiler.planned import probe
 from ...compiler.progress import steps
-from ...compiler.rewriter import Rewriter
 from ...compiler.schemes import KERNELS, Scheme
 from ..quantize_sites import Site
 from .gptq import Rounded, gptq
 from .inputs import Moments, groups_of, moments
 from .journal import Journal
+from .sites_after import sites_after
 from .stream import Stop, Stream
 
 if TYPE_CHECKING:
@@ -30,13 +30,8 @@ def decide_columns(step: Quantize, study: Study, decided: Mapping[str, SitePlan]
     What rounds activations, keys and values at run time is put in first: it is part of what a site reads. decided:
     formats and ranges by site, where they were chosen before.
     """
-    program = study.program.copy()
-    rewriter = Rewriter(program, step.name)
-    rewriter.decisions = decided
-    names = [rewriter.site(site.node) for site in step.admitted(program)]
-    step.apply(program, rewriter, None)
-    found = list(step.admitted(program))
-    name_of = {site.node: name for site, name in zip(found, names, strict=True)}
+    round_at_run_time = lambda program, rewriter: step.apply(program, rewriter, None)
+    program, found, name_of = sites_after(step, study, decided, round_at_run_time)
     refused, groups = grouped(found)
     stream = Stream(program, study.data, step.offload)
     journal = Journal(study.checkpoint, f"{step} on data {study.digest()}")

@@ -25,7 +25,6 @@ from ...compiler.plan import SitePlan
 from ...compiler.planned import probe
 from ...compiler.program import Program
 from ...compiler.progress import steps
-from ...compiler.rewriter import Rewriter
 from ...compiler.schemes import Scheme
 from ..quantize_sites import Site
 from .columns import expanded, grouped
@@ -33,6 +32,7 @@ from .inputs import finite
 from .journal import Journal
 from .running import Running
 from .segments import Segment, segments
+from .sites_after import sites_after
 from .stream import check, with_weight
 
 if TYPE_CHECKING:
@@ -124,13 +124,8 @@ class Trained:
 def decide_by_distillation(step: Quantize, study: Study, decided: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
     """Codes, scales and zero points of every site, or the reason why it has none."""
     check(study.program, study.data)
-    program = study.program.copy()
-    rewriter = Rewriter(program, step.name)
-    rewriter.decisions = decided
-    names = [rewriter.site(site.node) for site in step.admitted(program)]
-    step.apply(program, rewriter, None)
-    found = list(step.admitted(program))
-    name_of = {site.node: name for site, name in zip(found, names, strict=True)}
+    round_at_run_time = lambda program, rewriter: step.apply(program, rewriter, None)
+    program, found, name_of = sites_after(step, study, decided, round_at_run_time)
     journal = Journal(study.checkpoint, f"{step} on data {study.digest()}")
     repeated, _ = grouped(found)
     parts, refused = segments(program, [site for site in found if site not in repeated])

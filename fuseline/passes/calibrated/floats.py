@@ -16,12 +16,12 @@ from ...compiler.framework import Study
 from ...compiler.plan import SitePlan
 from ...compiler.planned import probe
 from ...compiler.progress import steps
-from ...compiler.rewriter import Rewriter
 from ...compiler.schemes import Scheme
 from .columns import expanded, grouped
 from .float_search import Input, choose_input, choose_weight, nearest_input, to_nearest
 from .inputs import as_rows, finite
 from .journal import Journal
+from .sites_after import sites_after
 from .stream import Stop, Stream
 
 if TYPE_CHECKING:
@@ -36,15 +36,11 @@ def decide_floats(step: Quantize, study: Study, decided: Mapping[str, SitePlan])
 
     What else is rounded at run time, keys and values and inputs by token, is put in first.
     """
-    program = study.program.copy()
-    rewriter = Rewriter(program, step.name)
-    names = [rewriter.site(site.node) for site in step.admitted(program)]
     activations = step.schemes()["activations"]
     static = activations if activations is not None and activations.static else None
     around = replace(step, activations=None) if static else step
-    around.apply(program, rewriter, None)
-    found = list(step.admitted(program))
-    name_of = {site.node: name for site, name in zip(found, names, strict=True)}
+    round_at_run_time = lambda program, rewriter: around.apply(program, rewriter, None)
+    program, found, name_of = sites_after(step, study, decided, round_at_run_time)
     refused, groups = grouped(found)
     journal = Journal(study.checkpoint, f"{step} on data {study.digest()}")
     for site, reason in refused.items():

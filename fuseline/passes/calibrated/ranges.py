@@ -10,12 +10,12 @@ from torch.fx import Node
 from ...compiler.framework import Study
 from ...compiler.plan import SitePlan
 from ...compiler.progress import steps
-from ...compiler.rewriter import Rewriter
 from ..quantize_sites import Site
 from .inputs import finite
 from .methods import Method
 from .observers import Observer, scale_of
 from .scales import fold_scales
+from .sites_after import sites_after
 from .stream import Stream
 
 if TYPE_CHECKING:
@@ -24,17 +24,12 @@ if TYPE_CHECKING:
 
 def decide_ranges(step: Quantize, study: Study, decided: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
     """Each site's `input_scale` and `input_zero`; where channels are scaled first, those are what is looked at."""
-    program = study.program.copy()
-    rewriter = Rewriter(program, step.name)
-    names = [rewriter.site(site.node) for site in step.admitted(program)]
-    if step.method in (Method.AWQ, Method.SMOOTH):
-        rewriter.decisions = decided
-        fold_scales(step, program, rewriter)
+    scaled = step.method in (Method.AWQ, Method.SMOOTH)
+    change = lambda program, rewriter: fold_scales(step, program, rewriter) if scaled else None
+    program, found, name_of = sites_after(step, study, decided, change)
     scheme = step.schemes()["activations"]
     assert scheme is not None
     observer, groups = Observer.parse(step.observe), dict[Node, list[Site]]()
-    found = list(step.admitted(program))
-    name_of = {site.node: name for site, name in zip(found, names, strict=True)}
     for site in found:
         groups.setdefault(site.x, []).append(site)
     made: dict[str, SitePlan] = {}

@@ -11,6 +11,7 @@ import torch
 from ...compiler.errors import UserError
 from ...compiler.program import Program
 from ...compiler.progress import steps
+from ..calibrated.inputs import finite
 from ..calibrated.stream import Stream
 from .groups import Group
 
@@ -105,13 +106,7 @@ def check(groups: Mapping[Group, Sample], fraction: float) -> None:
 
 def _rows(group: Group, batches: Any, count: int) -> tuple[torch.Tensor, int]:
     kept, seen = [], 0
-    for number, x in enumerate(batches):
-        if not bool(torch.isfinite(x).all()):
-            raise UserError(
-                f"calibration batch {number} makes values that are no finite numbers at {group.name}",
-                [f"{int((~torch.isfinite(x)).sum())} of {x.numel()} that the product reads"],
-                "look at the batch, or run the model in a wider dtype",
-            )
+    for x in finite(batches, group.name):
         rows = x.reshape(-1, x.shape[-1])
         seen += len(rows)
         take = min(len(rows), -(-ROWS // count))

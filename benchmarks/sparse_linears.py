@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from harness import Run, arguments, graph_replays, rotated
-from linears.problems import FORMATS, SHAPES, Shape
+from linears.problems import FORMATS, SHAPES, Shape, random_codes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -96,11 +96,7 @@ class Problem:
             if not bits:
                 found.append(torch.randn(rows, columns, device=device, dtype=torch.bfloat16) * shape.k**-0.5)
                 continue
-            low, high, dtype = (0, 256, torch.uint8) if bits == 4 else (-127, 128, torch.int8)
-            stored, groups = (columns // 2, columns // shape.group) if bits == 4 else (columns, 1)
-            found.append(torch.randint(low, high, (rows, stored), device=device, dtype=dtype))
-            scale = torch.rand(rows, groups, device=device) + 0.5
-            found.append((scale * shape.k**-0.5 / 2 ** (bits - 2)).bfloat16())
+            found += random_codes(rows, columns, bits, shape, device)
         return found
 
     def graph(self) -> torch.fx.GraphModule:

@@ -73,17 +73,23 @@ class Problem:
             if not bits:
                 found.append(torch.randn(n, shape.k, device=device, dtype=torch.bfloat16) * shape.k**-0.5)
                 continue
-            low, high, dtype = (0, 256, torch.uint8) if bits == 4 else (-127, 128, torch.int8)
-            columns, groups = (shape.k // 2, shape.k // shape.group) if bits == 4 else (shape.k, 1)
-            found.append(torch.randint(low, high, (n, columns), device=device, dtype=dtype))
-            scale = torch.rand(n, groups, device=device) + 0.5
-            found.append((scale * shape.k**-0.5 / 2 ** (bits - 2)).bfloat16())
+            found += random_codes(n, shape.k, bits, shape, device)
         return found
 
     def graph(self) -> torch.fx.GraphModule:
         with FakeTensorMode():
             inputs = (*self.activations("cpu"), *self.weights("cpu"))
             return make_fx(self.region, tracing_mode="real", pre_dispatch=True)(*inputs)
+
+
+def random_codes(rows: int, columns: int, bits: int, shape: Shape, device: str) -> list[torch.Tensor]:
+    """Codes and scales of a weight of this shape's size, stored as [rows, columns]: int8 with one scale a row, or int4
+    in the shape's groups."""
+    low, high, dtype = (0, 256, torch.uint8) if bits == 4 else (-127, 128, torch.int8)
+    stored, groups = (columns // 2, columns // shape.group) if bits == 4 else (columns, 1)
+    codes = torch.randint(low, high, (rows, stored), device=device, dtype=dtype)
+    scale = torch.rand(rows, groups, device=device) + 0.5
+    return [codes, (scale * shape.k**-0.5 / 2 ** (bits - 2)).bfloat16()]
 
 
 def candidates(problem: Problem, default: Tiling) -> Iterator[Tiling]:

@@ -7,26 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fuseline.codegen.kernel import Launcher
 from fuseline.codegen.templates.linear import emit_linear
+from tests.codegen import linear_runs
 from tests.codegen.coded_cases import CASES, WITH_CODES, Coded
-from tests.codegen.regions import BOUNDS, error, loaded
+from tests.codegen.regions import loaded
 
 pytestmark = pytest.mark.gpu
 
 
 def run(case: Coded, dtype: torch.dtype, folder: Path, counts: tuple[int, ...]) -> None:
-    launcher = emit_linear(case.graph(5, dtype), "fused")
-    assert isinstance(launcher, Launcher), launcher
-    call = loaded(launcher, folder)
-    for m in counts:
-        seed = torch.seed() % 2**31
-        inputs = [t.cuda() for t in case.inputs(m, dtype, seed)]
-        results = call(*inputs)
-        results = results if isinstance(results, tuple) else (results,)
-        for result, exact in zip(results, case.exact(inputs), strict=True):
-            assert (result.shape, result.dtype) == (exact.shape, dtype)
-            assert error(result, exact) < BOUNDS[dtype], (dtype, m, seed)
+    linear_runs.run(case, dtype, folder, counts, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])

@@ -7,28 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fuseline.codegen.kernel import Launcher
 from fuseline.codegen.templates.coded.config import CodedTiling, Tile
-from fuseline.codegen.templates.linear import emit_linear
+from tests.codegen import linear_runs
 from tests.codegen.coded_cases import CASES, WITH_CODES, Coded
-from tests.codegen.regions import BOUNDS, error, loaded
 
 SMALL = Tile(16, 16, stages=2)
 
 
 def run(case: Coded, folder: Path, rows: dict[torch.dtype, tuple[int, ...]], tiles: CodedTiling | None = None) -> None:
     for dtype, counts in rows.items():
-        launcher = emit_linear(case.graph(5, dtype), "fused", tiles)
-        assert isinstance(launcher, Launcher), launcher
-        call = loaded(launcher, folder)
-        for m in counts:
-            seed = torch.seed() % 2**31
-            inputs = case.inputs(m, dtype, seed)
-            results = call(*inputs)
-            results = results if isinstance(results, tuple) else (results,)
-            for result, exact in zip(results, case.exact(inputs), strict=True):
-                assert (result.shape, result.dtype) == (exact.shape, dtype)
-                assert error(result, exact) < BOUNDS[dtype], (dtype, m, seed)
+        linear_runs.run(case, dtype, folder, counts, tiles)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

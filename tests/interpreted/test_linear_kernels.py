@@ -14,23 +14,14 @@ from fuseline.codegen.kernel import Launcher
 from fuseline.codegen.templates.config import RowConfig, TileConfig, Tiling
 from fuseline.codegen.templates.linear import emit_linear
 from fuseline.compiler.ops import dequantize, rms_norm
+from tests.codegen import linear_runs
 from tests.codegen.linear_cases import CASES, Case, Format, gated, quantized, residual, rms
 from tests.codegen.regions import BOUNDS, error, loaded, region
 
 
 def run(case: Case, folder: Path, rows: dict[torch.dtype, tuple[int, ...]], tiles: Tiling | None = None) -> None:
     for dtype, counts in rows.items():
-        launcher = emit_linear(case.graph(5, dtype), "fused", tiles)
-        assert isinstance(launcher, Launcher), launcher
-        call = loaded(launcher, folder)
-        for m in counts:
-            seed = torch.seed() % 2**31
-            inputs = case.inputs(m, dtype, seed)
-            results = call(*inputs)
-            results = results if isinstance(results, tuple) else (results,)
-            for result, exact in zip(results, case.exact(inputs), strict=True):
-                assert (result.shape, result.dtype) == (exact.shape, dtype)
-                assert error(result, exact) < BOUNDS[dtype], (dtype, m, seed)
+        linear_runs.run(case, dtype, folder, counts, tiles)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

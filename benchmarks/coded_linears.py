@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from harness import Run, arguments, graph_replays, rotated
-from linears.coded import DEFAULT, KINDS, SHAPES, Candidate, Problem, emitted, quantizer
+from linears.coded import DEFAULT, KINDS, SHAPES, Candidate, Problem, emitted, quantizer, size_of
 from linears.peers import gemlite_layer, torchao_layer
 
 from fuseline.codegen.dtypes import NAMES
@@ -53,7 +53,14 @@ def warm(job: tuple[str, Kernel, int]) -> str | None:
     dtypes = {f"*{short}": dtype for dtype, (_, short) in NAMES.items()}
     pointers = [dtypes[kind] for kind in kernel.signature.values() if kind.startswith("*")]
     block_m = kernel.constants["BLOCK_M"] if m > 64 else max(16, 1 << (m - 1).bit_length())
-    options = {**kernel.constants, "BLOCK_M": block_m, "num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    rows = {"ROWS": 1 << (m - 1).bit_length()} if "ROWS" in kernel.constants else {}
+    options = {
+        **kernel.constants,
+        **rows,
+        "BLOCK_M": block_m,
+        "num_warps": kernel.num_warps,
+        "num_stages": kernel.num_stages,
+    }
     try:
         getattr(load_module(Path(path)), kernel.name).warmup(*pointers, m, **options, grid=(1,))
     except Exception as error:  # a tile that does not fit is a result, not a failure of the sweep
@@ -86,7 +93,7 @@ def ours(row: dict[str, Any], problem: Problem, m: int, tried: list[Candidate], 
     found: list[dict[str, Any]] = []
     row |= {"shape": problem.shape, "kind": problem.kind, "batch": m, "bytes": size, "candidates": found}
     for number, candidate in enumerate(tried):
-        entry: dict[str, Any] = {"tiles": asdict(candidate.tiles)}
+        entry: dict[str, Any] = {"tiles": asdict(candidate.tiles), "size": size_of(candidate.tiles, m)}
         found.append(entry)
         function = candidate.call
         try:
@@ -109,7 +116,7 @@ def ours(row: dict[str, Any], problem: Problem, m: int, tried: list[Candidate], 
     if not timed:
         raise RuntimeError(f"all {len(found)} candidates failed: {found[0]['failed']}")
     best = min(timed, key=lambda entry: entry["us"])
-    tile = best["tiles"]["few" if m <= best["tiles"]["few_rows"] else "many"]
+    tile = best["tiles"][best["size"]]
     row |= {"best_us": best["us"], "best": " ".join(str(v) for v in tile.values()), "error": found[0].get("error")}
 
 

@@ -110,7 +110,7 @@ def expressions() -> st.SearchStrategy[Expression]:
             st.builds(Fitted, x, planned, st.tuples(numbers, numbers)),
             st.builds(Output, x, st.sampled_from(("codes", "scale", "zero", "outer"))),
             st.builds(Pack, x, schemes()),
-            st.builds(InWords, x, schemes(), small, st.sampled_from((8, 16))),
+            st.builds(InWords, x, schemes(), small, small, st.sampled_from((8, 16))),
             st.builds(Dequantize, x, x, st.none() | x, st.sampled_from((4, 8)), small, st.sampled_from(DTYPES)),
             st.builds(
                 Decode, x, x, st.none() | x, st.none() | x, st.sampled_from(sorted(FORMATS)), small, st.booleans(),

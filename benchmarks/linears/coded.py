@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fuseline.codegen.emitter import emit_region
 from fuseline.codegen.kernel import Kernel, Launcher, Refusal
@@ -80,8 +81,8 @@ class Problem:
         elif stored.is_floating_point:  # not every code is a number
             codes = Words(bits, self.run).pack(as_bits(torch.randn(n, k, device=device).to(stored)))
         else:
-            row = Words(bits, self.run).row(k)
-            codes = torch.randint(-(2**31), 2**31, (n, row), device=device, dtype=torch.int64).to(torch.int32)
+            shape = Words(bits, self.run).shape(n, k)
+            codes = torch.randint(-(2**31), 2**31, shape, device=device, dtype=torch.int64).to(torch.int32)
         spread = {"ternary": 1.0, "binary": 1.0}.get(scheme.format, 2.0 ** (bits - 2) if scheme.of.affine else 4.0)
         scale = (torch.rand(groups, n, device=device) + 0.5) * k**-0.5 / spread
         outer = []
@@ -123,8 +124,12 @@ class Problem:
         return _graph(self)
 
     def quantizing(self) -> GraphModule:
-        """The graph that makes the activations' codes."""
-        return _traced(lambda x: tuple(self.coded(x)), lambda: [self.x(4, "cpu")])
+        """The graph that makes the activations' codes, of any number of rows."""
+        mode, kinds = FakeTensorMode(shape_env=ShapeEnv()), [DimDynamic.DUCK, DimDynamic.STATIC]
+        context = StatelessSymbolicContext(dynamic_sizes=kinds)  # type: ignore[arg-type]
+        x = mode.from_tensor(self.x(4, "cpu"), source=ConstantSource("x"), symbolic_context=context)
+        with mode:
+            return make_fx(lambda x: tuple(self.coded(x)), tracing_mode="real", pre_dispatch=True)(x)
 
     def least_bytes(self, m: int) -> int:
         """Bytes that the product cannot avoid: of the weight, of x or its codes, of the result."""
@@ -168,9 +173,8 @@ def candidates(problem: Problem, m: int, sweep: bool) -> Iterator[CodedTiling]:
         (64, 128, 4, 3), (64, 128, 8, 3), (128, 64, 4, 3), (128, 128, 8, 4), (128, 256, 8, 3), (256, 64, 8, 3),
         (256, 128, 8, 2), (256, 128, 8, 3),
     ):  # fmt: skip
-        yield replace(
-            default, many=replace(default.many, block_m=block_m, block_n=block_n, num_warps=warps, stages=stages)
-        )
+        tile = replace(default.many, block_m=block_m, block_n=block_n, num_warps=warps, stages=stages)
+        yield replace(default, many=tile, some=None)
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,13 @@ class Candidate:
         return load_module(self.path).bench  # type: ignore[no-any-return]
 
 
+def size_of(tiles: CodedTiling, m: int) -> str:
+    """The name of the tile that takes m rows."""
+    if m <= tiles.few_rows:
+        return "few"
+    return "some" if tiles.some is not None and m <= tiles.some_rows else "many"
+
+
 def emitted(problem: Problem, m: int, sweep: bool, folder: Path) -> list[Candidate]:
     graph, found = problem.graph(), []
     for number, tiles in enumerate(dict.fromkeys(candidates(problem, m, sweep))):
@@ -193,8 +204,9 @@ def emitted(problem: Problem, m: int, sweep: bool, folder: Path) -> list[Candida
         assert isinstance(launcher, Launcher), launcher
         path = folder / f"{problem.shape}-{problem.kind}-{m}-{number}.py"
         write_module(path, [launcher])
-        few = m <= tiles.few_rows
-        found.append(Candidate(tiles, path, launcher.kernels[:-1] if few else launcher.kernels[-1:]))
+        ending = f"_{size_of(tiles, m)}"
+        kernels = [k for k in launcher.kernels if k.name.endswith(("_few", "_sum") if ending == "_few" else ending)]
+        found.append(Candidate(tiles, path, tuple(kernels)))
     return found
 
 

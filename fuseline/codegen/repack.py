@@ -81,9 +81,8 @@ class _Layout:
 
     def _served(self, node: object, codes: bool, outside: dict[Node, Node]) -> bool:
         if not codes and isinstance(node, Node) and node.target is dequantize.overload:
-            return (
-                False  # int4 and int8 in products of floats have kernels of their own, which are measured: gemv, gemm
-            )
+            if node.meta["val"].dtype == torch.float32:
+                return False  # int4 and int8 have kernels without tensor cores, for one row and for many: gemv, gemm
         found = products.words_of(node, codes) if isinstance(node, Node) else None
         if found is None:
             return False
@@ -94,11 +93,11 @@ class _Layout:
     def _replace(self, node: Node, codes: bool, region: GraphModule, outside: dict[Node, Node]) -> None:
         given, run = products.words_of(node, codes)  # type: ignore[misc]
         zero = given["zero"]
-        group, channels = given["group"], given["channels"]
+        rows, group, channels = int(given["codes"].meta["val"].shape[0]), given["group"], given["channels"]
         scheme = Scheme(given["format"], 0 if same(group, channels) else group, zero is None)
         expressions = {part: self.of_node[outside[given[part]]] for part in PARTS if given[part] is not None}
         if run:
-            expressions["codes"] = InWords(expressions["codes"], scheme, channels, run)
+            expressions["codes"] = InWords(expressions["codes"], scheme, rows, channels, run)
         for part in ("scale", "zero"):
             if part in expressions:
                 expressions[part] = Transpose(expressions[part], 0, 1)
@@ -120,8 +119,8 @@ class _Layout:
     @staticmethod
     def _fake(part: str, before: torch.Tensor, expression: Expression) -> torch.Tensor:
         if isinstance(expression, InWords):
-            row = Words(expression.scheme.bits, expression.run).row(expression.n)
-            return before.new_empty((before.shape[0], row), dtype=torch.int32)
+            shape = Words(expression.scheme.bits, expression.run).shape(expression.rows, expression.n)
+            return before.new_empty(shape, dtype=torch.int32)
         return before.new_empty(before.shape[::-1]) if part in ("scale", "zero") else before
 
     def _input(self, expression: Expression, fake: torch.Tensor, like: Node) -> Node:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from .errors import UserError, nearest
+from .formats.quotient import quotient
 
 BITS = {"int8": 8, "int4": 4, "int2": 2, "fp8": 8}
 BLOCKS = (32, 64, 128)
@@ -142,7 +143,7 @@ def encode(x: torch.Tensor, scheme: CacheScheme, stored: torch.dtype) -> dict[st
         found["low"], groups = low, groups - low
     else:
         reach, top = groups.abs().amax(along, keepdim=True), _top(scheme)
-    scale = (reach / top).to(stored).to(x.dtype)
+    scale = quotient(reach, top).to(stored).to(x.dtype)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     scale = torch.where(reach.isfinite(), scale, torch.full_like(scale, torch.nan))
     codes = _codes((groups / scale).nan_to_num(0.0, 0.0, 0.0), scheme)

@@ -470,13 +470,14 @@ class Pack(Expression):
 
 @dataclass(frozen=True)
 class InWords(Expression):
-    """Packed codes [rows, …] of n channels in runs of `run` words, as kernels read them (`formats/words.py`).
+    """Packed codes [rows, …] of n channels laid out in runs of `run` words, as kernels read them (`formats/words.py`).
 
     `restored` gives the packed codes back, so that nothing has to keep both.
     """
 
     codes: Expression
     scheme: Scheme
+    rows: int
     n: int
     run: int
 
@@ -484,7 +485,7 @@ class InWords(Expression):
         return Words(self.scheme.bits, self.run).pack(as_bits(self.scheme.unpack(values[0], self.n)))
 
     def restored(self, value: torch.Tensor) -> torch.Tensor:
-        bits = Words(self.scheme.bits, self.run).unpack(value, self.n)
+        bits = Words(self.scheme.bits, self.run).unpack(value, self.rows, self.n)
         return self.scheme.pack(as_stored(bits, self.scheme.element.stored))
 
 

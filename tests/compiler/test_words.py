@@ -15,15 +15,21 @@ from fuseline.compiler.weights import WeightStore
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 8), st.integers(1, 70), st.sampled_from([0, 16, 32, 48, 128]), st.integers(0, 2**31))
-def test_codes_come_back(bits: int, size: int, group: int, seed: int) -> None:
+@given(
+    st.integers(1, 8),
+    st.integers(1, 70),
+    st.sampled_from([1, 3, 64, 130]),
+    st.sampled_from([0, 16, 32, 48, 128]),
+    st.integers(0, 2**31),
+)
+def test_codes_come_back(bits: int, size: int, rows: int, group: int, seed: int) -> None:
     channels = size * (group or 1)
     words = Words.fitting(bits, channels, group or channels)
     assert words is not None
-    codes = torch.randint(0, 2**bits, (3, channels), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    codes = torch.randint(0, 2**bits, (rows, channels), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     packed = words.pack(codes)
-    assert packed.dtype == torch.int32 and packed.shape == (3, words.row(channels))
-    assert torch.equal(words.unpack(packed, channels), codes)
+    assert packed.dtype == torch.int32 and packed.shape == words.shape(rows, channels)
+    assert torch.equal(words.unpack(packed, rows, channels), codes)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -45,7 +51,7 @@ def test_the_stored_codes_come_back(text: str) -> None:
     packed = Pack(Output(Quantize(Param("w"), scheme), "codes"), scheme)
     words = Words.fitting(scheme.bits, 192, scheme.group_of(192))
     assert words is not None
-    laid = InWords(packed, scheme, 192, words.run)
+    laid = InWords(packed, scheme, 5, 192, words.run)
     value, stored = (e.evaluate({"w": weight}.__getitem__) for e in (laid, packed))
     assert torch.equal(laid.restored(value).view(torch.uint8), stored.view(torch.uint8))
     assert Expression.from_json(laid.to_json()) == laid
@@ -68,7 +74,7 @@ def test_a_dropped_weights_codes_come_from_its_words() -> None:
     rounded = Quantize(Param("w"), scheme)
     packed, scale = Pack(Output(rounded, "codes"), scheme), Output(rounded, "scale")
     expected = [store.evaluate(e, [weight]) for e in (packed, scale)]
-    store.get(InWords(packed, scheme, 64, 8), [weight])
+    store.get(InWords(packed, scheme, 4, 64, 8), [weight])
     store.get(Transpose(scale, 0, 1), [weight])
     store.drop([weight])
     for expression, value in zip((packed, scale), expected, strict=True):

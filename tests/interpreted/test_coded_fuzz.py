@@ -47,7 +47,7 @@ def test_any_scheme_and_size(
     results = kernels(case, dtype, tmp_path_factory.mktemp("coded"))(*inputs)
     results = results if isinstance(results, tuple) else (results,)
     for result, exact in zip(results, case.exact(inputs), strict=True):
-        assert error(result, exact) < BOUNDS[dtype]
+        assert error(result, exact, 0.5) < BOUNDS[dtype]  # numbers are of about 1; a single one may be 0
 
 
 @settings(max_examples=8, deadline=None)

@@ -21,6 +21,7 @@ import torch
 from .element import Element
 from .integer import Integer
 from .midrise import MidRise
+from .quotient import quotient
 from .ternary import Binary, Ternary, mean_magnitude
 
 LEAST = 1e-8
@@ -47,7 +48,7 @@ class Learned:
 
     def scale(self, alpha: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
         """The scales of ranges, as they are stored."""
-        return (alpha.to(torch.float32).clamp(min=LEAST) / self.unit).to(stored)
+        return quotient(alpha.to(torch.float32).clamp(min=LEAST), self.unit).to(stored)
 
 
 def learned(element: Element) -> Learned | None:
@@ -68,4 +69,4 @@ def initial_range(groups: torch.Tensor, element: Element) -> torch.Tensor:
     if isinstance(element, Binary):
         return mean_magnitude(groups).to(torch.float32)
     largest = groups.abs().amax(-1, keepdim=True)
-    return (largest / element.top if isinstance(element, Integer) else largest).to(torch.float32)
+    return (quotient(largest, element.top) if isinstance(element, Integer) else largest).to(torch.float32)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from .element import Element, linear_parts
+from .quotient import quotient
 
 E4M3_TOP = 448.0
 
@@ -52,7 +53,7 @@ class Real(Scales):
     dtype: torch.dtype
 
     def nearest(self, reach: torch.Tensor, top: float) -> torch.Tensor:
-        scale = (reach / top).clamp(max=torch.finfo(self.dtype).max)
+        scale = quotient(reach, top).clamp(max=torch.finfo(self.dtype).max)
         return usable(scale.to(self.dtype).to(reach.dtype), reach)
 
     def store(self, scale: torch.Tensor) -> torch.Tensor:
@@ -89,7 +90,7 @@ class TwoLevel(Scales):
 
     def nearest(self, reach: torch.Tensor, top: float) -> torch.Tensor:
         outer = self.outer.to(reach.dtype)
-        inner = (reach / top / outer).clamp(max=E4M3_TOP).to(torch.float8_e4m3fn).to(reach.dtype)
+        inner = (quotient(reach, top) / outer).clamp(max=E4M3_TOP).to(torch.float8_e4m3fn).to(reach.dtype)
         return usable(inner, reach) * outer
 
     def store(self, scale: torch.Tensor) -> torch.Tensor:
@@ -101,7 +102,7 @@ class TwoLevel(Scales):
 
 def outer_scale(reach: torch.Tensor, top: float) -> torch.Tensor:
     """The scale of all groups that together reach so far, float32."""
-    return usable((reach / (top * E4M3_TOP)).to(torch.float32), reach)
+    return usable(quotient(reach, top * E4M3_TOP).to(torch.float32), reach)
 
 
 def power_of_two(stored: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,9 @@ pieces a word, and so many pieces are a *chunk*:
     4 bits, R = 16     chunk = 16 words: 4 pieces of 32 channels; bits 4i … 4i + 3 of both halves are piece i
     3 bits, R = 16     chunk = 48 words: two sets of 16 with 2 bits of 8 pieces each, one with the high bit of all 16
 
-A chunk holds as many bits as its codes. A row is padded with zeros to whole chunks where no run fits its length.
-Splitting codes into bit planes of powers of two is FP6-LLM's idea (Xia et al., 2024).
+A chunk holds as many bits as its codes. A row is padded with zeros to whole chunks where no run fits its length. The
+chunks of COLUMNS neighbouring rows (output columns), which a kernel reads together, lie together. Splitting codes into
+bit planes of powers of two is FP6-LLM's idea (Xia et al., 2024).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch.nn.functional import pad
 
 RUNS = (16, 8)
+COLUMNS = 64
 _PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (4, 4)}
 
 
@@ -79,20 +81,25 @@ class Words:
             low += width
         return found
 
+    def shape(self, rows: int, channels: int) -> tuple[int, int, int, int]:
+        """Of the words of so many rows."""
+        return -(-rows // COLUMNS), self.padded(channels) // self.chunk, COLUMNS, self.chunk_words
+
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes uint8 [..., n] below 2^bits → int32 [..., row(n)]."""
-        n = codes.shape[-1]
-        chunks = pad(codes, (0, self.padded(n) - n)).to(torch.int32).unflatten(-1, (-1, self.pieces, self.run, 2))
+        """Codes uint8 [rows, n] below 2^bits → int32 of `shape(rows, n)`."""
+        rows, n = codes.shape
+        padded = pad(codes, (0, self.padded(n) - n, 0, -rows % COLUMNS)).to(torch.int32)
+        chunks = padded.unflatten(-1, (-1, self.pieces, self.run, 2))
         sets = codes.new_zeros((*chunks.shape[:-3], self.chunk_words // self.run, self.run), dtype=torch.int32)
         for piece in range(self.pieces):
             for at, bit, width, low in self.places(piece):
                 pairs = (chunks[..., piece, :, :] >> low) & 2**width - 1
                 sets[..., at, :] |= (pairs[..., 0] << bit) | (pairs[..., 1] << bit + 16)
-        return sets.flatten(-3)
+        return sets.flatten(-2).unflatten(0, (-1, COLUMNS)).transpose(1, 2).contiguous()
 
-    def unpack(self, words: torch.Tensor, n: int) -> torch.Tensor:
-        """The inverse: uint8 [..., n]."""
-        sets = words.unflatten(-1, (-1, self.chunk_words // self.run, self.run))
+    def unpack(self, words: torch.Tensor, rows: int, n: int) -> torch.Tensor:
+        """The inverse: uint8 [rows, n]."""
+        sets = words.transpose(1, 2).flatten(0, 1).unflatten(-1, (self.chunk_words // self.run, self.run))
         shape = (*sets.shape[:-2], self.pieces, self.run, 2)
         codes = torch.zeros(shape, dtype=torch.uint8, device=words.device)
         for piece in range(self.pieces):
@@ -100,7 +107,7 @@ class Words:
                 for half in range(2):
                     found = (sets[..., at, :] >> bit + 16 * half) & 2**width - 1
                     codes[..., piece, :, half] |= (found << low).to(torch.uint8)
-        return codes.flatten(-4)[..., :n]
+        return codes.flatten(1)[:rows, :n]
 
 
 def as_bits(codes: torch.Tensor) -> torch.Tensor:

@@ -30,14 +30,14 @@ def decode_words(
 ) -> torch.Tensor:
     """(number of the code − zero)·scale → [rows, n] in `dtype`, as `fuseline::decode`.
 
-    codes: int32 [rows, words] in runs of `run` (`formats/words.py`); or run 0 and one code in each element, [rows, n].
-    scale [n / group, rows] and zero of its shape lie across: a kernel's
-    neighbouring rows read neighbouring scales. E4M3 scales may be given as their bytes, too.
+    codes: int32 in runs of `run`, of the shape that `Words` says (`formats/words.py`); or run 0 and one code in each
+    element, [rows, n]. scale [n / group, rows] and zero of its shape lie across: a kernel's neighbouring rows read
+    neighbouring scales. E4M3 scales may be given as their bytes, too.
     """
     form = FORMATS[format]
-    n = scale.shape[0] * group
+    n, rows = scale.shape[0] * group, scale.shape[1]
     element = form.of(zero is None)
-    plain = as_stored(Words(element.bits, run).unpack(codes, n), element.stored) if run else codes
+    plain = as_stored(Words(element.bits, run).unpack(codes, rows, n), element.stored) if run else codes
     if form.scaling == "e4m3" and scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e4m3fn)
     across = None if zero is None else zero.t()

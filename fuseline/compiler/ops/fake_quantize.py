@@ -8,6 +8,7 @@ import torch
 
 from ..formats import FORMATS
 from ..formats.learned import Learned, learned
+from ..formats.quotient import quotient
 from ._define import Kind, op
 
 
@@ -60,7 +61,7 @@ def fake_quantize_backward(
     grads = grad.to(numbers.dtype).unflatten(-1, (-1, group))
     ratio = groups / (scale.to(numbers.dtype).unsqueeze(-1) * rule.unit)
     passes = (ratio >= rule.low) & (ratio <= rule.high)
-    along = numbers / rule.unit
+    along = quotient(numbers, rule.unit)
     if rule.follows:
         ends = torch.where(ratio < rule.low, rule.below, rule.above).to(ratio.dtype)
         along = torch.where(passes, along - ratio, ends)

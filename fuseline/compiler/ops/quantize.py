@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..formats.quotient import quotient
 from ._define import Kind, op
 
 
@@ -18,7 +19,7 @@ def quantize(x: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torc
     compute = torch.promote_types(x.dtype, torch.float32)
     groups = x.to(compute).unflatten(-1, (-1, group))
     largest = groups.abs().amax(-1, keepdim=True)
-    scale = torch.where(largest > 0, largest / top, torch.ones_like(largest))
+    scale = torch.where(largest > 0, quotient(largest, top), torch.ones_like(largest))
     codes = torch.round(groups / scale).clamp(-top, top).to(torch.int8)
     return codes.flatten(-2), scale.squeeze(-1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..formats.quotient import quotient
 from ._define import Kind, op
 
 
@@ -19,7 +20,7 @@ def quantize_affine(x: torch.Tensor, bits: int, group: int) -> tuple[torch.Tenso
     compute = torch.promote_types(x.dtype, torch.float32)
     groups = x.to(compute).unflatten(-1, (-1, group))
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
-    step = (high - low) / top
+    step = quotient(high - low, top)
     scale = torch.where(step > 0, step, torch.ones_like(step))
     zero = torch.round(-low / scale).clamp(0, top)
     codes = (torch.round(groups / scale) + zero).clamp(0, top).to(torch.uint8)

@@ -11,7 +11,9 @@ from .weight import Coded
 
 FEW_ROWS = 64
 """Up to this many rows a tile holds them all, in blocks of 16, 32 or 64, and its channels may be shared out."""
-PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
+SOME_ROWS = 512
+PROGRAMS = 528  # at once on an H100 or H200: four on each multiprocessor, whose registers 128 threads of 128 fill
+TURNS = 4  # of a program's loop, at least: fewer do not pay for its beginning and end
 HOPPER = 227 << 10  # bytes of shared memory
 
 
@@ -33,11 +35,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class CodedTiling:
-    """few: up to FEW_ROWS rows, whose block_m is the least that holds them; many: more."""
+    """few: up to FEW_ROWS rows, whose block_m is the least that holds them; many: more; some: up to SOME_ROWS of those,
+    which leave multiprocessors idle in `many`'s tiles. None: as many."""
 
     few: Tile
     many: Tile
     few_rows: int = FEW_ROWS
+    some: Tile | None = None
+    some_rows: int = SOME_ROWS
 
 
 def tiling(anchor: Anchor, target: torch.dtype) -> CodedTiling:
@@ -47,12 +52,22 @@ def tiling(anchor: Anchor, target: torch.dtype) -> CodedTiling:
     room = shared_memory(anchor.x.meta["val"].device)
     if target == torch.float32:  # no tensor cores: float32 is multiplied as IEEE says
         return CodedTiling(Tile(16, 32, stages=2), Tile(32, 32, stages=2, scale_after=False))
-    block_n = 64 if widest > 1 or anchor.columns < 16384 else 128
+    narrow = widest > 1 or weight.element.bits > 4 or min(section.n for section in anchor.sections) < 128
+    block_n = 64 if narrow else 128
     tiles = sum(-(-section.n // block_n) for section in anchor.sections)
-    few = within(Tile(16, block_n, split(weight, tiles)), 64, weight, target, widest, room)
-    block_m, stages = (128, 3) if weight.chunk == weight.step else (64, 2)  # each tl.dot keeps an x of its own
-    many = Tile(block_m, 64 if widest > 1 else 128, num_warps=8, stages=stages, scale_after=False)
-    return CodedTiling(few, within(many, many.block_m, weight, target, widest, room))
+    made = anchor.norm is not None
+    few = within(Tile(16, block_n, split(weight, tiles), stages=3), 64, weight, target, widest, made, room)
+    fit = lambda tile: within(tile, tile.block_m, weight, target, widest, made, room)
+    if weight.chunk > weight.step:  # each tl.dot keeps an x of its own
+        return CodedTiling(few, fit(Tile(64, 64 if widest > 1 else 128, 1, 8, 2, scale_after=False)))
+    if widest > 1:
+        return CodedTiling(few, fit(Tile(128, 64, 1, 8, 3, scale_after=False)))
+    large = 256 if weight.element.bits <= 4 and target.is_floating_point else 128
+    many = fit(Tile(large, 128, 1, 8, 3, scale_after=False))
+    if anchor.columns >= 16384:
+        return CodedTiling(few, many)
+    small = Tile(128, 128, 1, 8, 3) if anchor.columns > 4096 else Tile(128, 64, 1, 4, 3)
+    return CodedTiling(few, many, some=fit(replace(small, scale_after=False)))
 
 
 def shared_memory(device: torch.device) -> int:
@@ -63,9 +78,12 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(found, "shared_memory_per_block_optin", 0)) or 64 << 10
 
 
-def within(tile: Tile, rows: int, weight: Coded, target: torch.dtype, linears: int, room: int) -> Tile:
-    """The tile with fewer stages, rows or columns, as far as `room` asks for it. rows: the most that it may hold."""
-    while shared(tile, rows, weight, target, linears) > room:
+def within(tile: Tile, rows: int, weight: Coded, target: torch.dtype, linears: int, made: bool, room: int) -> Tile:
+    """The tile with fewer stages, rows or columns, as far as `room` asks for it.
+
+    rows: the most that it may hold. made: whether x is made by the kernel, by a norm.
+    """
+    while shared(tile, rows, weight, target, linears, made) > room:
         if tile.stages > 2:
             tile = replace(tile, stages=tile.stages - 1)
         elif tile.block_m == rows and rows > 32:
@@ -78,13 +96,14 @@ def within(tile: Tile, rows: int, weight: Coded, target: torch.dtype, linears: i
     return tile
 
 
-def shared(tile: Tile, rows: int, weight: Coded, target: torch.dtype, linears: int) -> int:
-    """Bytes of shared memory, about: what is read ahead, and one tile of values."""
+def shared(tile: Tile, rows: int, weight: Coded, target: torch.dtype, linears: int, made: bool) -> int:
+    """Bytes of shared memory, about: what is read ahead, x of one tl.dot where it is made there, and scales."""
     codes = tile.block_n * weight.chunk * weight.element.bits // 8 * linears
-    return tile.stages * (codes + weight.chunk * rows * target.itemsize) + tile.block_n * weight.step * target.itemsize
+    x = tile.stages * weight.chunk + (weight.step if made else 0)
+    return (tile.stages - 1) * codes + x * rows * target.itemsize + tile.block_n * weight.chunk
 
 
 def split(weight: Coded, tiles: int) -> int:
-    """Programs for each tile so that there are PROGRAMS, each with at least two turns of the loop."""
-    fitting = [s for s in range(1, weight.chunks + 1) if weight.chunks % s == 0 and weight.chunks // s >= 2]
-    return next((s for s in fitting if s * tiles >= PROGRAMS), max(fitting, default=1))
+    """Programs for each tile, as many as run at once."""
+    fitting = [s for s in range(1, weight.chunks + 1) if weight.chunks % s == 0 and weight.chunks // s >= TURNS]
+    return max((s for s in fitting if s * tiles <= PROGRAMS), default=1)

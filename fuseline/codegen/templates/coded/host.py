@@ -21,7 +21,6 @@ from .values import FP8
 from .weight import Coded
 
 SUM_BLOCK = 64  # output columns of a program that adds partial sums
-CONSTANTS = ("BLOCK_M", "BLOCK_N")
 About = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
@@ -32,10 +31,13 @@ def emit_coded(anchor: Anchor, name: str, about: About, header: str, tiles: Code
         check_operands(anchor)
         target = target_of(anchor)
         tiles = tiles or tiling(anchor, target)
-        few, many = Product(anchor, target, tiles.few), Product(anchor, target, tiles.many)
+        few, many = Product(anchor, target, tiles.few, few=True), Product(anchor, target, tiles.many)
         kernels = [_kernel(few, f"{name}_few", product_body(few), about, header)]
         if tiles.few.split > 1:
             kernels.append(_kernel(few, f"{name}_sum", sum_body(few), about, header, SUM_BLOCK))
+        if tiles.some is not None:
+            some = Product(anchor, target, tiles.some)
+            kernels.append(_kernel(some, f"{name}_some", product_body(some), about, header))
         kernels.append(_kernel(many, f"{name}_many", product_body(many), about, header))
         source, outs = _host(anchor, name, tiles, tuple(kernels), few)
         return Launcher(name, source, tuple(kernels), outs=outs)
@@ -83,17 +85,19 @@ def _kernel(
     pointers: dict[str, tuple[str, str, str, tuple[int | str, ...] | None]] = {
         f"{anchor.names[n]}_ptr": (_pointer(value(n).dtype), n.name, "read", None) for n in _nodes(anchor)
     }
-    access, shape = "write" if block_n is None else "read", (tile.split, product.total, "m")
+    access, shape = "write" if block_n is None else "read", (tile.split, product.total, "rows_in_parts")
     pointers["parts_ptr"] = ("*fp32", "parts", access, shape)
-    pointers["squares_ptr"] = ("*fp32", "squares", access, shape[::2])
+    pointers["squares_ptr"] = ("*fp32", "squares", access, (tile.split, "m"))
     pointers |= {f"{anchor.names[n]}_out": (_pointer(value(n).dtype), n.name, "write", None) for n in outputs(anchor)}
     used = {p: kind for p, kind in pointers.items() if re.search(rf"\b{p}\b", body)}
     constants: dict[str, int | float | bool] = {"BLOCK_M": tile.block_m, "BLOCK_N": block_n or tile.block_n}
-    first = call(f"def {name}(", [*used, "M", *(f"{c}: tl.constexpr" for c in CONSTANTS)], "):")
+    if product.few:
+        constants["ROWS"] = tile.block_m
+    first = call(f"def {name}(", [*used, "M", *(f"{c}: tl.constexpr" for c in constants)], "):")
     return Kernel(
         name,
         header + "\n".join([DECORATOR, *first, body]),
-        {p: kind for p, (kind, *_) in used.items()} | {"M": "i32"} | dict.fromkeys(CONSTANTS, "constexpr"),
+        {p: kind for p, (kind, *_) in used.items()} | {"M": "i32"} | dict.fromkeys(constants, "constexpr"),
         constants,
         *about,
         4 if block_n else tile.num_warps,
@@ -108,12 +112,12 @@ def _host(
     text = Text()
     given = [anchor.names[n] for n in anchor.placeholders]
     names = Names([*given, "torch", "triton", name, *(k.name for k in kernels)])
-    rows, m, block_m = (names.new(w) for w in ("rows", "m", "block_m"))
+    rows, m, block_m, held = (names.new(w) for w in ("rows", "m", "block_m", "rows_in_parts"))
     parts, squares = (names.new(w) for w in ("parts", "squares"))
     out = {n: names.new(f"{anchor.names[n]}_out") for n in outputs(anchor)}
     widths = {n: section.n for section in anchor.sections for n in section.outputs}
     known = {f"{anchor.names[n]}_ptr": f"{_bytes(n, anchor.names[n])}.contiguous()" for n in operands(anchor)}
-    known |= {"x_ptr": rows, "parts_ptr": parts, "squares_ptr": squares, "M": m, "BLOCK_M": block_m}
+    known |= {"x_ptr": rows, "parts_ptr": parts, "squares_ptr": squares, "M": m, "BLOCK_M": block_m, "ROWS": held}
     known |= {f"{anchor.names[n]}_out": x for n, x in out.items()}
     shape, device = "(*x.shape[:-1], {})", "device=x.device"
 
@@ -132,15 +136,19 @@ def _host(
                 text.add(f"{out[n]} = torch.empty({shape.format(width)}, dtype={value(n).dtype}, {device})")
         with text.block("with torch.cuda.device_of(x):"):
             with text.block(f"if {m} <= {tiles.few_rows}:"):
-                text.add(f"{block_m} = {_least(tiles.few, m)}")
+                text.add(f"{held} = 1 << ({m} - 1).bit_length()", f"{block_m} = {_least(tiles.few, held)}")
                 split = tiles.few.split
                 if split > 1:
-                    text.add(f"{parts} = torch.empty(({split}, {few.total}, {m}), dtype=torch.float32, {device})")
+                    text.add(f"{parts} = torch.empty(({split}, {few.total}, {held}), dtype=torch.float32, {device})")
                     if few.squares:
                         text.add(f"{squares} = torch.empty(({split}, {m}), dtype=torch.float32, {device})")
                 launch(kernels[0], tiles.few.block_n, split)
                 if split > 1:
                     launch(kernels[1], SUM_BLOCK)
+            if tiles.some is not None:
+                with text.block(f"elif {m} <= {tiles.some_rows}:"):
+                    text.add(f"{block_m} = {tiles.some.block_m}")
+                    launch(kernels[-2], tiles.some.block_n)
             with text.block("else:"):
                 text.add(f"{block_m} = {tiles.many.block_m}")
                 launch(kernels[-1], tiles.many.block_n)

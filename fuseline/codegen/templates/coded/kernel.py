@@ -12,6 +12,9 @@ before     values are scaled and rounded to the product's type, as in the graph.
 
 With few rows there are too few tiles to keep the memory busy, so SPLIT programs share a tile's channels, each writing
 its partial sums, and a second kernel adds them in order and runs the epilogue: the same inputs give the same bits.
+Kernels of few rows are compiled for the power of two ROWS that holds them, so that partial sums are stored whole.
+
+Codes and x are read stages ahead, scales and zero points a turn ahead: Triton copies no two bytes a thread by itself.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ from functools import cached_property
 
 import torch
 
+from ....compiler.formats.words import COLUMNS
 from ...dtypes import triton_type
 from ..anchor import Anchor, Linear, Section
 from ..epilogue import Epilogue
 from ..norms import normalised, scaled, statistics
 from ..signature import branches
 from ..text import Text, joined, load
-from .config import Tile
+from .config import FEW_ROWS, Tile
 from .scales import number
 from .values import FP8, Values
 from .weight import Coded
@@ -35,11 +39,12 @@ from .weight import Coded
 
 @dataclass(frozen=True)
 class Product:
-    """What a kernel of this template multiplies, and how. target: the type of both operands."""
+    """What a kernel of this template multiplies, and how. target: the type of both operands. few: of few rows."""
 
     anchor: Anchor
     target: torch.dtype
     tile: Tile
+    few: bool = False
 
     @property
     def weight(self) -> Coded:
@@ -59,6 +64,11 @@ class Product:
         """
         norm = self.anchor.norm
         return norm is not None and norm.rms and self.anchor.dtype != torch.float16
+
+    @property
+    def wide(self) -> str:
+        """What makes numbers of partial sums' rows wide enough for addresses."""
+        return ".to(tl.int64)" if self.tile.split * self.total * FEW_ROWS >= 2**31 else ""
 
     @cached_property
     def integers(self) -> bool:
@@ -96,7 +106,8 @@ def product_body(product: Product) -> str:
             text.add(f"magic = tl.where(M < 0, 0, {values.magic:#x})  # kept in a register: masks take the immediates")
             if values.in_two:
                 text.add("magic_high = tl.where(M < 0, 0, 0x45004500)")
-        text.add("inside_m = (m < M)[:, None]", f"x_rows = x_ptr + m.to(tl.int64)[:, None] * {anchor.k}")
+        rows, row = ("(1 if ROWS == 1 else M)", "m") if product.few else ("M", "m.to(tl.int64)")
+        text.add(f"inside_m = (m < {rows})[:, None]", f"x_rows = x_ptr + {row}[:, None] * {anchor.k}")
         text.add("x_columns = tl.trans(x_rows)", "inside_rows = tl.trans(inside_m)")
         if anchor.norm is not None and not product.squares:
             statistics(text, anchor, tile=True)
@@ -126,8 +137,11 @@ class _Section:
         if product.squares:
             text.add(f"squares{tag} = tl.zeros(({weight.step}, BLOCK_M), tl.float32)")
         turns = weight.chunks // tile.split
+        start = f"split * {turns}" if tile.split > 1 else ""
+        if weight.groups > 1:
+            self._fetch(text, start or "0")
         with text.block(f"for turn{tag} in range({turns}):"):
-            text.add(f"chunk{tag} = " + (f"split * {turns} + turn{tag}" if tile.split > 1 else f"turn{tag}"))
+            text.add(f"chunk{tag} = " + (f"{start} + turn{tag}" if start else f"turn{tag}"))
             self._turn(text)
         if product.squares:
             text.add(f"squares{tag} = tl.sum(squares{tag}, 0)")
@@ -143,10 +157,14 @@ class _Section:
         kind = "tl.int32" if self.product.integers and not self.product.scaled_after(linear) else "tl.float32"
         text.add(f"acc_{name} = tl.zeros((BLOCK_N, BLOCK_M), {kind})")
         weight = linear.coded
-        n = f"{self.n}.to(tl.int64)" if linear.n * weight.row >= 2**31 else self.n
-        text.add(f"row_{name} = {self.anchor.names[weight.tensor]}_ptr + ({n} * {weight.row})[:, None]")
+        n = f"{self.n}.to(tl.int64)" if (linear.n + COLUMNS) * weight.row >= 2**31 else self.n
+        row = f"{n} * {weight.row}"
+        if weight.words is not None:
+            row = f"{n} // {COLUMNS} * {COLUMNS * weight.row} + {self.n} % {COLUMNS} * {weight.words.chunk_words}"
+        text.add(f"row_{name} = {self.anchor.names[weight.tensor]}_ptr + ({row})[:, None]")
         if weight.zero is not None and weight.groups == 1:
-            text.add(f"zero_{name} = {self._zero(linear, self.n)}")
+            loaded = load(f"{self.anchor.names[weight.zero]}_ptr + {self.n}", self._inside_groups, "0")
+            text.add(f"zero_{name} = {self._zero(linear, loaded)}")
 
     def _turn(self, text: Text) -> None:
         weight, tag = self.weight, self.tag
@@ -159,10 +177,13 @@ class _Section:
         for linear in self.section.linears:
             name = self.anchor.names[linear.node]
             text.add(*self.product.values(linear).loads(name, f"row_{name}", f"chunk{tag}", masks))
-        for dot in range(weight.chunk // weight.step):
+        dots = weight.chunk // weight.step
+        for dot in range(dots):
             self._x(text, dot)
             if weight.groups > 1:
-                self._groups(text, dot)
+                self._scales(text, dot)
+                if dot == dots - 1:  # no earlier: registers for both turns' would keep programs from the multiprocessor
+                    self._fetch(text, f"tl.minimum(chunk{tag} + 1, {weight.chunks - 1})")
             for linear in self.section.linears:
                 self._accumulate(text, linear, dot)
 
@@ -170,7 +191,7 @@ class _Section:
         """Loads x for one tl.dot, [step, BLOCK_M], and normalises it."""
         weight, anchor, tag = self.weight, self.anchor, self.tag
         k, x = f"k{tag}_{dot}", f"x{tag}"
-        text.add(f"{k} = ({self._start_of(dot)} + tl.arange(0, {weight.step}))[:, None]")
+        text.add(f"{k} = ({self._start_of(f'chunk{tag}', dot)} + tl.arange(0, {weight.step}))[:, None]")
         live = f"({k} < {weight.k})" if weight.k % weight.chunk else None
         target, integral = triton_type_of(self.product.target), anchor.activation is not None
         text.add(f"{x} = {load(f'x_columns + {k}', ('inside_rows', live), '0' if integral else '0.0')}")
@@ -191,9 +212,7 @@ class _Section:
         product, name, weight = self.product, self.anchor.names[linear.node], linear.coded
         after, scale, zero = product.scaled_after(linear), None, None
         if weight.groups > 1:
-            scale = self._scale(text, linear)
-            if weight.zero is not None:
-                text.add(f"zero_{name} = {self._zero(linear, f'at{self.tag}')}")
+            scale = f"scale_{name}"
         if weight.zero is not None:
             zero = f"zero_{name}"
         product.values(linear).write(text, name, dot, None if after else scale, zero)
@@ -210,15 +229,39 @@ class _Section:
             part = f"(part_{name}.to(tl.float32, bitcast=True) - 12582912.0)"
         text.add(f"acc_{name} += {part} * scale_{name}[:, None]")
 
-    def _start_of(self, dot: int) -> str:
+    def _start_of(self, chunk: str, dot: int) -> str:
         """The first channel of a dot."""
-        start = f"chunk{self.tag} * {self.weight.chunk}"
+        start = f"{chunk} * {self.weight.chunk}"
         return f"{start} + {dot * self.weight.step}" if dot else start
 
-    def _groups(self, text: Text, dot: int) -> None:
+    def _scales(self, text: Text, dot: int) -> None:
+        """The scales and zero points of a dot, from what was loaded for it."""
+        for linear in self.section.linears:
+            weight, name = linear.coded, self.anchor.names[linear.node]
+            scale = f"scale_{name}"
+            text.add(f"{scale} = {number(text, scale, f'scale{dot}_{name}', weight.scaling)}")
+            if weight.zero is not None:
+                text.add(f"zero_{name} = {self._zero(linear, f'zero{dot}_{name}')}")
+
+    def _fetch(self, text: Text, chunk: str) -> None:
+        """Loads a chunk's scales and zero points as they are stored: `scale<dot>_<linear>`, `zero<dot>_<linear>`.
+
+        Each is [BLOCK_N] or, where a dot's pieces have their own, [BLOCK_N, pieces].
+        """
+        names, tag = self.anchor.names, self.tag
+        text.add(f"ahead{tag} = {chunk}")
+        for dot in range(self.weight.chunk // self.weight.step):
+            self._groups(text, f"ahead{tag}", dot)
+            for linear in self.section.linears:
+                for part, tensor in (("scale", linear.coded.scale), ("zero", linear.coded.zero)):
+                    if tensor is not None:
+                        loaded = load(f"{names[tensor]}_ptr + at{tag}", self._inside_groups, "0")
+                        text.add(f"{part}{dot}_{names[linear.node]} = {loaded}")
+
+    def _groups(self, text: Text, chunk: str, dot: int) -> None:
         """Defines at<tag>, where the scales of a dot lie: of each column, [BLOCK_N], or of each of its pieces."""
         weight, n = self.weight, self.n
-        start = self._start_of(dot)
+        start = self._start_of(chunk, dot)
         if self.several:
             start = f"{start} + tl.arange(0, {weight.step // weight.piece}) * {weight.piece}"
         group = f"({start}) // {weight.group}"
@@ -237,18 +280,9 @@ class _Section:
     def _inside_groups(self) -> tuple[str | None]:
         return (self.inside and (f"{self.inside}[:, None]" if self.several else self.inside),)
 
-    def _scale(self, text: Text, linear: Linear) -> str:
-        """Defines scale_<linear>, [BLOCK_N] or [BLOCK_N, pieces]; returns its name."""
-        weight, name = linear.coded, f"scale_{self.anchor.names[linear.node]}"
-        loaded = load(f"{self.anchor.names[weight.scale]}_ptr + at{self.tag}", self._inside_groups, "0")
-        text.add(f"{name} = {number(text, name, loaded, weight.scaling)}")
-        return name
-
-    def _zero(self, linear: Linear, at: str) -> str:
+    def _zero(self, linear: Linear, loaded: str) -> str:
         """What a code lies above the number that it stands for, with the base of `values.py`, in the values' type."""
-        weight, values = linear.coded, self.product.values(linear)
-        assert weight.zero is not None
-        loaded = load(f"{self.anchor.names[weight.zero]}_ptr + {at}", self._inside_groups, "0")
+        values = self.product.values(linear)
         if self.product.integers:
             return f"{loaded}.to(tl.int8)"
         if values.zero_added is not None:
@@ -258,12 +292,12 @@ class _Section:
 
     def _store_parts(self, text: Text) -> None:
         product, tag = self.product, self.tag
-        conditions = (self.inside and f"{self.inside}[:, None]", "inside_rows")
+        conditions = (self.inside and f"{self.inside}[:, None]", "(m < ROWS)[None, :]")
         for linear in self.section.linears:
             name = self.anchor.names[linear.node]
             first = offset(product, linear)
             column = f"split * {product.total} + {f'{first} + ' if first else ''}{self.n}"
-            at = f"(({column}).to(tl.int64) * M)[:, None]"
+            at = f"(({column}){self.product.wide} * ROWS)[:, None]"
             acc = f"acc_{name}.to(tl.float32)" if product.integers else f"acc_{name}"
             text.add(f"tl.store(parts_ptr + {at} + m[None, :], {acc}{joined(conditions)})")
         if product.squares and self.section is self.anchor.sections[0]:
@@ -324,7 +358,6 @@ def sum_body(product: Product) -> str:
             "block = tl.program_id(0) % blocks",
             "m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)",
             "inside_m = (m < M)[:, None]",
-            "inside_rows = (m < M)[None, :]",
         )
         if product.squares:
             text.add("squares = tl.zeros((BLOCK_M,), tl.float32)")
@@ -340,8 +373,8 @@ def sum_body(product: Product) -> str:
                     with text.block(f"for part in tl.static_range({split}):"):
                         first_n = offset(product, linear)
                         column = f"part * {product.total} + {f'{first_n} + ' if first_n else ''}{n}"
-                        mask = f"inside_n{tag}[:, None] & inside_rows"
-                        text.add(f"row = parts_ptr + (({column}).to(tl.int64) * M)[:, None]")
+                        mask = f"inside_n{tag}[:, None] & (m < ROWS)[None, :]"
+                        text.add(f"row = parts_ptr + (({column}){product.wide} * ROWS)[:, None]")
                         text.add(f"{acc} += tl.load(row + m[None, :], mask={mask}, other=0.0)")
                 if product.squares:
                     text.add(rstd_line(product, tag, "squares"))

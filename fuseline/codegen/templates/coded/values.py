@@ -20,6 +20,7 @@ import torch
 
 from ....compiler.formats.floating import Float
 from ....compiler.formats.ternary import Binary, Ternary
+from ....compiler.formats.words import COLUMNS
 from ...dtypes import triton_type
 from ..text import Text
 from .weight import Coded
@@ -105,7 +106,7 @@ class Values:
         words = self.weight.words
         if words is None:
             return [f"codes_{name} = tl.load({row} + k[None, :]{masks})"]
-        lines = [f"chunk_{name} = {row} + {turn} * {words.chunk_words}"]
+        lines = [f"chunk_{name} = {row} + {turn} * {COLUMNS * words.chunk_words}"]
         for at in range(words.chunk_words // words.run):
             column = f"{at * words.run} + tl.arange(0, {words.run})" if at else f"tl.arange(0, {words.run})"
             lines.append(f"words{at}_{name} = tl.load(chunk_{name} + ({column})[None, :]{masks})")

@@ -81,8 +81,7 @@ class _Layout:
 
     def _served(self, node: object, codes: bool, outside: dict[Node, Node]) -> bool:
         if not codes and isinstance(node, Node) and node.target is dequantize.overload:
-            if node.meta["val"].dtype == torch.float32:
-                return False  # int4 and int8 have kernels without tensor cores, for one row and for many: gemv, gemm
+            return False  # gemv and gemm serve int4 and int8: a whole step of batch 1 is faster (docs/benchmarks.md)
         found = products.words_of(node, codes) if isinstance(node, Node) else None
         if found is None:
             return False

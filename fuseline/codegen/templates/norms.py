@@ -14,11 +14,14 @@ from .config import next_power_of_two
 from .text import Text, load
 
 
-def statistics(text: Text, anchor: Anchor, tile: bool) -> None:
-    """The first pass: defines `rstd` and, for LayerNorm, `mean`; one number, or a column of BLOCK_M for a tile."""
+def statistics(text: Text, anchor: Anchor, tile: bool, most: int = 1024) -> None:
+    """The first pass: defines `rstd` and, for LayerNorm, `mean`; one number, or a column of BLOCK_M for a tile.
+
+    most: channels at a time, of one row.
+    """
     norm, k = anchor.norm, anchor.k
     assert norm is not None
-    width = min(next_power_of_two(k), 128 if tile else 1024)
+    width = min(next_power_of_two(k), 128 if tile else most)
     rows, column, axis = ("x_rows", "[None, :]", 1) if tile else ("x_row", "", 0)
     shape = f"(BLOCK_M, {width})" if tile else f"({width},)"
     reduced = f"tl.sum(total, {axis}{', keep_dims=True' if tile else ''})"

@@ -52,12 +52,8 @@ def tiling(anchor: Anchor, target: torch.dtype) -> CodedTiling:
     room = shared_memory(anchor.x.meta["val"].device)
     if target == torch.float32:  # no tensor cores: float32 is multiplied as IEEE says
         return CodedTiling(Tile(16, 32, stages=2), Tile(32, 32, stages=2, scale_after=False))
-    narrow = widest > 1 or weight.element.bits > 4 or min(section.n for section in anchor.sections) < 128
-    block_n = 64 if narrow else 128
-    tiles = sum(-(-section.n // block_n) for section in anchor.sections)
-    made = anchor.norm is not None
-    few = within(Tile(16, block_n, split(weight, tiles), stages=3), 64, weight, target, widest, made, room)
-    fit = lambda tile: within(tile, tile.block_m, weight, target, widest, made, room)
+    few = fewer(anchor, weight, target, widest, room)
+    fit = lambda tile: within(tile, tile.block_m, weight, target, widest, room)
     if weight.chunk > weight.step:  # each tl.dot keeps an x of its own
         return CodedTiling(few, fit(Tile(64, 64 if widest > 1 else 128, 1, 8, 2, scale_after=False)))
     if widest > 1:
@@ -70,6 +66,18 @@ def tiling(anchor: Anchor, target: torch.dtype) -> CodedTiling:
     return CodedTiling(few, many, some=fit(replace(small, scale_after=False)))
 
 
+def fewer(anchor: Anchor, weight: Coded, target: torch.dtype, widest: int, room: int) -> Tile:
+    """The tile for few rows. Programs that share out channels have one linear each, others all that meet."""
+    narrow = weight.element.bits > 4
+    block_n = 64 if narrow or min(linear.n for linear in anchor.linears) < 128 else 128
+    tiles = sum(-(-linear.n // block_n) for linear in anchor.linears)
+    parts = split(weight, tiles)
+    if parts == 1 and widest > 1:
+        block_n = 64
+    linears = widest if parts == 1 else 1
+    return within(Tile(16, block_n, parts, stages=3), 64, weight, target, linears, room)
+
+
 def shared_memory(device: torch.device) -> int:
     """Bytes that one program may use: of the GPU that is there, else of Hopper."""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -78,12 +86,9 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(found, "shared_memory_per_block_optin", 0)) or 64 << 10
 
 
-def within(tile: Tile, rows: int, weight: Coded, target: torch.dtype, linears: int, made: bool, room: int) -> Tile:
-    """The tile with fewer stages, rows or columns, as far as `room` asks for it.
-
-    rows: the most that it may hold. made: whether x is made by the kernel, by a norm.
-    """
-    while shared(tile, rows, weight, target, linears, made) > room:
+def within(tile: Tile, rows: int, weight: Coded, target: torch.dtype, linears: int, room: int) -> Tile:
+    """The tile with fewer stages, rows or columns, as far as `room` asks for it. rows: the most that it may hold."""
+    while shared(tile, rows, weight, target, linears) > room:
         if tile.stages > 2:
             tile = replace(tile, stages=tile.stages - 1)
         elif tile.block_m == rows and rows > 32:
@@ -96,11 +101,11 @@ def within(tile: Tile, rows: int, weight: Coded, target: torch.dtype, linears: i
     return tile
 
 
-def shared(tile: Tile, rows: int, weight: Coded, target: torch.dtype, linears: int, made: bool) -> int:
-    """Bytes of shared memory, about: what is read ahead, x of one tl.dot where it is made there, and scales."""
+def shared(tile: Tile, rows: int, weight: Coded, target: torch.dtype, linears: int) -> int:
+    """Bytes of shared memory, about: what is read ahead, and scales."""
     codes = tile.block_n * weight.chunk * weight.element.bits // 8 * linears
-    x = tile.stages * weight.chunk + (weight.step if made else 0)
-    return (tile.stages - 1) * codes + x * rows * target.itemsize + tile.block_n * weight.chunk
+    x = tile.stages * weight.chunk * rows * target.itemsize
+    return (tile.stages - 1) * codes + x + tile.block_n * weight.chunk
 
 
 def split(weight: Coded, tiles: int) -> int:

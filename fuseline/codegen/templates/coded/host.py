@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 from torch.fx import Node
@@ -17,6 +18,7 @@ from ..signature import DECORATOR, operands, outputs
 from ..text import Names, Text
 from .config import CodedTiling, Tile, tiling
 from .kernel import Product, product_body, sum_body
+from .norm import norm_kernel, width
 from .values import FP8
 from .weight import Coded
 
@@ -30,17 +32,20 @@ def emit_coded(anchor: Anchor, name: str, about: About, header: str, tiles: Code
         check(anchor)
         check_operands(anchor)
         target = target_of(anchor)
-        tiles = tiles or tiling(anchor, target)
+        tiles, whole = tiles or tiling(anchor, target), anchor
+        before = [] if anchor.norm is None else [_norm(anchor, f"{name}_norm", about)]
+        anchor = replace(anchor, norm=None)
         few, many = Product(anchor, target, tiles.few, few=True), Product(anchor, target, tiles.many)
-        kernels = [_kernel(few, f"{name}_few", product_body(few), about, header)]
+        parts = few.apart if tiles.few.split > 1 else few
+        kernels = [_kernel(parts, f"{name}_few", product_body(parts), about, header, normed=bool(before))]
         if tiles.few.split > 1:
             kernels.append(_kernel(few, f"{name}_sum", sum_body(few), about, header, SUM_BLOCK))
         if tiles.some is not None:
             some = Product(anchor, target, tiles.some)
-            kernels.append(_kernel(some, f"{name}_some", product_body(some), about, header))
-        kernels.append(_kernel(many, f"{name}_many", product_body(many), about, header))
-        source, outs = _host(anchor, name, tiles, tuple(kernels), few)
-        return Launcher(name, source, tuple(kernels), outs=outs)
+            kernels.append(_kernel(some, f"{name}_some", product_body(some), about, header, normed=bool(before)))
+        kernels.append(_kernel(many, f"{name}_many", product_body(many), about, header, normed=bool(before)))
+        source, outs = _host(whole, name, tiles, tuple(kernels), few, before)
+        return Launcher(name, source, (*before, *kernels), outs=outs)
     except Refused as refused:
         return Refusal(str(refused))
 
@@ -79,15 +84,17 @@ def _kernel(
     about: About,
     header: str,
     block_n: int | None = None,
+    normed: bool = False,
 ) -> Kernel:
-    """A kernel with the arguments that its body mentions."""
+    """A kernel with the arguments that its body mentions. normed: x is what the norm's kernel has left."""
     anchor, tile = product.anchor, product.tile
     pointers: dict[str, tuple[str, str, str, tuple[int | str, ...] | None]] = {
         f"{anchor.names[n]}_ptr": (_pointer(value(n).dtype), n.name, "read", None) for n in _nodes(anchor)
     }
     access, shape = "write" if block_n is None else "read", (tile.split, product.total, "rows_in_parts")
     pointers["parts_ptr"] = ("*fp32", "parts", access, shape)
-    pointers["squares_ptr"] = ("*fp32", "squares", access, (tile.split, "m"))
+    if normed:
+        pointers["x_ptr"] = (_pointer(anchor.dtype), "normed", "read", ("m", anchor.k))
     pointers |= {f"{anchor.names[n]}_out": (_pointer(value(n).dtype), n.name, "write", None) for n in outputs(anchor)}
     used = {p: kind for p, kind in pointers.items() if re.search(rf"\b{p}\b", body)}
     constants: dict[str, int | float | bool] = {"BLOCK_M": tile.block_m, "BLOCK_N": block_n or tile.block_n}
@@ -106,23 +113,37 @@ def _kernel(
     )
 
 
+def _norm(anchor: Anchor, name: str, about: About) -> Kernel:
+    """The kernel that normalises x."""
+    norm = anchor.norm
+    assert norm is not None
+    read = [anchor.x, *(n for n in (norm.weight, norm.bias) if n is not None)]
+    uses = [BufferUse(f"{anchor.names[n]}_ptr", n.name, "read") for n in read]
+    uses.append(BufferUse("normed_ptr", "normed", "write", ("m", anchor.k)))
+    kinds = [*(_pointer(value(n).dtype) for n in read), _pointer(anchor.dtype)]
+    signature = {use.argument: kind for use, kind in zip(uses, kinds, strict=True)} | {"M": "i32"}
+    source = f"# {norm.node.target}\n" + norm_kernel(anchor, name, [use.argument for use in uses])
+    return Kernel(name, source, signature, {}, *about, 8 if width(anchor) > 2048 else 4, 1, tuple(uses))
+
+
 def _host(
-    anchor: Anchor, name: str, tiles: CodedTiling, kernels: tuple[Kernel, ...], few: Product
+    anchor: Anchor, name: str, tiles: CodedTiling, kernels: tuple[Kernel, ...], few: Product, before: list[Kernel]
 ) -> tuple[str, tuple[Out, ...]]:
     text = Text()
     given = [anchor.names[n] for n in anchor.placeholders]
     names = Names([*given, "torch", "triton", name, *(k.name for k in kernels)])
     rows, m, block_m, held = (names.new(w) for w in ("rows", "m", "block_m", "rows_in_parts"))
-    parts, squares = (names.new(w) for w in ("parts", "squares"))
+    parts, normed = (names.new(w) for w in ("parts", "normed"))
     out = {n: names.new(f"{anchor.names[n]}_out") for n in outputs(anchor)}
     widths = {n: section.n for section in anchor.sections for n in section.outputs}
     known = {f"{anchor.names[n]}_ptr": f"{_bytes(n, anchor.names[n])}.contiguous()" for n in operands(anchor)}
-    known |= {"x_ptr": rows, "parts_ptr": parts, "squares_ptr": squares, "M": m, "BLOCK_M": block_m, "ROWS": held}
+    known |= {"x_ptr": rows, "parts_ptr": parts, "normed_ptr": normed, "M": m, "BLOCK_M": block_m, "ROWS": held}
     known |= {f"{anchor.names[n]}_out": x for n, x in out.items()}
     shape, device = "(*x.shape[:-1], {})", "device=x.device"
 
     def launch(kernel: Kernel, columns: int, splits: int = 1) -> None:
-        grid = f"triton.cdiv({m}, {block_m}) * {_blocks(anchor, columns)}"
+        blocks = _blocks(few.apart.anchor if splits > 1 else anchor, columns)
+        grid = f"triton.cdiv({m}, {block_m}) * {blocks}"
         values = [f"{p}={known[p]}" if p in kernel.constants else known[p] for p in kernel.signature if p != "BLOCK_N"]
         values += [f"BLOCK_N={kernel.constants['BLOCK_N']}"]
         values += [f"num_warps={kernel.num_warps}", f"num_stages={kernel.num_stages}"]
@@ -134,14 +155,18 @@ def _host(
         for n, width in widths.items():
             with text.block(f"if {out[n]} is None:"):
                 text.add(f"{out[n]} = torch.empty({shape.format(width)}, dtype={value(n).dtype}, {device})")
+        if before:
+            text.add(f"{normed} = torch.empty(({m}, {anchor.k}), dtype={anchor.dtype}, {device})")
         with text.block("with torch.cuda.device_of(x):"):
+            for kernel in before:
+                values = [*(known[p] for p in kernel.signature), f"num_warps={kernel.num_warps}", "num_stages=1"]
+                text.add(*call(f"{kernel.name}[({m},)](", values, ")"))
+                known["x_ptr"] = normed
             with text.block(f"if {m} <= {tiles.few_rows}:"):
                 text.add(f"{held} = 1 << ({m} - 1).bit_length()", f"{block_m} = {_least(tiles.few, held)}")
                 split = tiles.few.split
                 if split > 1:
                     text.add(f"{parts} = torch.empty(({split}, {few.total}, {held}), dtype=torch.float32, {device})")
-                    if few.squares:
-                        text.add(f"{squares} = torch.empty(({split}, {m}), dtype=torch.float32, {device})")
                 launch(kernels[0], tiles.few.block_n, split)
                 if split > 1:
                     launch(kernels[1], SUM_BLOCK)

@@ -12,14 +12,16 @@ before     values are scaled and rounded to the product's type, as in the graph.
 
 With few rows there are too few tiles to keep the memory busy, so SPLIT programs share a tile's channels, each writing
 its partial sums, and a second kernel adds them in order and runs the epilogue: the same inputs give the same bits.
-Kernels of few rows are compiled for the power of two ROWS that holds them, so that partial sums are stored whole.
+Kernels of few rows are compiled for the power of two ROWS that holds them, so that partial sums are stored whole. A
+norm before the product is a kernel of its own (`norm.py`): made again for each tile, it would take the registers that
+let four programs share a multiprocessor.
 
 Codes and x are read stages ahead, scales and zero points a turn ahead: Triton copies no two bytes a thread by itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -28,7 +30,6 @@ from ....compiler.formats.words import COLUMNS
 from ...dtypes import triton_type
 from ..anchor import Anchor, Linear, Section
 from ..epilogue import Epilogue
-from ..norms import normalised, scaled, statistics
 from ..signature import branches
 from ..text import Text, joined, load
 from .config import FEW_ROWS, Tile
@@ -52,18 +53,15 @@ class Product:
         return self.anchor.linears[0].coded
 
     @property
+    def apart(self) -> Product:
+        """With a section for each linear: what stores sums need not have both halves of a gated unit at hand."""
+        sections = tuple(replace(s, linears=(linear,)) for s in self.anchor.sections for linear in s.linears)
+        return replace(self, anchor=replace(self.anchor, sections=sections))
+
+    @property
     def total(self) -> int:
         """Columns of all linears together."""
         return sum(linear.n for linear in self.anchor.linears)
-
-    @property
-    def squares(self) -> bool:
-        """Whether a norm's squares are summed while the product reads x, and its factor taken out of the product.
-
-        float16 could overflow in x·w; there, and for a mean, a first pass takes the statistics.
-        """
-        norm = self.anchor.norm
-        return norm is not None and norm.rms and self.anchor.dtype != torch.float16
 
     @property
     def wide(self) -> str:
@@ -109,9 +107,6 @@ def product_body(product: Product) -> str:
         rows, row = ("(1 if ROWS == 1 else M)", "m") if product.few else ("M", "m.to(tl.int64)")
         text.add(f"inside_m = (m < {rows})[:, None]", f"x_rows = x_ptr + {row}[:, None] * {anchor.k}")
         text.add("x_columns = tl.trans(x_rows)", "inside_rows = tl.trans(inside_m)")
-        if anchor.norm is not None and not product.squares:
-            statistics(text, anchor, tile=True)
-            text.add("rstd = tl.trans(rstd)", *([] if anchor.norm.rms else ["mean = tl.trans(mean)"]))
         for section, tag, head, first in branches(anchor):
             with text.block(head):
                 _Section(product, section, tag, first).write(text)
@@ -134,8 +129,6 @@ class _Section:
             text.add(f"{self.inside} = {self.n} < {self.section.n}")
         for linear in self.section.linears:
             self._start(text, linear)
-        if product.squares:
-            text.add(f"squares{tag} = tl.zeros(({weight.step}, BLOCK_M), tl.float32)")
         turns = weight.chunks // tile.split
         start = f"split * {turns}" if tile.split > 1 else ""
         if weight.groups > 1:
@@ -143,13 +136,9 @@ class _Section:
         with text.block(f"for turn{tag} in range({turns}):"):
             text.add(f"chunk{tag} = " + (f"{start} + turn{tag}" if start else f"turn{tag}"))
             self._turn(text)
-        if product.squares:
-            text.add(f"squares{tag} = tl.sum(squares{tag}, 0)")
         if tile.split > 1:
             self._store_parts(text)
             return
-        if product.squares:
-            text.add(rstd_line(product, tag, f"squares{tag}"))
         finish(product, self.section, tag, self.n, self.inside, text)
 
     def _start(self, text: Text, linear: Linear) -> None:
@@ -188,7 +177,7 @@ class _Section:
                 self._accumulate(text, linear, dot)
 
     def _x(self, text: Text, dot: int) -> None:
-        """Loads x for one tl.dot, [step, BLOCK_M], and normalises it."""
+        """Loads x for one tl.dot, [step, BLOCK_M]."""
         weight, anchor, tag = self.weight, self.anchor, self.tag
         k, x = f"k{tag}_{dot}", f"x{tag}"
         text.add(f"{k} = ({self._start_of(f'chunk{tag}', dot)} + tl.arange(0, {weight.step}))[:, None]")
@@ -197,16 +186,8 @@ class _Section:
         text.add(f"{x} = {load(f'x_columns + {k}', ('inside_rows', live), '0' if integral else '0.0')}")
         if self.product.target == FP8:
             text.add(f"{x} = {x}.to({target}, bitcast=True)")
-        elif anchor.norm is not None:
-            text.add(f"{x} = {x}.to(tl.float32)")
-            if self.product.squares:
-                text.add(f"squares{tag} += {x} * {x}")
-            text.add(f"{x} = ({self._normalised(x, k, live)}).to({target})")
         elif not integral:
             text.add(f"{x} = {x}.to({target})")
-
-    def _normalised(self, x: str, k: str, live: str | None) -> str:
-        return (scaled if self.product.squares else normalised)(self.anchor, x, k, live)
 
     def _accumulate(self, text: Text, linear: Linear, dot: int) -> None:
         product, name, weight = self.product, self.anchor.names[linear.node], linear.coded
@@ -291,7 +272,7 @@ class _Section:
         return f"({loaded}.to(tl.float32) + {values.base!r}).to({kind})"
 
     def _store_parts(self, text: Text) -> None:
-        product, tag = self.product, self.tag
+        product = self.product
         conditions = (self.inside and f"{self.inside}[:, None]", "(m < ROWS)[None, :]")
         for linear in self.section.linears:
             name = self.anchor.names[linear.node]
@@ -300,20 +281,12 @@ class _Section:
             at = f"(({column}){self.product.wide} * ROWS)[:, None]"
             acc = f"acc_{name}.to(tl.float32)" if product.integers else f"acc_{name}"
             text.add(f"tl.store(parts_ptr + {at} + m[None, :], {acc}{joined(conditions)})")
-        if product.squares and self.section is self.anchor.sections[0]:
-            text.add(f"tl.store(squares_ptr + split * M + m, squares{tag}, mask=(m < M) & ({self.first} == 0))")
 
 
 def offset(product: Product, linear: Linear) -> int:
     """The first of a linear's columns among those of all."""
     linears = product.anchor.linears
     return sum(other.n for other in linears[: linears.index(linear)])
-
-
-def rstd_line(product: Product, tag: str, squares: str) -> str:
-    norm = product.anchor.norm
-    assert norm is not None
-    return f"rstd{tag} = tl.rsqrt({squares} / {product.anchor.k} + {norm.eps!r})"
 
 
 def finish(
@@ -339,8 +312,6 @@ def finish(
             factors.append(f"tl.load({anchor.names[weight.outer]}_ptr).to(tl.float32)")
         if values.factor != 1:
             factors.append(repr(values.factor))
-        if product.squares:
-            factors.append(f"rstd{tag}[None, :]")
         if anchor.activation is not None:
             factors.append(f"x_scale{tag}[None, :]")
         results[linear] = f"tl.trans({' * '.join(factors)})"
@@ -359,10 +330,6 @@ def sum_body(product: Product) -> str:
             "m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)",
             "inside_m = (m < M)[:, None]",
         )
-        if product.squares:
-            text.add("squares = tl.zeros((BLOCK_M,), tl.float32)")
-            with text.block(f"for part in tl.static_range({split}):"):
-                text.add("squares += tl.load(squares_ptr + part * M + m, mask=m < M, other=1.0)")
         for section, tag, head, first in branches(anchor):
             with text.block(head):
                 n = f"n{tag}"
@@ -376,8 +343,6 @@ def sum_body(product: Product) -> str:
                         mask = f"inside_n{tag}[:, None] & (m < ROWS)[None, :]"
                         text.add(f"row = parts_ptr + (({column}){product.wide} * ROWS)[:, None]")
                         text.add(f"{acc} += tl.load(row + m[None, :], mask={mask}, other=0.0)")
-                if product.squares:
-                    text.add(rstd_line(product, tag, "squares"))
                 finish(product, section, tag, n, f"inside_n{tag}", text, summed=True)
     return str(text)
 

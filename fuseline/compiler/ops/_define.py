@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +33,13 @@ class Kind(enum.Enum):
     ROW = "row"  # one output row reads the matching rows of its inputs (last dimension)
     ANCHOR = "anchor"  # a template of its own: attention, matrix products
     OTHER = "other"
+
+
+class Cost(NamedTuple):
+    """Of one call; sizes may be symbolic."""
+
+    flops: Any
+    bytes: Any
 
 
 class Op:

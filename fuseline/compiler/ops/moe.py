@@ -3,8 +3,7 @@
     out[t] = Σ_k weights[t, k] · (down[e]·glu(gate_up[e]·hidden[t] + gate_up_bias[e]) + down_bias[e])
     with e = indices[t, k]
 
-Sources: Shazeer et al., 2017; experts with gated units as in Mixtral (Jiang et al., 2024); the clamped unit as in
-gpt-oss (OpenAI, 2025).
+Sources: Shazeer et al., 2017, with the gated units of Shazeer, 2020; the clamped unit: OpenAI, 2025.
 """
 
 from __future__ import annotations

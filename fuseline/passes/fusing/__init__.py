@@ -9,7 +9,7 @@ Before                                       after  fuse
 
 A region is a subgraph with an anchor (linears of one input, in any weight format) and what goes into its template's
 prologue (a norm) and epilogue (pointwise ops), a cluster of pointwise and row operations without an anchor, or an
-attention by itself; attention over a cache of codes (`QuantizedCache`) reads the codes, and takes in what a step adds
+attention or a layer's routed experts by themselves; attention over a cache of codes (`QuantizedCache`) reads the codes, and takes in what a step adds
 to them. Codegen turns a region into one kernel or two, or runs it through PyTorch and says why; in eager a
 region runs as it stands, so the program stays executable at this stage.
 
@@ -47,6 +47,7 @@ class Fuse(Pass):
     linears: bool = True  # regions around linears
     pointwise: bool = True  # clusters of pointwise and row operations
     attention: bool = True  # each attention for itself
+    experts: bool = True  # the routed experts of each layer
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         sort(program.graph)
@@ -65,6 +66,9 @@ class Fuse(Pass):
             attentions = [n for n in program.graph.nodes if n.target is ops.attention.overload]
             regions += [Region("attention", "attention", [n]) for n in attentions]
             regions += cached_regions(program)
+        if self.experts:
+            routed = (ops.moe.overload, ops.moe_pairs.overload)
+            regions += [Region("experts", "experts", [n]) for n in program.graph.nodes if n.target in routed]
         try:
             for region in filter(_is_read, regions):
                 piece = cut(program, region.nodes, region.kind)
@@ -79,7 +83,10 @@ class Fuse(Pass):
             sort(program.graph)
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
-        return ("the program has no linear, no attention, and no two pointwise operations that follow each other",)
+        return (
+            "the program has no linear, no attention, no routed experts, and no two pointwise operations that follow each "
+            "other",
+        )
 
 
 def _is_read(region: Region) -> bool:

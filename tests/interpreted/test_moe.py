@@ -19,12 +19,13 @@ from tests.codegen.moe_cases import CASES, PAIRS, Case
 from tests.codegen.regions import BOUNDS, error, loaded
 
 BY_NAME = {case.name: case for case in CASES + PAIRS}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = Tiling(
     Stage(RowConfig(2, 16), RowConfig(4, 8)),
     Stage(TileConfig(64, 16, 32), TileConfig(64, 32, 16, group_m=2)),
     Stage(TileConfig(128, 32, 16), TileConfig(128, 16, 32)),
+    means=(2, 3, 4),
 )
+"""Small tiles, and few tokens until the largest serve: 4, 6 and 8 with two of four experts each."""
 
 
 def run(
@@ -35,9 +36,7 @@ def run(
     tiles: Tiling | None = None,
     indices: torch.Tensor | None = None,
 ) -> None:
-    launcher = emit_moe(case.graph(dtype), "fused", tiles)
-    assert isinstance(launcher, Launcher), launcher
-    call = loaded(launcher, folder)
+    call = loaded(launcher_of(case, dtype, tiles), folder)
     for m in counts:
         seed = torch.seed() % 2**31
         inputs = case.inputs(m, dtype, seed, indices=indices)
@@ -47,13 +46,82 @@ def run(
         assert torch.equal(result, again)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_cases(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
-    """One token, some, none; and so many for each expert that the tiles are those of arithmetic."""
-    run(case, dtype, tmp_path, (1, 5, 0))
+def test_one_token_some_and_none(case: Case, tmp_path: Path) -> None:
+    run(case, torch.float32, tmp_path, (1, 5, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", ["odd sizes", "clamped"])
+def test_16_bits(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    run(BY_NAME[name], dtype, tmp_path, (1, 4))
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=str)
 def test_pairs(case: Case, tmp_path: Path) -> None:
-    run(case, torch.bfloat16, tmp_path, (1, 5, 0))
+    run(case, torch.bfloat16, tmp_path, (1, 5))
+
+
+@pytest.mark.parametrize(
+    "name, counts",
+    [("plain", (3, 5, 7, 14)), ("odd sizes", (8,)), ("pairs", (1, 2, 3, 4)), ("pairs and alone", (7,))],
+)
+def test_every_size_of_tiles(name: str, counts: tuple[int, ...], tmp_path: Path) -> None:
+    """Tiles of 16, 32, 64 and 128 tokens, each where the number of tokens asks for it."""
+    dtype = torch.float32 if BY_NAME[name].pairs is None else torch.bfloat16
+    run(BY_NAME[name], dtype, tmp_path, counts, SMALL)
+
+
+@pytest.mark.parametrize("name", ["plain", "pairs"])
+def test_all_tokens_on_one_expert(name: str, tmp_path: Path) -> None:
+    """More tokens than a tile, of one expert, twice for each token; the other experts have none."""
+    dtype = torch.float32 if BY_NAME[name].pairs is None else torch.bfloat16
+    run(BY_NAME[name], dtype, tmp_path, (12,), indices=torch.full((12, 2), 3))
+
+
+def launcher_of(case: Case, dtype: torch.dtype, tiles: Tiling | None = None) -> Launcher:
+    launcher = emit_moe(case.graph(dtype), "fused", tiles)
+    assert isinstance(launcher, Launcher), launcher
+    return launcher
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_sizes(data: st.DataObject, tmp_path: Path) -> None:
+    """Sizes that divide nothing; experts of any number, with and without tokens, occurring twice in a row or not."""
+    draw = lambda low, high: data.draw(st.integers(low, high))
+    experts, pairs = draw(1, 7), data.draw(st.booleans())
+    even = 2 if pairs else 1
+    case = Case(
+        "drawn",
+        width=draw(1, 40 // even) * even,
+        inner=draw(1, 40 // even) * even,
+        experts=experts,
+        top=draw(1, 4),
+        pairs=draw(0, experts // 2) if pairs else None,
+        interleaved=data.draw(st.booleans()),
+        bias=data.draw(st.booleans()),
+    )
+    m = draw(1, 9)
+    indices = torch.tensor([[draw(0, experts - 1) for _ in range(case.top)] for _ in range(m)])
+    dtype = torch.bfloat16 if pairs else torch.float32
+    run(case, dtype, tmp_path, (m,), data.draw(st.sampled_from([None, SMALL])), indices)
+
+
+def test_poison_is_seen(tmp_path: Path) -> None:
+    """The check of these tests fails for a first product that leaves tiles unwritten."""
+    case = BY_NAME["plain"]
+    launcher = launcher_of(case, torch.float32)
+    one_less = re.sub(r"fused_up_few\[\(tiles \* (\d+),", r"fused_up_few[((tiles - 1) * \1,", launcher.source)
+    assert one_less != launcher.source
+    inputs = case.inputs(6, torch.float32, 0)
+    assert not error(loaded(replace(launcher, source=one_less), tmp_path)(*inputs), case.exact(inputs)) < 1
+
+
+def test_another_layout_runs_through_the_op(tmp_path: Path) -> None:
+    """A kernel is written for the strides that the graph has; others are no error."""
+    case = BY_NAME["plain"]
+    call = loaded(launcher_of(case, torch.float32), tmp_path)
+    inputs = case.inputs(4, torch.float32, 0)
+    inputs[3] = inputs[3].transpose(1, 2).contiguous().transpose(1, 2)
+    assert error(call(*inputs), case.exact(inputs)) < BOUNDS[torch.float32]

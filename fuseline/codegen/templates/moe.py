@@ -42,7 +42,7 @@ Shape = tuple[int | str, ...]
 
 
 def emit_moe(region: GraphModule, name: str, tiles: Tiling | None = None) -> Launcher | Refusal:
-    """The kernels of a region that is one call of routed experts, and their host function `name`; or why there are none.
+    """The kernels of a region that is one call of routed experts, and their host function `name`, or a refusal.
 
     Args:
         region: the op alone; hidden [T, H], where T may be symbolic; other sizes are numbers.
@@ -149,8 +149,8 @@ def _kernel(experts: Experts, name: str, part: _Part) -> Kernel:
 
 def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]) -> str:
     given, top = experts.given, experts.top
-    local = "torch triton fuseline x m s block_m tiles order table act parts out block min".split()
-    names = Names([*local, name, *(k.name for k in kernels.values())])
+    local = "torch triton fuseline x m s block_m tiles order table act parts out block min"
+    names = Names([*local.split(), name, *(k.name for k in kernels.values())])
     wishes = {node: argument for argument, node in reversed(experts.tensors.items())}
     text_of = {node: names.new(wishes.get(node, node.name)) for node in experts.placeholders}
     value = {argument: text_of[node] for argument, node in experts.tensors.items()}
@@ -184,7 +184,9 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
         strides = " or ".join(f"{value[m.name]}.stride() != {_given(m)}" for m in (experts.gate_up, experts.down))
         with text.block(f"if {strides}:  # not the layout that the kernels were written for"):
             order = [value.get(a, repr(given[a])) for a in given]
-            text.add(*call(f"return torch.ops.{experts.node.target._schema.name.replace('::', '.')}.default(", order, ")"))
+            text.add(
+                *call(f"return torch.ops.{experts.node.target._schema.name.replace('::', '.')}.default(", order, ")")
+            )
         text.add(f"x, m = {value['hidden']}.contiguous(), {value['hidden']}.shape[0]")
         with text.block("if out is None:"):
             text.add(f"out = torch.empty((m, {experts.hidden}), dtype={experts.dtype}, device=x.device)")

@@ -9,9 +9,9 @@ Before                                       after  fuse
 
 A region is a subgraph with an anchor (linears of one input, in any weight format) and what goes into its template's
 prologue (a norm) and epilogue (pointwise ops), a cluster of pointwise and row operations without an anchor, or an
-attention or a layer's routed experts by themselves; attention over a cache of codes (`QuantizedCache`) reads the codes, and takes in what a step adds
-to them. Codegen turns a region into one kernel or two, or runs it through PyTorch and says why; in eager a
-region runs as it stands, so the program stays executable at this stage.
+attention or a layer's routed experts by themselves; attention over a cache of codes (`QuantizedCache`) reads the codes,
+and takes in what a step adds to them. Codegen turns a region into a few kernels, or runs it through PyTorch and says
+why; in eager a region runs as it stands, so the program stays executable at this stage.
 
 Regions are convex: no value leaves one and comes back. Nodes that touch a storage which the graph writes to (a KV
 cache) and nodes in other grad modes stay outside.
@@ -84,8 +84,8 @@ class Fuse(Pass):
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
         return (
-            "the program has no linear, no attention, no routed experts, and no two pointwise operations that follow each "
-            "other",
+            "the program has no linear, no attention, no routed experts, and no two pointwise operations that follow "
+            "each other",
         )
 
 

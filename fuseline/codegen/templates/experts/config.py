@@ -92,15 +92,13 @@ def within(tile: RowConfig | TileConfig, matrices: int, itemsize: int, room: int
 
 
 def _one(experts: Experts) -> Stage:
-    up = _row(experts.gate_up, 8192)
-    down = _row(experts.down, 8192 // next_power_of_two(experts.top))
-    return Stage(up, down)
+    return Stage(_row(experts.gate_up, 4096), _row(experts.down, 8192 // next_power_of_two(experts.top)))
 
 
 def _row(matrices: Matrices, size: int) -> RowConfig:
-    """size: elements of a tile, of one expert."""
-    size = max(size, 512)
+    """size: numbers of one matrix that a program has on their way at once."""
+    size, in_word = max(size, 256), 2 if matrices.words else 1
     if matrices.across:  # neighbours in memory are columns of the output
         return RowConfig(64, size // 64)
-    elements = min(next_power_of_two(matrices.width // (2 if matrices.words else 1)), 1024 if size > 2048 else 256)
-    return RowConfig(max(2, min(8, size // 2 // elements)), elements)
+    elements = min(next_power_of_two(matrices.width), 1024 if size >= 4096 else 256)
+    return RowConfig(max(1, min(8, size // elements)), max(1, elements // in_word))

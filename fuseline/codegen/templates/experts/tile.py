@@ -127,9 +127,7 @@ class _Tiles:
         """Where the rows of one operand begin, [BLOCK_N, 1]."""
         expert, step, _ = self.matrices.strides
         wide = ".to(tl.int64)" if self.matrices.height * self.matrices.width >= 2**31 else ""
-        text.add(
-            f"{name}_rows = {matrices}_ptr + group.to(tl.int64) * {expert} + (({row}){wide} * {step})[:, None]"
-        )
+        text.add(f"{name}_rows = {matrices}_ptr + group.to(tl.int64) * {expert} + (({row}){wide} * {step})[:, None]")
         for acc in self._sums(name):
             text.add(f"{acc} = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)")
 
@@ -187,8 +185,9 @@ class _Tiles:
             at = f"{tensor}_ptr + {expert}[None, :] * {width} + ({column})[:, None]"
             mask: tuple[str | None, ...] = ("inside_m[None, :]", self.inside_n and f"{self.inside_n}[:, None]")
         else:
-            at, mask = f"{tensor}_ptr + (group * {width} + {column})[:, None]", (
-                self.inside_n and f"{self.inside_n}[:, None]",
+            at, mask = (
+                f"{tensor}_ptr + (group * {width} + {column})[:, None]",
+                (self.inside_n and f"{self.inside_n}[:, None]",),
             )
         text.add(f"{name} += {load(at, mask)}.to(tl.float32)")
 

@@ -223,8 +223,9 @@ def _equals(mask: Any) -> tuple[int, Node] | None:
 def _scattered(node: Node, inner: Node | None) -> tuple[int, Node, Node] | None:
     """Column e of zeros with the weights scattered in."""
     found = called(node, "slice")
-    column = None if found is None else found["start"]
+    column = 0
     if found is not None:
+        column = found["start"] or 0
         if found["end"] != column + 1 or dim_of(found["dim"], found["self"]) != value(node).dim() - 1:
             return None
     else:
@@ -254,9 +255,10 @@ def _gathered(node: Any, tokens: Node) -> tuple[int, Node, Node] | None:
         return None
     for first, second, turned in ((0, 1, False), (1, 0, True)):
         where = item(tokens, first, "where", "nonzero_numpy")
-        if where is None or item(places[1], second, "where", "nonzero_numpy") is not where:
+        other = item(places[1], second, "where", "nonzero_numpy")
+        if where is None or other is not where:
             continue
-        mask = where.args[0]
+        mask: Any = where.args[0]
         found = _equals(mask) if not turned else _one_hot(mask)
         if found is not None and shaped(weights, *value(found[1]).shape):
             return (*found, weights)

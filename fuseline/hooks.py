@@ -12,7 +12,7 @@ from .compiler.capture import AROUND
 
 
 def prepare(model: torch.nn.Module) -> None:
-    """Has the experts of a transformers model run as one op a layer, from here on."""
+    """Has the experts of a transformers model that loops over them run as one op a layer, from here on."""
     if "transformers" in sys.modules:
         from .models.experts import use
 

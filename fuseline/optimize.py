@@ -8,8 +8,8 @@
 Either way the model is still the object its user had: parameters, `state_dict()`, hooks, `generate()` and
 `train()`/`eval()` are its own; only its forward is compiled, at its first call. Where a model has a generation config,
 `disable_compile` is set in it: on a GPU, `generate()` would compile a static cache's decode steps by itself otherwise.
-Experts of transformers run as one op a layer (`set_experts_implementation("fuseline")`), as its loop over experts is no
-graph.
+Where transformers loops over experts, they run as one op a layer (`set_experts_implementation("fuseline")`), as that
+loop is no graph.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     model.set_experts_implementation("fuseline")        by hand; `fuseline.optimize` and `fuseline.capture` do it
 
 transformers asks `ALL_EXPERTS_FUNCTIONS` how to run the experts of a layer. Its own `eager` loops over experts that
-data decides on, which no graph can hold. Layers whose gated unit is none that `raise` knows run as `batched_mm`, which
-is one graph too.
+data decides on, which no graph can hold; this takes its place there. Layers whose gated unit is none that `raise` knows
+run as `batched_mm`, which is one graph too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from fuseline.compiler.pipeline import Pipeline
 from fuseline.passes.raising.experts.gate import gate_of
 
 NAME = "fuseline"
+LOOPS = ("eager", None)
+"""What loops over experts, as data has it; `grouped_mm` and `batched_mm` are graphs, which `raise` reads."""
+
 Unit = tuple[str, bool, float, float]
 """The activation of a gated unit, whether gates and ups are interleaved, and the clamped one's alpha and limit."""
 
@@ -55,16 +58,14 @@ def experts_forward(
 
 
 def use(model: torch.nn.Module) -> bool:
-    """Has a model's experts run by this implementation, if it has any; whether it does."""
+    """Has a model's experts run by this implementation where transformers would loop over them; whether any do."""
     layers = list(_layers(model))
-    if not layers:
-        return False
-    register()
     for layer in layers:
+        register()
         layer._fuseline_unit = _unit(layer)
     for config in {id(layer.config): layer.config for layer in layers}.values():
         config._experts_implementation = NAME
-    return True
+    return bool(layers)
 
 
 @contextlib.contextmanager
@@ -80,13 +81,14 @@ def used(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _layers(model: torch.nn.Module) -> Iterator[Any]:
-    """The modules whose experts transformers dispatches; none where it was never imported."""
+    """The modules whose experts transformers loops over; none where it was never imported."""
     if "transformers" not in sys.modules:
         return
     for module in model.modules():
         parts = ("is_transposed", "has_bias", "has_gate", "_apply_gate", "config", "down_proj")
-        if all(hasattr(module, part) for part in parts) and hasattr(module.config, "_experts_implementation"):
-            yield module
+        if all(hasattr(module, part) for part in parts):
+            if getattr(module.config, "_experts_implementation", NAME) in LOOPS:
+                yield module
 
 
 def _unit(layer: Any) -> Unit | None:

@@ -258,6 +258,7 @@ def _gathered(node: Any, tokens: Node) -> tuple[int, Node, Node] | None:
         other = item(places[1], second, "where", "nonzero_numpy")
         if where is None or other is not where:
             continue
+        assert where is not None
         mask: Any = where.args[0]
         found = _equals(mask) if not turned else _one_hot(mask)
         if found is not None and shaped(weights, *value(found[1]).shape):

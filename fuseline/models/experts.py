@@ -21,7 +21,7 @@ from fuseline.compiler.pipeline import Pipeline
 from fuseline.passes.raising.experts.gate import gate_of
 
 NAME = "fuseline"
-LOOPS = ("eager", None)
+LOOPS = ("eager", None, NAME)
 """What loops over experts, as data has it; `grouped_mm` and `batched_mm` are graphs, which `raise` reads."""
 
 Unit = tuple[str, bool, float, float]

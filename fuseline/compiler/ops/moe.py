@@ -24,6 +24,7 @@ ALPHA, LIMIT = 1.702, 7.0
     'Tensor? down_bias=None, str activation="silu", bool interleaved=False, float alpha=1.702, float limit=7.0) '
     "-> Tensor",
     kind=Kind.ANCHOR,
+    whole=True,
 )
 def moe(
     hidden: torch.Tensor,

@@ -17,6 +17,7 @@ from .moe import CLAMPED, gated, halves, projected
     "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool interleaved, float alpha, float limit, "
     "bool experts) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kind=Kind.OTHER,
+    whole=True,
 )
 def moe_backward(
     grad: torch.Tensor,

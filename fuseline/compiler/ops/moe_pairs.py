@@ -26,6 +26,7 @@ from .moe import ALPHA, LIMIT, check, moe
     'Tensor? gate_up_bias=None, Tensor? down_bias=None, str activation="silu", bool interleaved=False, '
     "float alpha=1.702, float limit=7.0) -> Tensor",
     kind=Kind.ANCHOR,
+    whole=True,
 )
 def moe_pairs(
     hidden: torch.Tensor,

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from fuseline.compiler.formats.pairs import pack_pair
-from fuseline.compiler.ops import moe, moe_pairs
+from fuseline.compiler.ops import decode_words, moe, moe_pairs
+from fuseline.compiler.schemes import Scheme
+from tests.codegen.coded_cases import laid, run_of
 from tests.codegen.regions import region
 
 
@@ -18,7 +20,7 @@ class Case:
     """hidden [T, width] → `top` of `experts` experts of a middle of `inner`.
 
     pairs: how many pairs of experts share their words; the others are alone; None: no words. across: both matrices are
-    transposed views, as where a model stores [E, in, out].
+    transposed views, as where a model stores [E, in, out]. scheme: of codes, in the layout of the kernels.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Case:
     bias: bool = False
     across: bool = False
     options: tuple[float, ...] = ()
+    scheme: str = ""
 
     def __str__(self) -> str:
         return self.name
@@ -53,6 +56,10 @@ class Case:
             rows, slots = self.places(device)
             found += [self.words(int(rows.max()) + 1, *shape[1:], options) for shape in shapes]
             found += [rows, slots]
+        elif self.scheme:
+            for _, n, k in shapes:
+                table = torch.randn(e * n, k, generator=torch.Generator().manual_seed(seed)) * k**-0.5
+                found += [t.to(device) for t in laid(table.to(dtype), self.parsed).values()]
         elif self.across:
             found += [(torch.randn(a, c, b, **options) * c**-0.5).to(dtype).transpose(1, 2) for a, b, c in shapes]
         else:
@@ -77,7 +84,25 @@ class Case:
         packed[self.pairs :] = numbers[self.pairs :].view(torch.int16)
         return packed
 
+    @property
+    def parsed(self) -> Scheme:
+        return Scheme.parse(self.scheme, weights=True)
+
+    def expanded(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The arguments with both stacks of matrices in the place of their codes."""
+        rest, found, scheme = list(given[3:]), list(given[:3]), self.parsed
+        for n, k in ((2 * self.inner, self.width), (self.width, self.inner)):
+            codes, scale = rest.pop(0), rest.pop(0)
+            zero = None if scheme.symmetric else rest.pop(0)
+            outer = rest.pop(0) if scheme.of.scaling == "e4m3" else None
+            group, run = scheme.group_of(k), run_of(scheme, k, "")
+            table = decode_words(codes, scale, zero, outer, scheme.format, group, run, given[0].dtype)
+            found.append(table.view(self.experts, n, k))
+        return found + rest
+
     def call(self, *given: torch.Tensor) -> torch.Tensor:
+        if self.scheme:
+            given = tuple(self.expanded(given))
         op = moe if self.pairs is None else moe_pairs
         count = 5 if self.pairs is None else 7
         biases = given[count:] or (None, None)
@@ -89,7 +114,11 @@ class Case:
 
     def exact(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """In float64, on the CPU."""
-        return self.call(*(t.double().cpu() if t.is_floating_point() else t.cpu() for t in inputs))
+        return self.call(*(t.cpu() for t in self.wide(inputs)))
+
+    def wide(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """In float64, but for what are bytes."""
+        return [t.double() if t.is_floating_point() and t.dtype.itemsize > 1 else t for t in inputs]
 
 
 CASES = [
@@ -111,3 +140,17 @@ PAIRS = [
     Case("pairs with bias", pairs=3, experts=7, bias=True, interleaved=True, activation="clamped_swiglu"),
     Case("many pairs", width=64, inner=32, experts=16, top=5, pairs=8),
 ]
+CODED = [
+    Case("int4:g32", scheme="int4:g32", width=64, inner=32),
+    Case("int4:g128", scheme="int4:g128", width=128, inner=128, experts=3),
+    Case("int4:g32:sym", scheme="int4:g32:sym", width=96, inner=64, interleaved=True),
+    Case("int4", scheme="int4", width=100, inner=36, bias=True),
+    Case("int8", scheme="int8", width=72, inner=40),
+    Case("int8:g32:asym", scheme="int8:g32:asym", width=96, inner=32),
+    Case("int3:g64", scheme="int3:g64", width=128, inner=64),
+    Case("int2:g64", scheme="int2:g64", width=128, inner=64),
+    Case("fp8", scheme="fp8", width=80, inner=48),
+    Case("mxfp4", scheme="mxfp4", width=64, inner=32),
+    Case("nvfp4", scheme="nvfp4", width=64, inner=48),
+]
+"""Codes of several formats; of one scale a row, of one a group, and of groups that are shorter than a product."""

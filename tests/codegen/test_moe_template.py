@@ -12,11 +12,11 @@ from fuseline.codegen.offline import TARGETS, compile_kernel
 from fuseline.codegen.resources import resources
 from fuseline.codegen.templates.moe import emit_moe
 from fuseline.compiler.ops import moe, moe_pairs
-from tests.codegen.moe_cases import CASES, PAIRS, Case
+from tests.codegen.moe_cases import CASES, CODED, PAIRS, Case
 from tests.codegen.regions import region
 
 LAYER = Case("layer", width=512, inner=256, experts=16, top=4)
-BY_NAME = {case.name: case for case in [LAYER, *CASES, *PAIRS]}
+BY_NAME = {case.name: case for case in [LAYER, *CASES, *PAIRS, *CODED]}
 
 
 def emitted(case: Case, dtype: torch.dtype = torch.bfloat16) -> Launcher:
@@ -25,7 +25,7 @@ def emitted(case: Case, dtype: torch.dtype = torch.bfloat16) -> Launcher:
     return launcher
 
 
-@pytest.mark.parametrize("name", ["plain", "odd sizes", "clamped", "pairs and alone"])
+@pytest.mark.parametrize("name", ["plain", "odd sizes", "clamped", "pairs and alone", "int4:g32", "fp8"])
 def test_compiles_without_a_gpu(name: str) -> None:
     for kernel in emitted(BY_NAME[name]).kernels:
         compile_kernel(kernel, "sm_90")
@@ -33,7 +33,7 @@ def test_compiles_without_a_gpu(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", [LAYER, *CASES, *PAIRS], ids=str)
+@pytest.mark.parametrize("case", [LAYER, *CASES, *PAIRS, *CODED], ids=str)
 def test_every_case_compiles_for_every_target(case: Case, target: str) -> None:
     for kernel in emitted(case).kernels:
         compile_kernel(kernel, target)
@@ -125,3 +125,15 @@ def test_fuse_gives_each_layer_a_region_that_lowering_serves() -> None:
     lowered = lower(program)
     assert not lowered.refusals
     assert {k.ops for k in lowered.kernels if "up_few" in k.name} == {("fuseline.moe.default",)}
+
+
+@pytest.mark.parametrize("scheme, served", [("int4:g16", True), ("int3:g48", True), ("int4:g24", False)])
+def test_rounded_experts_are_read_as_codes(scheme: str, served: bool) -> None:
+    """`quantize` gives both stacks as codes; the region takes them in where the kernels read that format."""
+    case = Case("layer", width=48, inner=48)
+    program = fuseline.capture(Layer(case).eval(), (torch.randn(5, 48),))
+    program, _ = fuseline.Pipeline(f"quantize{{weights={scheme},skip=router}},fuse").run(program)
+    lowered = lower(program)
+    assert not lowered.refusals
+    (up,) = (k for k in lowered.kernels if k.name.endswith("up_few"))
+    assert ("gate_up_codes_ptr" in up.signature) == served

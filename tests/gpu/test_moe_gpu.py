@@ -10,7 +10,7 @@ import torch
 
 from fuseline.codegen.kernel import Launcher
 from fuseline.codegen.templates.moe import emit_moe
-from tests.codegen.moe_cases import CASES, PAIRS, Case
+from tests.codegen.moe_cases import CASES, CODED, PAIRS, Case
 from tests.codegen.regions import BOUNDS, error, loaded
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +36,7 @@ def made(case: Case, dtype: torch.dtype, folder: Path):
 def check(call, case: Case, inputs: list[torch.Tensor]) -> torch.Tensor:
     dtype = inputs[0].dtype
     result = call(*inputs)
-    exact = case.call(*(t.double() if t.is_floating_point() else t for t in inputs))
+    exact = case.call(*case.wide(inputs))
     assert (result.shape, result.dtype) == (exact.shape, dtype)
     assert error(result, exact) < BOUNDS[dtype], (dtype, len(inputs[0]))
     assert all(torch.equal(result, call(*inputs)) for _ in range(2))
@@ -56,6 +56,14 @@ def test_pairs(case: Case, tmp_path: Path) -> None:
     call = made(case, torch.bfloat16, tmp_path)
     for m in (1, 2, 17, 130, 700):
         check(call, case, case.inputs(m, torch.bfloat16, m, "cuda"))
+
+
+@pytest.mark.parametrize("case", CODED, ids=str)
+def test_codes(case: Case, tmp_path: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        call = made(case, dtype, tmp_path / str(dtype))
+        for m in (1, 2, 17, 130, 700):
+            check(call, case, case.inputs(m, dtype, m, "cuda"))
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)
@@ -86,7 +94,7 @@ def test_one_graph_serves_any_routing(case: Case, m: int, tmp_path: Path) -> Non
     for routing in (*(case.inputs(m, torch.bfloat16, seed, "cuda")[1] for seed in (1, 2)), everything):
         inputs[1].copy_(routing)
         graph.replay()
-        exact = case.call(*(t.double() if t.is_floating_point() else t for t in inputs))
+        exact = case.call(*case.wide(inputs))
         assert error(result, exact) < BOUNDS[torch.bfloat16]
         assert torch.equal(result, call(*inputs))
 

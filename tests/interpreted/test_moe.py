@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from fuseline.codegen.kernel import Launcher
 from fuseline.codegen.templates.experts.config import RowConfig, Stage, TileConfig, Tiling
 from fuseline.codegen.templates.moe import emit_moe
-from tests.codegen.moe_cases import CASES, PAIRS, Case
+from tests.codegen.moe_cases import CASES, CODED, PAIRS, Case
 from tests.codegen.regions import BOUNDS, error, loaded
 
-BY_NAME = {case.name: case for case in CASES + PAIRS}
+BY_NAME = {case.name: case for case in CASES + PAIRS + CODED}
 SMALL = Tiling(
     Stage(RowConfig(2, 16), RowConfig(4, 8)),
     Stage(TileConfig(64, 16, 32), TileConfig(64, 32, 16, group_m=2)),
@@ -26,6 +26,14 @@ SMALL = Tiling(
     means=(2, 3, 4),
 )
 """Small tiles, and few tokens until the largest serve: 4, 6 and 8 with two of four experts each."""
+
+
+CODES = Tiling(
+    SMALL.one,
+    Stage(TileConfig(64, 16, 32), TileConfig(64, 32, 16)),
+    Stage(TileConfig(128, 32, 16), TileConfig(128, 16, 32)),
+    means=(1, 1, 1),
+)
 
 
 def run(
@@ -60,6 +68,17 @@ def test_16_bits(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", PAIRS, ids=str)
 def test_pairs(case: Case, tmp_path: Path) -> None:
     run(case, torch.bfloat16, tmp_path, (1, 5))
+
+
+QUICK = ("int4:g32", "int4", "int8:g32:asym", "fp8", "nvfp4")
+
+
+@pytest.mark.parametrize(
+    "case", [c if c.name in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CODED], ids=str
+)
+def test_codes(case: Case, tmp_path: Path) -> None:
+    """Sums are scaled where there are few tokens, values where there are many."""
+    run(case, torch.bfloat16 if case.name in ("int4:g32", "mxfp4") else torch.float32, tmp_path, (1, 5), CODES)
 
 
 @pytest.mark.parametrize(

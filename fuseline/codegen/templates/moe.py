@@ -29,6 +29,7 @@ from ..dtypes import pointer_type
 from ..kernel import BufferUse, Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
 from ..sizes import size
+from .coded.host import _bytes, _pointer
 from .config import next_power_of_two
 from .experts import one, route, tile
 from .experts.config import RowConfig, TileConfig, Tiling, tiling
@@ -81,7 +82,7 @@ class _Part:
 
 
 def _parts(experts: Experts, tiles: Tiling) -> Iterator[_Part]:
-    for tag, config, writer, token, written in (
+    for tag, config, writer, token, written in () if experts.coded else (
         ("up", tiles.one.up, one.up_body, "hidden", "act"), ("down", tiles.one.down, one.down_body, "act", "out"),
     ):  # fmt: skip
         assert isinstance(config, RowConfig)
@@ -99,7 +100,7 @@ def _parts(experts: Experts, tiles: Tiling) -> Iterator[_Part]:
             assert isinstance(config, TileConfig)
             values = (config.block_m, config.block_n, config.block_k, config.group_m)
             constants = dict(zip(tile.CONSTANTS, values, strict=True))
-            text = body(experts, config, dual)
+            text = body(experts, config, kind == "few")
             launch = (config.num_warps, config.stages)
             yield _Part(f"{tag}_{kind}", text, constants, (written,), tile.SCALARS, (), *launch)
     block = min(SUM_BLOCK, next_power_of_two(experts.hidden))
@@ -111,7 +112,7 @@ def _pointers(experts: Experts, words: Collection[str]) -> dict[str, tuple[str, 
     found: dict[str, tuple[str, str, Shape | None]] = {}
     for name, node in experts.tensors.items():
         in_words = name in words or (experts.pairs and name in ("gate_up", "down"))
-        found[name] = ("*i32" if in_words else pointer_type(node.meta["val"].dtype), node.name, None)
+        found[name] = ("*i32" if in_words else _pointer(node.meta["val"].dtype), node.name, None)
     kind = pointer_type(experts.dtype)
     found["order"] = ("*i32", "order", ("s",))
     found["tiles"] = ("*i32", "table", ("tiles + 1", 4))
@@ -154,9 +155,11 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
     wishes = {node: argument for argument, node in reversed(experts.tensors.items())}
     text_of = {node: names.new(wishes.get(node, node.name)) for node in experts.placeholders}
     value = {argument: text_of[node] for argument, node in experts.tensors.items()}
-    known = {f"{argument}_ptr": f"{v}.contiguous()" for argument, v in value.items()}
+    known: dict[str, str] = {}
     view = ".view(torch.int32)" if experts.pairs else ""
-    for matrices in (experts.gate_up, experts.down):
+    for argument, node in experts.tensors.items():
+        known[f"{argument}_ptr"] = f"{_bytes(node, value[argument])}.contiguous()"
+    for matrices in () if experts.coded else (experts.gate_up, experts.down):
         known[f"{matrices.name}_ptr"] = value[matrices.name] + view
     known |= {"hidden_ptr": "x", "order_ptr": "order", "tiles_ptr": "table", "act_ptr": "act", "parts_ptr": "parts"}
     known |= {"out_ptr": "out", "S": "s", "block_m": "block_m", "tiles": "tiles"}
@@ -181,22 +184,26 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
 
     text.add(*call(f"def {name}(", [*text_of.values(), "out=None"], "):"))
     with text.indented():
-        strides = " or ".join(f"{value[m.name]}.stride() != {_given(m)}" for m in (experts.gate_up, experts.down))
-        with text.block(f"if {strides}:  # not the layout that the kernels were written for"):
-            order = [value.get(a, repr(given[a])) for a in given]
-            text.add(
-                *call(f"return torch.ops.{experts.node.target._schema.name.replace('::', '.')}.default(", order, ")")
-            )
+        if not experts.coded:
+            strides = " or ".join(f"{value[m.name]}.stride() != {_given(m)}" for m in (experts.gate_up, experts.down))
+            with text.block(f"if {strides}:  # not the layout that the kernels were written for"):
+                order = [value.get(a, repr(given[a])) for a in given]
+                text.add(
+                    *call(
+                        f"return torch.ops.{experts.node.target._schema.name.replace('::', '.')}.default(", order, ")"
+                    )
+                )
         text.add(f"x, m = {value['hidden']}.contiguous(), {value['hidden']}.shape[0]")
         with text.block("if out is None:"):
             text.add(f"out = torch.empty((m, {experts.hidden}), dtype={experts.dtype}, device=x.device)")
         with text.block("with torch.cuda.device_of(x):"):
-            with text.block("if m == 1:"):
-                scratch("act", f"({top}, {experts.inner})", experts.dtype)
-                up, down = (kernels[f"{tag}_one"].constants["BLOCK_N"] for tag in ("up", "down"))
-                launch("up_one", f"{top}, {_blocks(experts.inner, up)}")
-                launch("down_one", f"{_blocks(experts.hidden, down)},")
-            with text.block("elif m > 1:"):
+            if not experts.coded:
+                with text.block("if m == 1:"):
+                    scratch("act", f"({top}, {experts.inner})", experts.dtype)
+                    up, down = (kernels[f"{tag}_one"].constants["BLOCK_N"] for tag in ("up", "down"))
+                    launch("up_one", f"{top}, {_blocks(experts.inner, up)}")
+                    launch("down_one", f"{_blocks(experts.hidden, down)},")
+            with text.block("if m > 0:" if experts.coded else "elif m > 1:"):
                 text.add(f"s = m * {top}")
                 _tile_size(text, experts, tiles)
                 text.add("block = " + " else ".join([*(f"{b} if s <= {b}" for b in ROUTED[:-1]), str(ROUTED[-1])]))
@@ -230,7 +237,7 @@ def _tile_size(text: Text, experts: Experts, tiles: Tiling) -> None:
     most, steps = tiles.few.up.block_m, []
     for mean, block in zip(tiles.means, (16, 32, 64), strict=True):
         limit = mean * experts.keys // experts.top
-        if block <= most and limit >= 1:
+        if block <= most and block < _many(tiles) and limit >= 1:
             steps.append(f"{block} if m <= {limit}")
     text.add("block_m = " + " else ".join([*steps, str(_many(tiles))]))
 

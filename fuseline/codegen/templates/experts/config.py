@@ -10,6 +10,9 @@ from ..coded.config import shared_memory
 from ..config import next_power_of_two
 from .read import Experts, Matrices
 
+FEW = 64
+"""The tokens of the largest tile that is bound by the experts' bytes."""
+
 
 @dataclass(frozen=True)
 class RowConfig:
@@ -25,7 +28,7 @@ class RowConfig:
 class TileConfig:
     """Tiles of block_n output columns, of gates and of ups each, by block_m tokens, block_k channels at once.
 
-    block_m: the most that it is launched with.
+    block_m: the most that it is launched with. Words of codes come in chunks of their own, whatever block_k says.
     """
 
     block_m: int
@@ -62,33 +65,51 @@ def tiling(experts: Experts) -> Tiling:
     """The tile sizes for a region."""
     room = shared_memory(experts.given["hidden"].meta["val"].device)
     if experts.dtype == torch.float32:  # no tensor cores: float32 is multiplied as IEEE says
-        few, many = TileConfig(16, 32, 32, stages=2), TileConfig(32, 32, 32, stages=2)
-        return Tiling(_one(experts), Stage(few, few), Stage(many, many), (8, 8, 8))
-    if experts.pairs:
-        few = Stage(TileConfig(64, 64, 64, stages=4), TileConfig(64, 64, 128, stages=4))
+        small, large = TileConfig(16, 32, 32, stages=2), TileConfig(32, 32, 32, stages=2)
+        return Tiling(_one(experts), Stage(small, small), Stage(large, large), (8, 8, 8))
+    if experts.coded:
+        few = Stage(TileConfig(FEW, 64, 128, stages=4), TileConfig(FEW, 64, 128, stages=4))
+        many = Stage(TileConfig(128, 64, 128, 8), TileConfig(128, 128, 128, 8))
+    elif experts.pairs:
+        few = Stage(TileConfig(FEW, 64, 64, stages=4), TileConfig(FEW, 64, 128, stages=4))
         many = Stage(TileConfig(128, 128, 64, 8), TileConfig(128, 128, 64, 8))
     else:
-        few = Stage(TileConfig(64, 64, 128), TileConfig(64, 128, 128))
+        few = Stage(TileConfig(FEW, 64, 128), TileConfig(FEW, 128, 128))
         many = Stage(TileConfig(128, 128, 64, 8), TileConfig(128, 256, 64, 8))
-    itemsize = experts.dtype.itemsize
-    return Tiling(
-        _one(experts), *(Stage(within(s.up, 2, itemsize, room), within(s.down, 1, itemsize, room)) for s in (few, many))
-    )
+    return Tiling(_one(experts), fitting(few, experts, room), fitting(many, experts, room))
 
 
-def within(tile: RowConfig | TileConfig, matrices: int, itemsize: int, room: int) -> TileConfig:
-    """The tile with fewer stages, channels or columns, as far as shared memory asks for it."""
-    assert isinstance(tile, TileConfig)
-    while tile.stages * (matrices * tile.block_n + tile.block_m) * tile.block_k * itemsize > room:
+def fitting(stage: Stage, experts: Experts, room: int) -> Stage:
+    """The tiles with fewer stages, channels, tokens or columns, as far as shared memory asks for it."""
+    up, down = stage.up, stage.down
+    assert isinstance(up, TileConfig) and isinstance(down, TileConfig)
+    while True:
+        sizes = shared(up, experts.gate_up, 2, experts.dtype), shared(down, experts.down, 1, experts.dtype)
+        if max(sizes) <= room:
+            return Stage(up, down)
+        tile = up if sizes[0] > room else down
         if tile.stages > 2:
-            tile = replace(tile, stages=tile.stages - 1)
-        elif tile.block_k > 32:
-            tile = replace(tile, block_k=tile.block_k // 2)
+            smaller = replace(tile, stages=tile.stages - 1)
+        elif tile.block_k > 32 and not experts.coded:
+            smaller = replace(tile, block_k=tile.block_k // 2)
+        elif tile.block_m > 32 and experts.coded:  # one table of tiles is for both products
+            up, down = (replace(t, block_m=t.block_m // 2) for t in (up, down))
+            continue
         elif tile.block_n > 32:
-            tile = replace(tile, block_n=tile.block_n // 2)
+            smaller = replace(tile, block_n=tile.block_n // 2)
         else:
-            break
-    return tile
+            return Stage(up, down)
+        up, down = (smaller if t is tile else t for t in (up, down))
+
+
+def shared(tile: TileConfig, matrices: Matrices, operands: int, dtype: torch.dtype) -> int:
+    """Bytes of shared memory, about: what is read ahead, and of codes a tile of values."""
+    coded = matrices.coded
+    if coded is None:
+        return tile.stages * (operands * tile.block_n + tile.block_m) * tile.block_k * dtype.itemsize
+    codes = operands * tile.block_n * coded.chunk * coded.element.bits // 8
+    values = operands * tile.block_n * coded.step * dtype.itemsize
+    return tile.stages * (codes + coded.chunk * tile.block_m * dtype.itemsize) + values
 
 
 def _one(experts: Experts) -> Stage:

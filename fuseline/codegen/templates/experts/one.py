@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ...dtypes import triton_type
 from ..config import next_power_of_two
-from ..text import Text, load
+from ..text import Text, joined, load
 from . import words
 from .config import RowConfig
 from .gate import gated
@@ -50,9 +50,8 @@ def up_body(experts: Experts, config: RowConfig) -> str:
                 at = f"gate_up_bias_ptr + expert * {2 * experts.inner} + {name}_n"
                 text.add(f"{name} += {load(at, (inside,))}.to(tl.float32)")
         gated(text, experts)
-        mask = f", mask={inside}" if inside else ""
         at = f"act_ptr + choice * {experts.inner} + n"
-        text.add(f"tl.store({at}, inner.to({triton_type(experts.dtype)}){mask})")
+        text.add(f"tl.store({at}, inner.to({triton_type(experts.dtype)}){joined((inside,))})")
     return str(text)
 
 
@@ -89,13 +88,13 @@ def down_body(experts: Experts, config: RowConfig) -> str:
         factor = "factor" if experts.pairs else "weight"
         if "down_bias" in experts.tensors:
             at = f"down_bias_ptr + (expert * {experts.hidden})[:, None] + n[None, :]"
-            mask = (chosen and f"{chosen}[:, None]", inside and f"{inside}[None, :]")
+            known = (chosen and f"{chosen}[:, None]", inside and f"{inside}[None, :]")
             if experts.pairs:
                 text.add("down = down * scale[:, None]")
                 factor = "weight"
-            text.add(f"down += {load(at, mask)}.to(tl.float32)")
+            text.add(f"down += {load(at, known)}.to(tl.float32)")
         text.add(f"total = tl.sum(down * {factor}[:, None], 0).to({triton_type(experts.dtype)})")
-        text.add(f"tl.store(out_ptr + n, total{f', mask={inside}' if inside else ''})")
+        text.add(f"tl.store(out_ptr + n, total{joined((inside,))})")
     return str(text)
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ....compiler.ops import find
+from ....compiler.ops import decode_words, find
 from ....compiler.ops.moe import CLAMPED
-from ....compiler.traits import arguments
+from ....compiler.traits import arguments, is_view
 from ...formulas import ACTIVATIONS
 from ...kernel import Refusal
+from ..coded.weight import Coded
 
 COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
 TENSORS = ("hidden", "indices", "weights", "gate_up", "down", "rows", "slots", "gate_up_bias", "down_bias")
@@ -22,7 +23,8 @@ TENSORS = ("hidden", "indices", "weights", "gate_up", "down", "rows", "slots", "
 class Matrices:
     """One matrix an expert (or a pair), [count, height, width]; `strides` are those of its three dimensions.
 
-    words: two 16-bit words of a row of a pair lie in one int32, as the kernels load them.
+    words: two 16-bit words of a row of a pair lie in one int32, as the kernels load them. coded: codes of all experts'
+    rows, in the layout of `coded/`; strides are then of no meaning.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Matrices:
     width: int
     strides: tuple[int, int, int]
     words: bool
+    coded: Coded | None = None
 
     @property
     def across(self) -> bool:
@@ -64,7 +67,19 @@ class Experts:
     @property
     def tensors(self) -> dict[str, Node]:
         """The op's tensors: argument → placeholder."""
-        return {name: self.given[name] for name in TENSORS if isinstance(self.given.get(name), Node)}
+        found: dict[str, Node] = {}
+        for name in TENSORS:
+            matrices = {"gate_up": self.gate_up, "down": self.down}.get(name)
+            if matrices is not None and (coded := matrices.coded) is not None:
+                parts = {"codes": coded.tensor, "scale": coded.scale, "zero": coded.zero, "outer": coded.outer}
+                found |= {f"{name}_{part}": node for part, node in parts.items() if node is not None}
+            elif isinstance(self.given.get(name), Node):
+                found[name] = self.given[name]
+        return found
+
+    @property
+    def coded(self) -> bool:
+        return self.gate_up.coded is not None
 
     @property
     def gate_step(self) -> tuple[int, int]:
@@ -75,6 +90,8 @@ class Experts:
     def title(self) -> str:
         """The first line of the kernels' headings."""
         kind = "pairs of" if self.pairs else str(self.gate_up_dtype).removeprefix("torch.")
+        if self.gate_up.coded is not None:
+            kind = self.gate_up.coded.title
         return f"{self.top} of {self.experts} experts, {kind} {self.hidden} x {self.inner}, {self.given['activation']}"
 
     @property
@@ -84,6 +101,8 @@ class Experts:
     @property
     def expert_bytes(self) -> int:
         """Of one expert's matrices, or of one pair's."""
+        if self.gate_up.coded is not None and self.down.coded is not None:
+            return 2 * self.inner * self.gate_up.coded.row_bytes + self.hidden * self.down.coded.row_bytes
         itemsize: int = self.gate_up_dtype.itemsize
         return 3 * self.hidden * self.inner * itemsize
 
@@ -91,10 +110,18 @@ class Experts:
 def read(region: GraphModule) -> Experts | Refusal:
     """A region's experts, or why the template does not serve them."""
     calls = [n for n in region.graph.nodes if n.op == "call_function"]
-    op = find(calls[0].target) if len(calls) == 1 else None
+    op = find(calls[-1].target) if calls else None
     if op is None or op.name not in ("moe", "moe_pairs"):
         return Refusal("the region is not one call of routed experts")
-    node, given, pairs = calls[0], arguments(calls[0]), op.name == "moe_pairs"
+    node, given, pairs = calls[-1], arguments(calls[-1]), op.name == "moe_pairs"
+    codes = {name: _coded(given[name]) for name in ("gate_up", "down")}
+    for name, made in codes.items():
+        if isinstance(made, str):
+            return Refusal(f"{name} {made}")
+    if {*calls} != {node}.union(*(c.nodes for c in codes.values() if isinstance(c, Coded))):
+        return Refusal("the region is not one call of routed experts")
+    if (codes["gate_up"] is None) != (codes["down"] is None):
+        return Refusal("codes of one of its matrices, and numbers of the other")
     value = {name: given[name].meta["val"] for name in TENSORS if given.get(name) is not None}
     if len({v.device for v in value.values()}) > 1:
         return Refusal("its tensors lie on several devices")
@@ -113,10 +140,10 @@ def read(region: GraphModule) -> Experts | Refusal:
         return Refusal(f"routing weights of {value['weights'].dtype}")
     if given["activation"] != CLAMPED and given["activation"] not in ACTIVATIONS:
         return Refusal(f"activation {given['activation']}")
-    refused = _pairs(value) if pairs else _plain(value)
+    refused = _pairs(value) if pairs else None if codes["gate_up"] else _plain(value)
     if refused:
         return Refusal(refused)
-    matrices = [_matrices(name, value[name], pairs) for name in ("gate_up", "down")]
+    matrices = [_matrices(name, value[name], pairs, codes[name]) for name in ("gate_up", "down")]
     experts = value["rows"].shape[0] if pairs else value["gate_up"].shape[0]
     placeholders = tuple(n for n in region.graph.nodes if n.op == "placeholder")
     return Experts(
@@ -142,8 +169,35 @@ def _pairs(value: dict[str, torch.Tensor]) -> str | None:
     return None
 
 
-def _matrices(name: str, value: torch.Tensor, words: bool) -> Matrices:
+def _coded(matrix: Node) -> Coded | str | None:
+    """The codes behind a stack of matrices; None where it is a tensor; or why kernels do not read them."""
+    inside = set()
+    while matrix.op == "call_function" and is_view(matrix.target):
+        inside.add(matrix)
+        matrix = matrix.args[0]  # type: ignore[assignment]
+    if matrix.op == "placeholder":
+        return f"goes through {', '.join(str(n.target) for n in inside)} in the region" if inside else None
+    if matrix.target is not decode_words.overload:
+        return f"is computed in the region, by {matrix.target}"
+    given = arguments(matrix)
+    for operand in (given["codes"], given["scale"], given["zero"], given["outer"]):
+        if operand is not None and operand.op != "placeholder":
+            return f"has {operand.name}, which is computed in the region"
+    groups, rows = given["scale"].meta["val"].shape
+    if not given["run"]:
+        return "is codes of a byte each"
+    if not isinstance(rows, int) or groups * rows >= 2**31:
+        return "has scales of a symbolic number, or more than 2^31"
+    return Coded(
+        given["codes"], groups * given["group"], frozenset(inside | {matrix}), given["format"], given["group"],
+        given["run"], given["scale"], given["zero"], given["outer"],
+    )  # fmt: skip
+
+
+def _matrices(name: str, value: torch.Tensor, words: bool, coded: Coded | str | None) -> Matrices:
     _, height, width = value.shape
+    if isinstance(coded, Coded):
+        return Matrices(name, height, width, (0, 0, 0), False, coded)
     first, row, column = value.stride()
     if words:
         return Matrices(name, height, width, (first // 2, row // 2, 1), True)

@@ -6,8 +6,8 @@
 The experts' rows are the left operand: the instructions want 64 or more along that side, and a decode has few tokens.
 Sums are float32. A tile reads its matrix once; tiles of one group follow each other, so a second one finds it in L2.
 
-dual: a tile holds tokens of both experts of a pair. Its words are loaded once and give both experts' operands, each of
-which meets all tokens; every token keeps the sums of its own.
+With few tokens a tile of packed pairs is *dual*, it holds tokens of both experts of a pair: its words are loaded once
+and give both experts' operands, each of which meets all tokens; every token keeps the sums of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ....compiler.formats.pairs import ALONE
 from ...dtypes import triton_type
 from ..text import Text, load
 from . import words
+from .coded import CodedRows
 from .config import TileConfig
 from .gate import gated
 from .read import Experts, Matrices
@@ -26,9 +27,9 @@ SCALARS = ("tiles",)
 CONSTANTS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")
 
 
-def up_body(experts: Experts, tile: TileConfig, dual: bool) -> str:
-    """The body of the first kernel; grid: tiles · ceil(I / BLOCK_N)."""
-    text, tiles = Text(), _Tiles(experts, experts.gate_up, tile, dual)
+def up_body(experts: Experts, tile: TileConfig, few: bool) -> str:
+    """The body of the first kernel; grid: tiles · ceil(I / BLOCK_N). few: bound by the experts' bytes."""
+    text, tiles = Text(), _Tiles(experts, experts.gate_up, tile, few)
     between, other = experts.gate_step
     with text.indented():
         tiles.start(text, experts.inner)
@@ -46,9 +47,9 @@ def up_body(experts: Experts, tile: TileConfig, dual: bool) -> str:
     return str(text)
 
 
-def down_body(experts: Experts, tile: TileConfig, dual: bool) -> str:
+def down_body(experts: Experts, tile: TileConfig, few: bool) -> str:
     """The body of the second kernel; grid: tiles · ceil(H / BLOCK_N)."""
-    text, tiles = Text(), _Tiles(experts, experts.down, tile, dual)
+    text, tiles = Text(), _Tiles(experts, experts.down, tile, few)
     with text.indented():
         tiles.start(text, experts.hidden)
         text.add(f"x_columns = act_ptr + place.to(tl.int64)[None, :] * {experts.inner}")
@@ -82,10 +83,14 @@ def sum_body(experts: Experts) -> str:
 class _Tiles:
     """What both products have in common: which tile, the loop over channels, and the sums of each token's expert."""
 
-    def __init__(self, experts: Experts, matrices: Matrices, tile: TileConfig, dual: bool):
+    def __init__(self, experts: Experts, matrices: Matrices, tile: TileConfig, few: bool):
         self.experts, self.matrices, self.tile = experts, matrices, tile
-        self.dual, self.words = dual and matrices.words, matrices.words
+        self.dual, self.words = few and matrices.words, matrices.words
         self.inside_n: str | None = None
+        self.coded: CodedRows | None = None
+        if matrices.coded is not None:
+            rows = experts.experts * matrices.height
+            self.coded = CodedRows(matrices.name, matrices.coded, matrices.height, rows, experts.dtype, after=few)
 
     def start(self, text: Text, columns: int) -> None:
         """Defines place, choice [BLOCK_M] and n [BLOCK_N], or returns where the table has no such tile."""
@@ -117,6 +122,8 @@ class _Tiles:
         if self.words and not self.dual:
             words.masks(text, "slot")
             text.add("group = group // 2")
+        if self.coded is not None:
+            self.coded.constants(text)
         if self.dual:
             text.add(
                 f"keep = tl.where(slot == {ALONE}, -1, {words.KEPT[0]})",
@@ -125,16 +132,22 @@ class _Tiles:
 
     def rows(self, text: Text, matrices: str, name: str, row: str) -> None:
         """Where the rows of one operand begin, [BLOCK_N, 1]."""
+        for acc in self._sums(name):
+            text.add(f"{acc} = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)")
+        if self.coded is not None:
+            self.coded.start(text, name, row, self.inside_n)
+            return
         expert, step, _ = self.matrices.strides
         wide = ".to(tl.int64)" if self.matrices.height * self.matrices.width >= 2**31 else ""
         text.add(f"{name}_rows = {matrices}_ptr + group.to(tl.int64) * {expert} + (({row}){wide} * {step})[:, None]")
-        for acc in self._sums(name):
-            text.add(f"{acc} = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)")
 
     def _sums(self, name: str) -> tuple[str, ...]:
         return (name, f"{name}_second") if self.dual else (name,)
 
     def loop(self, text: Text, names: tuple[str, ...]) -> None:
+        if self.coded is not None:
+            self.coded.loop(text, names, self.inside_n)
+            return
         width, block = self.matrices.width, self.tile.block_k
         column_mask = self.inside_n and f"{self.inside_n}[:, None]"
         live = f"(k < {width})" if width % block else None
@@ -172,7 +185,9 @@ class _Tiles:
 
     def finish(self, text: Text, name: str) -> None:
         """The sums of each token's own expert."""
-        if self.dual:
+        if self.coded is not None:
+            self.coded.finish(text, name, self.inside_n)
+        elif self.dual:
             scaled = f"{name}_second * {words.SCALES[1]!r}"
             text.add(f"{name} = tl.where(second[None, :], {scaled}, {name} * scale)")
         elif self.words:

@@ -5,12 +5,13 @@
     python benchmarks/moe_layer.py --shapes olmoe --tokens 16 --sweep         other tiles, too
     python benchmarks/moe_layer.py --compile-only --sweep                     no GPU: every kernel compiles for sm_90
 
-bfloat16, SwiGLU, random weights, every expert as likely as any other. `ours` and `pairs` are one layer with the experts
-as they are, and all of them packed in pairs; each is compared with float32 before it is timed, its result poisoned.
-Times are medians of CUDA-graph replays over rotating routings, in microseconds: together they touch more experts than
-the cache holds. `grouped_mm` and `batched_mm` are transformers' experts under torch.compile; where one cannot be
-captured in a CUDA graph it is timed as launched, and the row says so. The floor is the larger of the bytes of the
-experts that are touched, over the measured bandwidth, and the operations, over the rate of a large product.
+bfloat16, SwiGLU, random weights, every expert as likely as any other. `bf16` and `pairs` are one layer with the experts
+as they are, and all of them packed in pairs; `int4`, `int8` and `fp8` are codes, as `quantize` makes them. Each is
+compared with float32 before it is timed, its result poisoned. Times are medians of CUDA-graph replays over rotating
+routings, in microseconds: together they touch more experts than the cache holds. `grouped_mm` and `batched_mm` are
+transformers' experts under torch.compile; where one cannot be captured in a CUDA graph it is timed as launched, and the
+row says so. The floor is the larger of the bytes of the experts that are touched, over the measured bandwidth, and the
+operations, over the rate of a large product.
 """
 
 from __future__ import annotations
@@ -40,10 +41,6 @@ from fuseline.codegen.templates.moe import emit_moe
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 BOUND = 1.5e-2  # max|Δ| / max|reference| of a bfloat16 result
 CHECKED = 16  # tokens that are compared with float32
-COLUMNS = (
-    "name", "batched_mm_us", "grouped_mm_us", "bf16_us", "bf16_best_us", "pairs_us", "pairs_best_us", "floor_us",
-    "pairs_floor_us", "of_floor", "to_grouped_mm", "pairs_to_bf16",
-)  # fmt: skip
 
 
 def warm(job: tuple[Path, str, list[Any], dict[str, int]]) -> str | None:
@@ -94,10 +91,11 @@ class Bench:
             row["of_floor"] = row["floor_us"] / row["bf16_us"]
             for implementation in self.options.peers:
                 self.peer(layer, implementation, m, hidden, routings, row)
-            if row.get("grouped_mm_us"):
-                row["to_grouped_mm"] = row["grouped_mm_us"] / row["bf16_us"]
-            if "pairs_us" in row:
-                row["pairs_to_bf16"] = row["bf16_us"] / row["pairs_us"]
+                if row.get(f"{implementation}_us"):
+                    row[f"to_{implementation}"] = row[f"{implementation}_us"] / row["bf16_us"]
+            for kind in self.layers:
+                if kind != "bf16":
+                    row[f"{kind}_to_bf16"] = row["bf16_us"] / row[f"{kind}_us"]
 
     def ours(
         self,
@@ -185,7 +183,7 @@ class Bench:
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[s for s in SHAPES if s != "tiny"])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["bf16", "pairs"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--sweep", action="store_true", help="try other tiles than those that the template picks")
     parser.add_argument("--peers", nargs="*", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
@@ -220,7 +218,18 @@ def main() -> None:
                 torch.cuda.empty_cache()
             bench = Bench(shape, options, run, folder)
         run.measure(name, partial(bench.fill, m, tried))
-    run.table(COLUMNS)
+    run.table(columns(options))
+
+
+def columns(options: argparse.Namespace) -> list[str]:
+    found = ["name", *(f"{peer}_us" for peer in options.peers)]
+    for kind in options.kinds:
+        found += [f"{kind}_us", *([f"{kind}_best_us"] if options.sweep else [])]
+        found += ["floor_us" if kind == "bf16" else f"{kind}_floor_us"]
+    if "bf16" in options.kinds:
+        found += ["of_floor", *(f"to_{peer}" for peer in options.peers)]
+        found += [f"{kind}_to_bf16" for kind in options.kinds if kind != "bf16"]
+    return found
 
 
 def compile_all(jobs: dict[tuple[str, int], dict[str, list[Candidate]]], processes: int, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -20,19 +20,23 @@ from fuseline.codegen.templates.experts.config import RowConfig, Stage, TileConf
 from fuseline.codegen.templates.experts.read import Experts, read
 from fuseline.codegen.templates.moe import emit_moe
 from fuseline.compiler.formats.pairs import pack_pair
-from fuseline.compiler.ops import moe, moe_pairs
+from fuseline.compiler.formats.words import Words, as_bits
+from fuseline.compiler.ops import decode_words, moe, moe_pairs
+from fuseline.compiler.schemes import Scheme
 
 SHAPES = {
     "mixtral-8x7b": (4096, 14336, 8, 2), "qwen3-30b-a3b": (2048, 768, 128, 8), "olmoe": (2048, 1024, 64, 8),
-    "tiny": (128, 64, 8, 2),
+    "tiny": (128, 128, 8, 2),
 }  # fmt: skip
 """name → (hidden size, middle of an expert, experts, experts a token); tiny is for trying the script."""
-KINDS = ("bf16", "pairs")
+CODES = {"int4": "int4:g128", "int8": "int8", "fp8": "fp8"}
+"""kind → the scheme of its codes."""
+KINDS = ("bf16", "pairs", *CODES)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer in bfloat16; kind "pairs": all experts packed in pairs, "bf16": as they are."""
+    """One layer in bfloat16; kind "pairs": all experts packed in pairs, "bf16": as they are, others: as codes."""
 
     shape: str
     kind: str
@@ -43,15 +47,31 @@ class Layer:
 
     @property
     def expert_bytes(self) -> int:
-        """Of one expert's matrices, or of one pair's."""
+        """Of one expert's matrices, or of one pair's; of codes with their scales and zero points."""
         hidden, inner, _, _ = self.sizes
+        if self.kind in CODES:
+            scales = 3 * hidden * inner // 128 * 3 if self.kind == "int4" else 2 * (2 * inner + hidden)
+            return 3 * hidden * inner * self.scheme.bits // 8 + scales
         return 2 * 3 * hidden * inner
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme.parse(CODES[self.kind], weights=True)
+
+    def run(self, k: int) -> int:
+        """Of the words of codes, of rows of k."""
+        words = Words.fitting(self.scheme.bits, k, self.scheme.group_of(k))
+        assert words is not None
+        return words.run
 
     def weights(self, device: str | torch.device) -> list[torch.Tensor]:
         """gate_up and down of all experts, made in place; of pairs the words, and each expert's row and slot."""
         hidden, inner, experts, _ = self.sizes
-        found = []
+        found: list[torch.Tensor] = []
         for n, k in ((2 * inner, hidden), (hidden, inner)):
+            if self.kind in CODES:
+                found += self.codes(experts * n, k, device)
+                continue
             count = experts if self.kind == "bf16" else experts // 2
             made = torch.empty(count, n, k, dtype=torch.bfloat16, device=device)
             made.normal_(0, k**-0.5)
@@ -65,6 +85,23 @@ class Layer:
             expert = torch.arange(experts, dtype=torch.int32, device=device)
             found += [expert // 2, expert % 2]
         return found
+
+    def codes(self, n: int, k: int, device: str | torch.device) -> list[torch.Tensor]:
+        """Random codes of a table [n, k] in words, scales and zero points, as the kernels read them."""
+        scheme, words = self.scheme, Words(self.scheme.bits, self.run(k))
+        groups = k // scheme.group_of(k)
+        if self.kind == "fp8":  # not every code is a number
+            table = torch.empty(n, words.row(k), dtype=torch.int32, device=device)
+            for part in table.split(4096):
+                numbers = torch.randn(len(part), k, device=device).to(scheme.element.stored)
+                part.copy_(words.pack(as_bits(numbers)))
+        else:
+            table = torch.randint(-(2**31), 2**31, (n, words.row(k)), device=device, dtype=torch.int64)
+            table = table.to(torch.int32)
+        spread = {"int4": 4.0, "int8": 64.0}.get(self.kind, 1.0)
+        scale = ((torch.rand(groups, n, device=device) + 0.5) * k**-0.5 / spread).bfloat16()
+        zero = [torch.randint(0, 16, (groups, n), device=device, dtype=torch.uint8)] * (not scheme.symmetric)
+        return [table, scale, *zero]
 
     def tokens(self, m: int, device: str | torch.device) -> torch.Tensor:
         return torch.randn(m, self.sizes[0], device=device, dtype=torch.bfloat16)
@@ -84,12 +121,26 @@ class Layer:
         return 2 * m * top * 3 * hidden * inner
 
     def call(self, *given: torch.Tensor) -> torch.Tensor:
+        if self.kind in CODES:
+            return moe(*given[:3], *self.expanded(given[3:], given[0].dtype))  # type: ignore[no-any-return]
         return (moe if self.kind == "bf16" else moe_pairs)(*given)  # type: ignore[no-any-return]
+
+    def expanded(self, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        """Both stacks of matrices, of their codes."""
+        hidden, inner, experts, _ = self.sizes
+        rest, found, scheme = list(parts), [], self.scheme
+        for n, k in ((2 * inner, hidden), (hidden, inner)):
+            codes, scale = rest.pop(0), rest.pop(0)
+            zero = None if scheme.symmetric else rest.pop(0)
+            table = decode_words(codes, scale, zero, None, scheme.format, scheme.group_of(k), self.run(k), dtype)
+            found.append(table.view(experts, n, k))
+        return found
 
     def exact(self, given: list[torch.Tensor], count: int) -> torch.Tensor:
         """The first tokens' results in float32."""
         hidden, indices, weights, *rest = given
-        rest = [t.float() if t.is_floating_point() else t for t in rest]
+        if self.kind not in CODES:
+            rest = [t.float() if t.is_floating_point() else t for t in rest]
         return self.call(hidden[:count].float(), indices[:count], weights[:count].float(), *rest)
 
     def graph(self) -> GraphModule:
@@ -99,13 +150,24 @@ class Layer:
 @cache
 def _graph(layer: Layer) -> GraphModule:
     hidden, inner, experts, top = layer.sizes
-    count, dtype = (experts, torch.bfloat16) if layer.kind == "bf16" else (experts // 2, torch.int16)
+    count, dtype = (experts // 2, torch.int16) if layer.kind == "pairs" else (experts, torch.bfloat16)
     with FakeTensorMode(shape_env=ShapeEnv()):
-        weights = [torch.empty(count, 2 * inner, hidden, dtype=dtype), torch.empty(count, hidden, inner, dtype=dtype)]
+        shapes = ((2 * inner, hidden), (hidden, inner))
+        if layer.kind in CODES:
+            weights = [t for n, k in shapes for t in _fakes(layer, experts * n, k)]
+        else:
+            weights = [torch.empty(count, n, k, dtype=dtype) for n, k in shapes]
         if layer.kind == "pairs":
             weights += [torch.empty(experts, dtype=torch.int32) for _ in range(2)]
         given = [layer.tokens(4, "cpu"), *layer.routing(4, "cpu"), *weights]
         return make_fx(lambda *t: layer.call(*t), tracing_mode="real", pre_dispatch=True)(*given)
+
+
+def _fakes(layer: Layer, n: int, k: int) -> list[torch.Tensor]:
+    scheme, words = layer.scheme, Words(layer.scheme.bits, layer.run(k))
+    groups = k // scheme.group_of(k)
+    found = [torch.empty(n, words.row(k), dtype=torch.int32), torch.empty(groups, n, dtype=torch.bfloat16)]
+    return found + [torch.empty(groups, n, dtype=torch.uint8)] * (not scheme.symmetric)
 
 
 @dataclass(frozen=True)
@@ -123,7 +185,7 @@ class Candidate:
 
 def regime(layer: Layer, tiles: Tiling, m: int) -> str:
     """Which kernels m tokens are served by: one, few or many."""
-    if m == 1:
+    if m == 1 and layer.kind not in CODES:
         return "one"
     experts = read(layer.graph())
     assert isinstance(experts, Experts)
@@ -138,11 +200,20 @@ def candidates(layer: Layer, m: int, sweep: bool) -> Iterator[tuple[str, Tiling]
     yield "", default
     if not sweep:
         return
+    if m > 1:
+        yield from ((f"tiles of {block}", tiles) for block, tiles in _blocks(default, experts, m))
     kind = regime(layer, default, m)
     stage: Stage = getattr(default, kind)
     for product in ("up", "down"):
         for config in _others(layer, kind, product, getattr(stage, product)):
             yield product, replace(default, **{kind: replace(stage, **{product: config})})
+
+
+def _blocks(default: Tiling, experts: Experts, m: int) -> Iterator[tuple[int, Tiling]]:
+    """Tiles of 16, 32, 64 and 128 tokens, whatever a group's mean."""
+    everything = m * experts.top  # no group has more
+    for means, block in (((1,) * 3, 16), ((0, 1, 1), 32), ((0, 0, 1), 64), ((0, 0, 0), 128)):
+        yield block, replace(default, means=tuple(everything * x for x in means))
 
 
 def _others(layer: Layer, kind: str, product: str, own: RowConfig | TileConfig) -> Iterator[RowConfig | TileConfig]:

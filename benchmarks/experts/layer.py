@@ -185,8 +185,8 @@ class Candidate:
 
 def regime(layer: Layer, tiles: Tiling, m: int) -> str:
     """Which kernels m tokens are served by: one, few or many."""
-    if m == 1 and layer.kind not in CODES:
-        return "one"
+    if m == 1:  # codes have tiles then, too
+        return "few" if layer.kind in CODES else "one"
     experts = read(layer.graph())
     assert isinstance(experts, Experts)
     return "few" if m <= tiles.means[-1] * experts.keys // experts.top else "many"

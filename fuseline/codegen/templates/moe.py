@@ -1,6 +1,6 @@
 """The template of routed experts: `emit_moe`, for `fuseline::moe` and `fuseline::moe_pairs`.
 
-    one token      up, down                 no sorting: `experts/one.py`
+    one token      up, down                 no sorting: `experts/one.py`; of codes up, down, sum: `tile.py`
     more tokens    route, up, down, sum     sorted by expert on the device, products of a group's tokens: `route.py`,
                                             `tile.py`
 
@@ -37,6 +37,7 @@ from .experts.read import Experts, Matrices, read
 from .text import Names, Text
 
 SUM_BLOCK = 1024
+LEAST = 16  # tokens of a tile
 ROUTED = (128, 1024, 4096)  # choices that a program of the routing looks at together, by how many there are
 
 Shape = tuple[int | str, ...]
@@ -46,7 +47,8 @@ def emit_moe(region: GraphModule, name: str, tiles: Tiling | None = None) -> Lau
     """The kernels of a region that is one call of routed experts, and their host function `name`, or a refusal.
 
     Args:
-        region: the op alone; hidden [T, H], where T may be symbolic; other sizes are numbers.
+        region: the op, and what expands its matrices of codes; hidden [T, H], where T may be symbolic; other sizes are
+            numbers.
         name: of the host function; kernels are called `<name>_up_one`, ….
         tiles: tile sizes; chosen by shape when absent.
     """
@@ -89,18 +91,18 @@ def _parts(experts: Experts, tiles: Tiling) -> Iterator[_Part]:
         constants = {"BLOCK_N": config.block_n, "ELEMENTS": config.elements, "STAGES": config.stages}
         words = (token,) if experts.pairs else ()
         yield _Part(f"{tag}_one", writer(experts, config), constants, (written,), (), words, config.num_warps)
-    for kind, stage in (("few", tiles.few), ("many", tiles.many)):
+    for kind, stage in (*((("one", tiles.few),) if experts.coded else ()), ("few", tiles.few), ("many", tiles.many)):
         dual = experts.pairs and kind == "few"
-        if kind == "few" or experts.pairs:
+        if kind == "few" or (kind == "many" and experts.pairs):
             constants = {"BLOCK": ROUTED[0], "KEYS": route.bins(experts, dual)}
             yield _Part(f"route_{kind}", route.route_body(experts, dual), constants, ("order", "tiles"), route.SCALARS)
         for tag, config, body, written in (
             ("up", stage.up, tile.up_body, "act"), ("down", stage.down, tile.down_body, "parts"),
         ):  # fmt: skip
             assert isinstance(config, TileConfig)
-            values = (config.block_m, config.block_n, config.block_k, config.group_m)
+            values = (LEAST if kind == "one" else config.block_m, config.block_n, config.block_k, config.group_m)
             constants = dict(zip(tile.CONSTANTS, values, strict=True))
-            text = body(experts, config, kind == "few")
+            text = body(experts, config, kind)
             launch = (config.num_warps, config.stages)
             yield _Part(f"{tag}_{kind}", text, constants, (written,), tile.SCALARS, (), *launch)
     block = min(SUM_BLOCK, next_power_of_two(experts.hidden))
@@ -197,13 +199,19 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
         with text.block("if out is None:"):
             text.add(f"out = torch.empty((m, {experts.hidden}), dtype={experts.dtype}, device=x.device)")
         with text.block("with torch.cuda.device_of(x):"):
-            if not experts.coded:
-                with text.block("if m == 1:"):
-                    scratch("act", f"({top}, {experts.inner})", experts.dtype)
-                    up, down = (kernels[f"{tag}_one"].constants["BLOCK_N"] for tag in ("up", "down"))
+            with text.block("if m == 1:"):
+                scratch("act", f"({top}, {experts.inner})", experts.dtype)
+                up, down = (kernels[f"{tag}_one"].constants["BLOCK_N"] for tag in ("up", "down"))
+                if experts.coded:
+                    scratch("parts", f"({top}, {experts.hidden})", experts.dtype)
+                    text.add(f"tiles = {top}")
+                    launch("up_one", f"{top * _blocks(experts.inner, up)},")
+                    launch("down_one", f"{top * _blocks(experts.hidden, down)},")
+                    launch("sum", f"1, {_blocks(experts.hidden, kernels['sum'].constants['BLOCK_N'])}")
+                else:
                     launch("up_one", f"{top}, {_blocks(experts.inner, up)}")
                     launch("down_one", f"{_blocks(experts.hidden, down)},")
-            with text.block("if m > 0:" if experts.coded else "elif m > 1:"):
+            with text.block("elif m > 1:"):
                 text.add(f"s = m * {top}")
                 _tile_size(text, experts, tiles)
                 text.add("block = " + " else ".join([*(f"{b} if s <= {b}" for b in ROUTED[:-1]), str(ROUTED[-1])]))

@@ -27,9 +27,12 @@ SCALARS = ("tiles",)
 CONSTANTS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")
 
 
-def up_body(experts: Experts, tile: TileConfig, few: bool) -> str:
-    """The body of the first kernel; grid: tiles · ceil(I / BLOCK_N). few: bound by the experts' bytes."""
-    text, tiles = Text(), _Tiles(experts, experts.gate_up, tile, few)
+def up_body(experts: Experts, tile: TileConfig, kind: str) -> str:
+    """The body of the first kernel; grid: tiles · ceil(I / BLOCK_N).
+
+    kind: "many" or, where the experts' bytes are the bound, "few"; "one" is one token, whose choices are the tiles.
+    """
+    text, tiles = Text(), _Tiles(experts, experts.gate_up, tile, kind)
     between, other = experts.gate_step
     with text.indented():
         tiles.start(text, experts.inner)
@@ -47,9 +50,9 @@ def up_body(experts: Experts, tile: TileConfig, few: bool) -> str:
     return str(text)
 
 
-def down_body(experts: Experts, tile: TileConfig, few: bool) -> str:
+def down_body(experts: Experts, tile: TileConfig, kind: str) -> str:
     """The body of the second kernel; grid: tiles · ceil(H / BLOCK_N)."""
-    text, tiles = Text(), _Tiles(experts, experts.down, tile, few)
+    text, tiles = Text(), _Tiles(experts, experts.down, tile, kind)
     with text.indented():
         tiles.start(text, experts.hidden)
         text.add(f"x_columns = act_ptr + place.to(tl.int64)[None, :] * {experts.inner}")
@@ -83,14 +86,14 @@ def sum_body(experts: Experts) -> str:
 class _Tiles:
     """What both products have in common: which tile, the loop over channels, and the sums of each token's expert."""
 
-    def __init__(self, experts: Experts, matrices: Matrices, tile: TileConfig, few: bool):
-        self.experts, self.matrices, self.tile = experts, matrices, tile
-        self.dual, self.words = few and matrices.words, matrices.words
+    def __init__(self, experts: Experts, matrices: Matrices, tile: TileConfig, kind: str):
+        self.experts, self.matrices, self.tile, self.one = experts, matrices, tile, kind == "one"
+        self.dual, self.words = kind == "few" and matrices.words, matrices.words
         self.inside_n: str | None = None
         self.coded: CodedRows | None = None
         if matrices.coded is not None:
             rows = experts.experts * matrices.height
-            self.coded = CodedRows(matrices.name, matrices.coded, matrices.height, rows, experts.dtype, after=few)
+            self.coded = CodedRows(matrices.name, matrices.coded, matrices.height, rows, experts.dtype, kind != "many")
 
     def start(self, text: Text, columns: int) -> None:
         """Defines place, choice [BLOCK_M] and n [BLOCK_N], or returns where the table has no such tile."""
@@ -101,20 +104,16 @@ class _Tiles:
             "height = min(tiles - first_tile, GROUP_M)",
             f"tile = first_tile + pid % (GROUP_M * {blocks}) % height",
             f"block = pid % (GROUP_M * {blocks}) // height",
-            "count = tl.load(tiles_ptr)",
-            "row = tiles_ptr + (tile + 1) * 4",
-            "group = tl.load(row)",
-            "place = tl.load(row + 1) + tl.arange(0, BLOCK_M)",
-            "inside_m = place < tl.load(row + 2)",
-            *(["slot = tl.load(row + 3)"] if self.words else []),
         )
-        with text.block("if tile >= count:"):
-            text.add("return")
-        choice = load("order_ptr + place", ("inside_m",), "0")
-        if self.dual:
-            text.add(f"entry = {choice}", "choice = entry >> 1", "second = (entry & 1) == 1")
+        if self.one:
+            text.add(
+                "group = tl.load(indices_ptr + tile).to(tl.int32)",
+                "place = tile + tl.arange(0, BLOCK_M)",
+                "inside_m = place == tile",
+                "choice = place",
+            )
         else:
-            text.add(f"choice = {choice}")
+            self._look_up(text)
         text.add("n = block * BLOCK_N + tl.arange(0, BLOCK_N)")
         if columns % self.tile.block_n:
             self.inside_n = "inside_n"
@@ -129,6 +128,24 @@ class _Tiles:
                 f"keep = tl.where(slot == {ALONE}, -1, {words.KEPT[0]})",
                 f"scale = tl.where(slot == {ALONE}, 1.0, {words.SCALES[0]!r})",
             )
+
+    def _look_up(self, text: Text) -> None:
+        """The tile's group and places, by the table."""
+        text.add(
+            "count = tl.load(tiles_ptr)",
+            "row = tiles_ptr + (tile + 1) * 4",
+            "group = tl.load(row)",
+            "place = tl.load(row + 1) + tl.arange(0, BLOCK_M)",
+            "inside_m = place < tl.load(row + 2)",
+            *(["slot = tl.load(row + 3)"] if self.words else []),
+        )
+        with text.block("if tile >= count:"):
+            text.add("return")
+        choice = load("order_ptr + place", ("inside_m",), "0")
+        if self.dual:
+            text.add(f"entry = {choice}", "choice = entry >> 1", "second = (entry & 1) == 1")
+        else:
+            text.add(f"choice = {choice}")
 
     def rows(self, text: Text, matrices: str, name: str, row: str) -> None:
         """Where the rows of one operand begin, [BLOCK_N, 1]."""

@@ -121,6 +121,20 @@ class Case:
         return [t.double() if t.is_floating_point() and t.dtype.itemsize > 1 else t for t in inputs]
 
 
+class Layer(torch.nn.Module):
+    """A router and its experts."""
+
+    def __init__(self, case: Case):
+        super().__init__()
+        _, _, _, gate_up, down = case.inputs(1, torch.float32, 0)
+        self.gate_up, self.down = torch.nn.Parameter(gate_up), torch.nn.Parameter(down)
+        self.router, self.top = torch.nn.Linear(case.width, case.experts), case.top
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, indices = self.router(x).softmax(-1).topk(self.top)
+        return x + moe(x, indices, weights, self.gate_up, self.down)
+
+
 CASES = [
     Case("plain"),
     Case("odd sizes", width=37, inner=21, experts=5, top=3),

@@ -12,7 +12,7 @@ from fuseline.codegen.offline import TARGETS, compile_kernel
 from fuseline.codegen.resources import resources
 from fuseline.codegen.templates.moe import emit_moe
 from fuseline.compiler.ops import moe, moe_pairs
-from tests.codegen.moe_cases import CASES, CODED, PAIRS, Case
+from tests.codegen.moe_cases import CASES, CODED, PAIRS, Case, Layer
 from tests.codegen.regions import region
 
 LAYER = Case("layer", width=512, inner=256, experts=16, top=4)
@@ -99,20 +99,6 @@ def test_refusals() -> None:
         return moe(*t) + moe(*t)
 
     assert refused(two, *plain) == "the region is not one call of routed experts"
-
-
-class Layer(torch.nn.Module):
-    """A router and its experts."""
-
-    def __init__(self, case: Case):
-        super().__init__()
-        _, _, _, gate_up, down = case.inputs(1, torch.float32, 0)
-        self.gate_up, self.down = torch.nn.Parameter(gate_up), torch.nn.Parameter(down)
-        self.router, self.top = torch.nn.Linear(case.width, case.experts), case.top
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights, indices = self.router(x).softmax(-1).topk(self.top)
-        return x + moe(x, indices, weights, self.gate_up, self.down)
 
 
 def test_fuse_gives_each_layer_a_region_that_lowering_serves() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from fuseline.codegen.kernel import Launcher
 from fuseline.codegen.templates.moe import emit_moe
-from tests.codegen.moe_cases import CASES, CODED, PAIRS, Case
+from tests.codegen.moe_cases import CASES, CODED, PAIRS, Case, Layer
 from tests.codegen.regions import BOUNDS, error, loaded
 
 pytestmark = pytest.mark.gpu
@@ -108,8 +108,6 @@ def test_all_tokens_on_one_expert(m: int, tmp_path: Path) -> None:
 
 def test_a_compiled_model_runs_the_kernels(tmp_path: Path) -> None:
     """torch.compile(backend="fuseline") of a layer with experts: fewer launches than experts, the same result."""
-    from tests.codegen.test_moe_template import Layer
-
     layer = Layer(Case("layer", 256, 128, 16, 4)).cuda().eval()
     x = torch.randn(33, 256, device="cuda")
     with torch.no_grad():

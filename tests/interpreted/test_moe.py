@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fuseline.codegen.kernel import Launcher
 from fuseline.codegen.templates.experts.config import RowConfig, Stage, TileConfig, Tiling
 from fuseline.codegen.templates.moe import emit_moe
-from tests.codegen.moe_cases import CASES, CODED, PAIRS, Case
+from tests.codegen.moe_cases import CASES, CODED, PAIRS, Case, Layer
 from tests.codegen.regions import BOUNDS, error, loaded
 
 BY_NAME = {case.name: case for case in CASES + PAIRS + CODED}
@@ -144,3 +144,17 @@ def test_another_layout_runs_through_the_op(tmp_path: Path) -> None:
     inputs = case.inputs(4, torch.float32, 0)
     inputs[3] = inputs[3].transpose(1, 2).contiguous().transpose(1, 2)
     assert error(call(*inputs), case.exact(inputs)) < BOUNDS[torch.float32]
+
+
+@pytest.mark.parametrize("pipeline", ["fuse", "quantize{weights=int4:g16,skip=router},fuse"])
+def test_a_compiled_layer(pipeline: str) -> None:
+    """Through torch.compile, with a router whose choice the kernels are given: as in eager."""
+    layer, x = Layer(Case("layer", 32, 16, 4, 2)).eval(), torch.randn(6, 32)
+    with torch.no_grad():
+        results = []
+        for target in ("triton", "eager"):
+            torch.compiler.reset()
+            results.append(
+                torch.compile(layer, backend="fuseline", options={"target": target, "pipeline": pipeline})(x)
+            )
+    assert error(*results) < 1e-5

@@ -204,6 +204,10 @@ def candidates(layer: Layer, m: int, sweep: bool) -> Iterator[tuple[str, Tiling]
         yield from ((f"tiles of {block}", tiles) for block, tiles in _blocks(default, experts, m))
     kind = regime(layer, default, m)
     stage: Stage = getattr(default, kind)
+    if kind == "many":
+        for up, down in (((64, 64, 3), (128, 64, 3)), ((64, 64, 4), (128, 64, 3)), ((64, 64, 3), (64, 64, 4))):
+            wide = (TileConfig(256, n, k, 8, stages) for n, k, stages in (up, down))
+            yield "tiles of 256", replace(default, many=Stage(*wide))
     for product in ("up", "down"):
         for config in _others(layer, kind, product, getattr(stage, product)):
             yield product, replace(default, **{kind: replace(stage, **{product: config})})

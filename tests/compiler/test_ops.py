@@ -79,6 +79,7 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
     "moe_pairs": [
         (r(5, 6), *ROUTED, *WORDS, *PLACES), (r(5, 6), *ROUTED, *WORDS, *PLACES, *BIASES, "clamped_swiglu", True),
     ],
+    "lowrank_add": [(r(3, 4, 6), r(5, 4), r(5, 6), [2, 0, 3])],
     "hadamard": [
         (r(2, 3, 8),), (r(2, 24), core(12)), (r(2, 12), core(3)), (r(2, 24), r(3, 3), 6),
         (r(2, 12), core(12).double(), 12, True), (r(2, 8), None, 1),

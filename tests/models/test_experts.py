@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -96,3 +98,18 @@ def test_a_unit_that_is_not_known_runs_as_batched_products() -> None:
         kind._apply_gate = before
     assert layers(program) == 0
     assert any(getattr(node.target, "_opname", "") == "bmm" for node in program.graph.nodes)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+@pytest.mark.parametrize("options", ["", "{method=reap}", "{method=milo,weights=int3:g8,rank=2,rounds=2}"])
+def test_a_merged_model_is_saved_and_loaded(family: str, options: str, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    model = build(family, "eager", torch.bfloat16)
+    data = [tokens(seed=s) for s in range(2)]
+    fuseline.optimize(model, f"raise,merge-experts{options}", calibration=data, keep_originals=False)
+    expected = model(tokens()).logits
+    fuseline.save(model, tmp_path / "out")
+    loaded = fuseline.load(tmp_path / "out")
+    assert torch.equal(loaded(tokens()).logits, expected) and not fuseline.breaks(loaded)

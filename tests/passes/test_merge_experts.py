@@ -117,7 +117,7 @@ def by_hand(a: torch.Tensor, b: torch.Tensor, tau: float, norms: torch.Tensor) -
 @torch.no_grad()
 def test_puzzle_is_its_definition() -> None:
     model = Net()
-    program, plan, _ = merged(model, "packed=false")
+    program, plan, _ = merged(model, "pack=none")
     found = decision(plan)
     pairs = found.structure["pairs"]
     assert sorted(e for pair in pairs for e in pair) == list(range(EXPERTS))
@@ -152,7 +152,7 @@ def test_norms_are_those_of_an_experts_own_tokens() -> None:
 def test_packed_pairs_are_the_merge_rounded_to_their_words(options: str) -> None:
     model = Net(dtype=torch.bfloat16)
     packed, _, report = merged(model, options, batches(dtype=torch.bfloat16))
-    plain, _, _ = merged(model, f"packed=false,{options}".rstrip(","), batches(dtype=torch.bfloat16))
+    plain, _, _ = merged(model, f"pack=none,{options}".rstrip(","), batches(dtype=torch.bfloat16))
     assert report.rules == {"puzzle": 1} and not report.refused
     (node,) = [n for n in packed.graph.nodes if n.target is ops.moe_pairs.overload]
     assert node.args[3].meta["val"].shape[0] == (4 if "0.3" in options else 3)
@@ -162,6 +162,21 @@ def test_packed_pairs_are_the_merge_rounded_to_their_words(options: str) -> None
     for i in (3, 4):
         assert torch.equal(unpack_experts(values(packed, i), rows, slots), values(plain, i))
     assert error(output(packed).float(), output(plain).float()) < 2**-7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("pack", "bound", "part"), [("fp8", 0.06, 0.3125), ("int4", 0.3, 0.1875)])
+def test_pairs_of_few_bits(pack: str, bound: float, part: float) -> None:
+    """Against the merge without packing; bytes: those of bfloat16 times `part`, and the scales."""
+    model = Net(dtype=torch.bfloat16)
+    data = batches(dtype=torch.bfloat16)
+    program, _, report = merged(model, f"pack={pack},group=2", data)
+    plain, _, _ = merged(model, "pack=none", data)
+    assert report.rules == {"puzzle": 1}
+    assert 0 < error(output(program).float(), output(plain).float()) < bound
+    codes = sum(n.meta["val"].nbytes for n in program.weights() if n.meta["val"].dtype == torch.uint8)
+    whole = sum(t.nbytes for t in (model.gate_up, model.down)) * 6 / 5  # of three rows of pairs
+    assert codes == pytest.approx(whole * part, rel=0.2)  # rows are whole bytes
 
 
 def _node(program: Any) -> torch.fx.Node:
@@ -392,7 +407,7 @@ def test_nan_and_large_weights_are_refused_with_a_remedy() -> None:
         model.gate_up[0, 0, 0] = 2.0**17
     with pytest.raises(UserError, match="fits no packed pair") as caught:
         output(merged(model, "saliency=magnitude")[0])
-    assert "packed=false" in str(caught.value)
+    assert "pack=none" in str(caught.value)
 
 
 @pytest.mark.parametrize(

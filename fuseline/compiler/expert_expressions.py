@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .expressions import GRAMMAR, Expression, Lookup, Planned
+from .formats.pair_codes import PAIR_CODES
 from .formats.pairs import pack_pair
 
 AT_ONCE = 1 << 20
@@ -87,6 +88,48 @@ class Paired(Expression):
         return made
 
 
+@dataclass(frozen=True)
+class PairedCodes(Expression):
+    """The same in few bits: codes uint8 [len(pairs), m, bytes] and scale [len(pairs), m, n / group] in bfloat16, by
+    these names (`Output`); group 0: one scale a row. Who is alone has slot 0 of its row."""
+
+    x: Expression
+    pairs: Groups
+    tau: float
+    format: str
+    group: int = 0
+    norms: Planned | None = None
+    turned: bool = False
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        x, *rest = values
+        x = x.transpose(1, 2) if self.turned else x
+        norms, form = rest[0] if rest else None, PAIR_CODES[self.format]
+        count, (_, m, n) = len(self.pairs), x.shape
+        codes = x.new_empty((count, m, form.row(n)), dtype=torch.uint8)
+        scales = x.new_empty((count, m, n // (self.group or n)), dtype=torch.bfloat16)
+        for number, members in enumerate(self.pairs) if is_real(x) else ():
+            for rows in pieces(x[0]):
+                pair = torch.stack([x[e][rows] for e in members])
+                scale = None if norms is None else norms[list(members)].unsqueeze(1)
+                magnitude, masks = merged(pair, self.tau, scale) if len(pair) == 2 else alone(pair)
+                signs = pair < 0 if len(pair) == 2 else torch.cat((pair < 0, pair < 0))
+                groups = magnitude.unflatten(-1, (-1, self.group or n))
+                step = (groups.amax(-1, keepdim=True) / form.top).to(torch.bfloat16)
+                whole = groups / step.to(groups.dtype).clamp_min(torch.finfo(torch.bfloat16).tiny)
+                found = form.magnitudes(whole.clamp(max=form.top).float()).flatten(-2)
+                codes[number][rows] = form.pack(found, masks, signs)
+                scales[number][rows] = step.squeeze(-1)
+        return {"codes": codes, "scale": scales}
+
+
+def alone(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Magnitudes [m, n] of one expert's rows [1, m, n], and masks [2, m, n] of a pair without a second."""
+    sizes = rows[0].to(torch.promote_types(rows.dtype, torch.float32)).abs()
+    has = torch.ones_like(sizes, dtype=torch.bool)
+    return sizes, torch.stack((has, ~has))
+
+
 def packed(pair: torch.Tensor, tau: float, norms: torch.Tensor | None) -> torch.Tensor:
     """Words int16 of one or two experts' rows [1 or 2, m, n]."""
     if len(pair) == 1:
@@ -124,4 +167,4 @@ def is_real(x: torch.Tensor) -> bool:
     return type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta"
 
 
-GRAMMAR.update({kind.__name__.lower(): kind for kind in (Mixed, Paired)})
+GRAMMAR.update({kind.__name__.lower(): kind for kind in (Mixed, Paired, PairedCodes)})

@@ -95,12 +95,8 @@ def _unit(layer: Any) -> Unit | None:
     """What `_apply_gate` of a layer computes, read from its graph; None where it is no unit that is known."""
     if not layer.has_gate or not hasattr(layer, "gate_up_proj"):
         return None
-    key = (
-        type(layer),
-        type(getattr(layer, "act_fn", None)),
-        getattr(layer, "alpha", None),
-        getattr(layer, "limit", None),
-    )
+    own = (getattr(layer, name, None) for name in ("alpha", "limit"))
+    key = (type(layer)._apply_gate, type(getattr(layer, "act_fn", None)), *own)
     if key not in _units:
         _units[key] = _read_unit(layer)
     return _units[key]

@@ -38,6 +38,7 @@ EXPERTS, CHOSEN = (r(3, 8, 6), r(3, 6, 4)), torch.tensor([[0, 2], [2, 2], [1, 0]
 BIASES, ROUTED = (r(3, 8), r(3, 6)), (CHOSEN, r(5, 2))
 WORDS = (torch.randint(-(2**15), 2**15, (2, 8, 6), dtype=torch.int16), codes(2**15 - 1, torch.int16, 2, 6, 4))
 PLACES = (torch.tensor([0, 1, 0], dtype=torch.int32), torch.tensor([1, 2, 0], dtype=torch.int32))
+PLACES_OF_TWO = (PLACES[0], torch.tensor([1, 0, 0], dtype=torch.int32))
 WORDS[0][1], WORDS[1][1] = (torch.randn(*s).bfloat16().view(torch.int16) for s in ((8, 6), (6, 4)))
 CASES: dict[str, list[tuple[Any, ...]]] = {
     "cache_write": [
@@ -79,6 +80,11 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
     "moe_pairs": [
         (r(5, 6), *ROUTED, *WORDS, *PLACES), (r(5, 6), *ROUTED, *WORDS, *PLACES, *BIASES, "clamped_swiglu", True),
     ],
+    "decode_pairs": [
+        (codes(255, torch.uint8, 2, 3, 6), torch.rand(2, 3, 2), *PLACES_OF_TWO, "int4", 8, torch.float32),
+        (codes(255, torch.uint8, 2, 3, 10), torch.rand(2, 3, 1), *PLACES_OF_TWO, "fp8", 8, torch.bfloat16),
+    ],
+    "lowrank_add": [(r(3, 4, 6), r(5, 4), r(5, 6), [2, 0, 3])],
     "hadamard": [
         (r(2, 3, 8),), (r(2, 24), core(12)), (r(2, 12), core(3)), (r(2, 24), r(3, 3), 6),
         (r(2, 12), core(12).double(), 12, True), (r(2, 8), None, 1),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuseline.compiler.errors import UserError
+from fuseline.compiler.formats.pair_codes import PAIR_CODES
 from fuseline.compiler.formats.pairs import in_window, pack_pair, unpack_experts, unpack_slot
 
 ALL = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -44,7 +45,7 @@ def test_numbers_above_the_window_are_refused_and_say_what_to_do() -> None:
     for value in (2.0**17, float("inf"), float("nan")):
         with pytest.raises(UserError, match="fits no packed pair") as caught:
             pack_pair(torch.tensor([1.0, value]).bfloat16(), *torch.ones(2, 2, 2, dtype=torch.bool))
-        assert "packed=false" in str(caught.value)
+        assert "pack=none" in str(caught.value)
     assert len(FITS) == 2 * (127 + 17) * 128 and in_window(FITS.abs()).max() == 2.0**17 - 2.0**9
 
 
@@ -67,3 +68,35 @@ def test_experts_come_back_from_their_rows(seed: int, pairs: int, alone: int, n:
     found = unpack_experts(words, rows, slots)
     for e, (row, slot) in enumerate(zip(rows.tolist(), slots.tolist(), strict=True)):
         assert same_bits(found[e], unpack_slot(words[row], slot))
+
+
+@pytest.mark.parametrize("name", PAIR_CODES)
+@pytest.mark.parametrize(("masks", "signs"), STATES)
+def test_every_magnitude_of_few_bits_comes_back(name: str, masks: tuple[int, int], signs: tuple[int, int]) -> None:
+    form = PAIR_CODES[name]
+    codes = torch.arange(127 if name == "fp8" else 8, dtype=torch.uint8)  # 127 of E4M3 is no number
+    flags = [torch.tensor(f, dtype=torch.bool)[:, None].expand(2, len(codes)) for f in (masks, signs)]
+    packed = form.pack(codes, *flags)
+    assert packed.shape == (form.row(len(codes)),)
+    back, found = form.unpack(packed, len(codes))
+    for slot in (0, 1):
+        expected = form.values(codes) * masks[slot] * (1 - 2 * signs[slot])
+        assert torch.equal(form.values(back) * found[slot], expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 40), st.sampled_from(sorted(PAIR_CODES)))
+def test_codes_are_the_nearest_and_take_their_bits(seed: int, n: int, name: str) -> None:
+    generator, form = torch.Generator().manual_seed(seed), PAIR_CODES[name]
+    magnitude = torch.rand(3, n, generator=generator) * form.top
+    masks = torch.rand(2, 3, n, generator=generator) > 0.3
+    signs = torch.rand(2, 3, n, generator=generator) > 0.5
+    packed = form.pack(form.magnitudes(magnitude), masks, signs)
+    assert packed.shape == (3, sum(-(-n * width // 8) for width in form.planes)) and sum(form.planes) == form.bits + 3
+    codes, found = form.unpack(packed, n)
+    has = masks.any(0)
+    off = (form.values(codes) - magnitude).abs()[has]
+    bound = 0.5 if name == "int4" else (magnitude[has] / 16).clamp_min(2.0**-10)
+    assert bool((off <= bound).all())
+    assert torch.equal(found != 0, masks & (codes > 0))
+    assert torch.equal(found[masks & (codes > 0)] < 0, signs[masks & (codes > 0)])

@@ -43,7 +43,7 @@ def in_window(magnitude: torch.Tensor) -> torch.Tensor:
         worst = magnitude[~(magnitude < TOP)].flatten()[0]
         raise UserError(
             f"a weight of magnitude {float(worst):g} fits no packed pair: they hold magnitudes below {TOP:g}",
-            remedy="merge with packed=false, or leave out the layer with skip",
+            remedy="merge with pack=none, or leave out the layer with skip",
         )
     near = torch.where(magnitude >= LEAST / 2, LEAST, 0.0).to(magnitude.dtype)
     return torch.where(magnitude < LEAST, near, magnitude)

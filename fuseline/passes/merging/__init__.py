@@ -18,8 +18,9 @@ Before                                                     after  merge-experts{
 `tau`        puzzle: how much two magnitudes may differ, relative to their sum, and still be alike
 `saliency`   puzzle: activation, |w| times the norm of its input over the expert's tokens; or magnitude, without data
 `pairs`      puzzle: random; or searched, a matching of least cost over all experts of a layer
-`packed`     puzzle: words, for bfloat16 magnitudes from 2^-15 to 2^17; false: matrices as large as before, to measure
-             the merge alone
+`pack`       puzzle: bf16, 16-bit words, for magnitudes from 2^-15 to 2^17; fp8 or int4, 10 or 6 bits a pair
+             (`formats/pair_codes.py`), with a scale for each row or for `group` channels; none: matrices as large as
+             before, to measure the merge alone
 `importance` what experts are ranked by: reap, the mean weight times ‖output‖; frequency; or gate, the sum of weights
 `router`     map: all rows stay, and the choice of any member is one of its group; slice: one row a group stays. auto:
              map for average and hc, slice for reap and partial-preservation
@@ -50,7 +51,7 @@ from ...compiler.schemes import Scheme
 from .decide import decide, decision, parameters
 from .findings import findings
 from .layers import Layer, layers
-from .options import Importance, Method, Pairs, Ranks, Router, Saliency
+from .options import Importance, Method, Pack, Pairs, Ranks, Router, Saliency
 from .rewrite import rewrite
 
 
@@ -69,7 +70,8 @@ class MergeExperts(Pass):
     tau: float = 0.4  # puzzle: how much magnitudes may differ and be alike
     saliency: Saliency = Saliency.ACTIVATION  # puzzle: which of two weights stays
     pairs: Pairs = Pairs.RANDOM  # puzzle: who becomes a pair
-    packed: bool = True  # puzzle: 16-bit words of two experts
+    pack: Pack = Pack.BF16  # puzzle: what pairs are stored as
+    group: int = 64  # puzzle: channels that share a scale of fp8 and int4, 0 for a row
     importance: Importance = Importance.REAP  # what experts are ranked by
     router: Router = Router.AUTO  # what becomes of the router's rows
     weights: str = "int3:g64"  # milo: the format of codes

@@ -30,6 +30,15 @@ class Pairs(enum.Enum):
     SEARCHED = "searched"  # so that all pairs together cost least
 
 
+class Pack(enum.Enum):
+    """What pairs are stored as."""
+
+    BF16 = "bf16"  # 16-bit words
+    FP8 = "fp8"  # 10 bits a pair of E4M3 numbers
+    INT4 = "int4"  # 6 bits a pair of 4-bit integers
+    NONE = "none"  # matrices as large as before, to measure the merge alone
+
+
 class Router(enum.Enum):
     """What becomes of the router's rows."""
 

@@ -8,14 +8,14 @@ import torch
 from torch.fx import Node
 
 from ...compiler import ops
-from ...compiler.expert_expressions import Mixed, Paired
-from ...compiler.expressions import Constant, Expression, Planned
+from ...compiler.expert_expressions import Mixed, Paired, PairedCodes
+from ...compiler.expressions import Constant, Expression, Output, Planned
 from ...compiler.formats.pairs import ALONE
 from ...compiler.plan import SitePlan
 from ...compiler.rewriter import Builder, Rewriter
 from .layers import Layer, Stack
 from .milo import compensated
-from .options import Method, Router
+from .options import Method, Pack, Router
 from .routing import numbered, router, without
 
 if TYPE_CHECKING:
@@ -31,21 +31,28 @@ def rewrite(step: MergeExperts, rewriter: Rewriter, layer: Layer, decided: SiteP
 
 def _puzzle(step: MergeExperts, new: Builder, layer: Layer, decided: SitePlan) -> Node:
     pairs = tuple(tuple(pair) for pair in decided.structure["pairs"])
-    device = str(layer.node.meta["val"].device)
-    stacks = []
-    for name, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
-        norms = Planned.of(decided.tensors[name], device) if name in decided.tensors else None
-        stacks.append(new.weight(Paired(stack.weight, pairs, step.tau, norms, step.packed, stack.turned)))
-    if not step.packed:
-        return _call(new, layer, *stacks)
+    device, given = str(layer.node.meta["val"].device), layer.given
     rows, slots = [0] * layer.experts, [0] * layer.experts
     for row, pair in enumerate(pairs):
         for slot, e in enumerate(pair):
-            rows[e], slots[e] = row, slot if len(pair) == 2 else ALONE
-    places = [new.weight(Constant(tuple(v), (layer.experts,), torch.int32, device)) for v in (rows, slots)]
-    given = layer.given
+            rows[e], slots[e] = row, ALONE if len(pair) == 1 and step.pack is Pack.BF16 else slot
+    places = [Constant(tuple(v), (layer.experts,), torch.int32, device) for v in (rows, slots)]
+    stacks = []
+    for name, stack in (("gate_up", layer.gate_up), ("down", layer.down)):
+        norms = Planned.of(decided.tensors[name], device) if name in decided.tensors else None
+        if step.pack in (Pack.BF16, Pack.NONE):
+            packed = step.pack is Pack.BF16
+            stacks.append(new.weight(Paired(stack.weight, pairs, step.tau, norms, packed, stack.turned)))
+            continue
+        n = int(given[name].meta["val"].shape[-1])
+        group = step.group if step.group and n % step.group == 0 else 0
+        made = PairedCodes(stack.weight, pairs, step.tau, step.pack.value, group, norms, stack.turned)
+        parts = [new.weight(part) for part in (Output(made, "codes"), Output(made, "scale"), *places)]
+        stacks.append(new(ops.decode_pairs, *parts, step.pack.value, n, given[name].meta["val"].dtype))
+    if step.pack is not Pack.BF16:
+        return _call(new, layer, *stacks)
     front = [given[name] for name in ("hidden", "indices", "weights")]
-    return new(ops.moe_pairs, *front, *stacks, *places, *_rest(given))
+    return new(ops.moe_pairs, *front, *stacks, *(new.weight(place) for place in places), *_rest(given))
 
 
 def _milo(step: MergeExperts, new: Builder, layer: Layer, decided: SitePlan) -> Node:

@@ -68,6 +68,6 @@ class Raise(Pass):
         norms = (LayerNormCall(), LayerNorm(), RMSNormCall(), RMSNorm())
         gates = (SwiGLU(), GEGLU(), ReGLU(), GLU())
         attentions = (Attention(masks, built), EagerAttention(masks, built), RepeatedHeads())
-        experts = (StackedExperts(), SeparateExperts())  # what is gated is known by then
+        experts = (StackedExperts(), SeparateExperts(program.training))  # what is gated is known by then
         for rule in (*norms, RotaryPair(), Rotary(), *gates, *experts, *attentions):
             yield WithinMode(rule, modes)

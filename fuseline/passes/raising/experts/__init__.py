@@ -11,7 +11,7 @@ Source: Shazeer et al., 2017, "Outrageously Large Neural Networks".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,13 @@ class StackedExperts(Rule):
 
 
 class SeparateExperts(Rule):
-    """Experts in modules of their own, whose results are weighted and added up one by one."""
+    """Experts in modules of their own, whose results are weighted and added up one by one.
+
+    training: whether the program wants gradients, which then pass through the stacks.
+    """
+
+    def __init__(self, training: bool):
+        self.training = training
 
     def matches(self, program: Program) -> Iterator[Match]:
         for node in reversed(list(program.graph.nodes)):
@@ -89,14 +95,15 @@ class SeparateExperts(Rule):
         rank = value(found.hidden).dim()
         if rank > 2:
             rows = [new(aten.flatten.using_ints, x, 0, -2) for x in rows]
-        stacks = [new.weight(stack) for stack in found.stacks]
-        biases = [None if bias is None else new.weight(bias) for bias in found.biases]
-        out = _moe(new, rows, stacks, biases, found.activation)
+        stacks = found.stacks(new, self.training)
+        out = _moe(new, rows, stacks[:2], stacks[2:], found.activation)
         out = out if rank == 2 else new(aten.view_as.default, out, found.hidden)
         return out if found.before is None else new(aten.add.Tensor, found.before, out)
 
 
-def _moe(new: Builder, rows: list[Node], stacks: list[Node], biases: list[Node | None], activation: Any) -> Node:
+def _moe(
+    new: Builder, rows: list[Node], stacks: Sequence[Node | None], biases: Sequence[Node | None], activation: Any
+) -> Node:
     hidden, indices, weights = rows
     if value(indices).dtype != torch.int64:
         indices = new(aten.to.dtype, indices, torch.int64)

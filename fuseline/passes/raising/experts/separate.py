@@ -14,22 +14,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
-from ....compiler.expressions import Concat, Expression, Reshape
+from ....compiler.expressions import Concat, Reshape
+from ....compiler.rewriter import Builder
 from ..nodes import cast_from, op_name, value
 from .gate import Gate, gate_of
 from .reading import called, dim_of, distinct, indexed, item, shaped, unsqueezed, zeros
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class Linear:
-    """x [..., n] times a matrix of the model, [m, n], and its bias [m]."""
+    """x [..., n] times a weight of the model, [m, n], and its bias [m]: both the graph's nodes."""
 
     x: Node
-    weight: Expression
-    bias: Expression | None
-    rows: int
+    weight: Node
+    bias: Node | None
+
+    @property
+    def rows(self) -> int:
+        return int(value(self.weight).shape[0])
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,8 @@ class Term:
 class Separate:
     """A layer of experts: nodes as `fuseline::moe` takes them, with any dimensions of tokens.
 
-    activation: it, whether interleaved, and the two numbers of the clamped one; stacks: expressions of [E, 2I, H] and
-    [E, H, I]; biases: of [E, 2I] and [E, H]; before: what the sum starts from, if not from zeros.
+    activation: it, whether interleaved, and the two numbers of the clamped one; firsts: gates and ups of all experts in
+    turn, or the linears that are both; seconds: their downs; before: what the sum starts from, if not from zeros.
     """
 
     hidden: Node
@@ -64,9 +71,30 @@ class Separate:
     weights: Node
     activation: tuple[Any, ...]
     experts: int
-    stacks: tuple[Expression, ...]
-    biases: tuple[Expression | None, ...]
+    firsts: tuple[Linear, ...]
+    seconds: tuple[Linear, ...]
     before: Node | None
+
+    def stacks(self, new: Builder, training: bool) -> list[Node | None]:
+        """[E, 2I, H], [E, H, I], and the biases [E, 2I] and [E, H]; training: gradients pass through them."""
+        hidden = int(value(self.hidden).shape[-1])
+        inner = sum(linear.rows for linear in self.firsts) // self.experts
+        shapes = ([self.experts, inner, hidden], [self.experts, hidden, inner // 2])
+        linears = (self.firsts, self.seconds)
+        made = [
+            _stack(new, [x.weight for x in ones], shape, training) for ones, shape in zip(linears, shapes, strict=True)
+        ]
+        for ones, shape in zip(linears, shapes, strict=True):
+            given = [linear.bias for linear in ones if linear.bias is not None]
+            made.append(_stack(new, given, shape[:2], training) if given else None)
+        return made
+
+
+def _stack(new: Builder, parts: list[Node], shape: list[int], training: bool) -> Node:
+    """Weights one after the other: a weight of its own, or, where gradients are wanted, computed in the graph."""
+    if training:
+        return new(aten.view.default, new(aten.cat.default, parts), shape)
+    return new.weight(Reshape(Concat(tuple(part.meta["weight"] for part in parts), 0), tuple(shape)))
 
 
 def separate(root: Node) -> Separate | None:
@@ -78,20 +106,9 @@ def separate(root: Node) -> Separate | None:
         return None
     if any(term.kind != one.kind for term in terms):
         return None
-    hidden, inner = value(one.hidden).shape[-1], sum(linear.rows for linear in one.first)
-    count = len(terms)
-    firsts, seconds = [linear for term in terms for linear in term.first], [term.second for term in terms]
-    stacks = (
-        Reshape(Concat(tuple(linear.weight for linear in firsts), 0), (count, inner, hidden)),
-        Reshape(Concat(tuple(linear.weight for linear in seconds), 0), (count, hidden, inner // 2)),
-    )
-    biases = (_biases(firsts, (count, inner)), _biases(seconds, (count, hidden)))
-    return Separate(one.hidden, one.indices, one.weights, one.activation, count, stacks, biases, before)
-
-
-def _biases(linears: list[Linear], shape: tuple[int, int]) -> Expression | None:
-    given = tuple(linear.bias for linear in linears if linear.bias is not None)
-    return Reshape(Concat(given, 0), shape) if len(given) == len(linears) else None
+    firsts = tuple(linear for term in terms for linear in term.first)
+    parts = (one.hidden, one.indices, one.weights, one.activation)
+    return Separate(*parts, len(terms), firsts, tuple(term.second for term in terms), before)
 
 
 def _terms(root: Node) -> tuple[list[Term], Node | None]:
@@ -162,10 +179,8 @@ def _linear(node: Any) -> Linear | None:
     if found is None:
         return None
     weight, bias = found["weight"], found["bias"]
-    tables = [t.meta.get("weight") if t is not None else None for t in (weight, bias)]
-    if tables[0] is None or (bias is not None and tables[1] is None) or value(weight).dim() != 2:
-        return None
-    return Linear(found["input"], tables[0], tables[1], int(value(weight).shape[0]))
+    own = all(table is None or "weight" in table.meta for table in (weight, bias))
+    return Linear(found["input"], weight, bias) if own and value(weight).dim() == 2 else None
 
 
 def _route(node: Any, tokens: Node | None) -> tuple[int, Node, Node] | None:

@@ -146,15 +146,23 @@ def test_another_layout_runs_through_the_op(tmp_path: Path) -> None:
     assert error(call(*inputs), case.exact(inputs)) < BOUNDS[torch.float32]
 
 
-@pytest.mark.parametrize("pipeline", ["fuse", "quantize{weights=int4:g16,skip=router},fuse"])
+PIPELINES = {
+    "fuse": (torch.float32, 1e-5),
+    "quantize{weights=int4:g16,skip=router},fuse": (torch.float32, 1e-5),
+    "raise{allow_empty},merge-experts{method=puzzle,ratio=0.5,saliency=magnitude},fuse": (torch.bfloat16, 2e-2),
+}
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
 def test_a_compiled_layer(pipeline: str) -> None:
     """Through torch.compile, with a router whose choice the kernels are given: as in eager."""
-    layer, x = Layer(Case("layer", 32, 16, 4, 2)).eval(), torch.randn(6, 32)
-    with torch.no_grad():
-        results = []
-        for target in ("triton", "eager"):
-            torch.compiler.reset()
-            results.append(
-                torch.compile(layer, backend="fuseline", options={"target": target, "pipeline": pipeline})(x)
-            )
-    assert error(*results) < 1e-5
+    dtype, bound = PIPELINES[pipeline]
+    torch.manual_seed(0)  # a choice that rounding could turn is none of the kernels'
+    layer, x = Layer(Case("layer", 32, 16, 4, 2)).to(dtype).eval(), torch.randn(6, 32).to(dtype)
+    results = []
+    for target in ("triton", "eager"):
+        torch.compiler.reset()
+        compiled = torch.compile(layer, backend="fuseline", options={"target": target, "pipeline": pipeline})
+        with torch.no_grad():
+            results.append(compiled(x))
+    assert error(*results) < bound

@@ -18,6 +18,10 @@ FEW = 64
 """The tokens of the largest tile that is bound by the experts' bytes."""
 
 
+LONG = 4096
+"""Channels of a sum from which one program has a multiprocessor to itself; of shorter ones two take turns."""
+
+
 @dataclass(frozen=True)
 class RowConfig:
     """One token: block_n output columns by `elements` channels (or words of two) at once."""
@@ -79,7 +83,8 @@ def tiling(experts: Experts) -> Tiling:
         many = Stage(TileConfig(128, 128, 64, 8), TileConfig(128, 128, 64, 8))
     else:
         few = Stage(TileConfig(FEW, 64, 64, stages=4), TileConfig(FEW, 128, 64, stages=4))
-        many = Stage(TileConfig(128, 128, 64, 8), TileConfig(128, 256, 64, 8))
+        down = TileConfig(128, 256, 64, 8) if experts.inner >= LONG else TileConfig(128, 128, 64, 4)
+        many = Stage(TileConfig(128, 128, 64, 8), down)
     return Tiling(_one(experts), fitting(few, experts, room), fitting(many, experts, room))
 
 

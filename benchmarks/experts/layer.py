@@ -236,11 +236,11 @@ def _others(layer: Layer, kind: str, product: str, own: RowConfig | TileConfig) 
         ):  # fmt: skip
             yield replace(own, block_n=block_n, block_k=block_k, num_warps=warps, stages=stages)
         return
-    for block_m, block_n, block_k, warps, stages in (
-        (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (128, 64, 64, 4, 3), (128, 64, 64, 4, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
-        (128, 128, 32, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 64, 64, 8, 4), (256, 128, 64, 8, 3),
+    for block_n, block_k, warps, stages in (
+        (64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 4),
+        (256, 64, 8, 3), (256, 64, 8, 4),
     ):  # fmt: skip
-        if block_m == own.block_m and (product == "down" or block_n <= 128):
+        if product == "down" or block_n <= 128:
             yield replace(own, block_n=block_n, block_k=block_k, num_warps=warps, stages=stages)
     for group_m in (4, 16, 32):
         yield replace(own, group_m=group_m)

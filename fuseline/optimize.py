@@ -8,6 +8,8 @@
 Either way the model is still the object its user had: parameters, `state_dict()`, hooks, `generate()` and
 `train()`/`eval()` are its own; only its forward is compiled, at its first call. Where a model has a generation config,
 `disable_compile` is set in it: on a GPU, `generate()` would compile a static cache's decode steps by itself otherwise.
+Where transformers loops over experts, they run as one op a layer (`set_experts_implementation("fuseline")`), as that
+loop is no graph.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from .compiler.graph_breaks import GraphBreak, watched
 from .compiler.pipeline import DEFAULT, Pipeline, needs_calibration
 from .compiler.plan import Plan
 from .compiler.weights import STORE
+from .hooks import prepare
 from .originals import drop_originals
 from .runtime.leftovers import CHOICES
 
@@ -154,6 +157,7 @@ def optimize(
 
 
 def _compile_in_place(model: torch.nn.Module, pipeline: Pipeline, settings: dict[str, Any]) -> torch.nn.Module:
+    prepare(model)
     state = Optimized(pipeline, settings["plan"], settings["keep_originals"])
     _optimized[model] = state
     weak = weakref.ref(model)  # Dynamo keeps what it is given here, beyond the model's life

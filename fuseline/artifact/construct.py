@@ -11,6 +11,8 @@ import torch
 from ..compiler.errors import UserError
 from ..models import stored
 from ..models.checks import require
+from ..models.experts import NAME as EXPERTS
+from ..models.experts import register
 
 Builder: TypeAlias = Callable[[], torch.nn.Module] | torch.nn.Module | None
 
@@ -89,6 +91,8 @@ def _from_transformers(record: dict[str, Any]) -> torch.nn.Module:
             f"the installed transformers ({transformers.__version__}) has no model class {name!r}",
             remedy="install the release that the artifact was saved with, or pass model=",
         )
+    if EXPERTS in record["experts"].values():
+        register()
     config = kind.config_class.from_dict(dict(record["config"]))
     built = kind._from_config(
         config, attn_implementation=_choices(record["attention"]), experts_implementation=_choices(record["experts"])

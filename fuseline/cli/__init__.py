@@ -17,6 +17,7 @@ from fuseline.cli.compare import compare
 from fuseline.cli.completion import completion
 from fuseline.cli.diff import diff
 from fuseline.cli.examine import examine
+from fuseline.cli.experts import experts
 from fuseline.cli.export import export
 from fuseline.cli.kernels import kernels
 from fuseline.cli.opt import opt
@@ -33,8 +34,8 @@ from fuseline.compiler.errors import FuselineError
 
 HELP = "A graph compiler for PyTorch models. VERB -h: options; --debug: tracebacks."
 VERBS = (
-    run, passes, examine, analyze, sparsity, opt, export, kernels, cache, compare, why, bisect, reduce, repro, diff,
-    view, replay, completion,
+    run, passes, examine, analyze, sparsity, experts, opt, export, kernels, cache, compare, why, bisect, reduce, repro,
+    diff, view, replay, completion,
 )  # fmt: skip
 
 

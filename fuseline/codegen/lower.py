@@ -30,6 +30,7 @@ from .repack import repack
 from .templates.attention import emit_attention
 from .templates.cached import emit_cached
 from .templates.linear import emit_linear
+from .templates.moe import emit_moe
 from .templates.sparse import emit_sparse
 
 
@@ -131,6 +132,7 @@ _EMITTERS: dict[object, Callable[[GraphModule, str], Launcher | Refusal]] = {
     "attention": emit_attention,
     "cached": emit_cached,
     "sparse": emit_sparse,
+    "experts": emit_moe,
 }
 
 

@@ -10,6 +10,7 @@ any other. Graphs keep the stored layout until here, which is what exports, save
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -17,11 +18,13 @@ from torch.fx import Graph, GraphModule, Node
 from ..compiler import products
 from ..compiler.expressions import Expression, InWords, Transpose
 from ..compiler.formats.words import Words
-from ..compiler.ops import decode_words, dequantize
+from ..compiler.ops import decode_words, dequantize, moe
 from ..compiler.schemes import Scheme
+from ..compiler.traits import is_view
 from .sizes import same
 
 PARTS = ("codes", "scale", "zero", "outer")
+KINDS = ("linear", "experts")
 
 
 def repack(module: GraphModule, weights: Sequence[Expression]) -> list[Expression]:
@@ -31,7 +34,7 @@ def repack(module: GraphModule, weights: Sequence[Expression]) -> list[Expressio
     layout = _Layout(module, of_node, inputs[-1] if inputs else None)
     for call in list(module.graph.nodes):
         region = module.get_submodule(str(call.target)) if call.op == "call_module" else None
-        if isinstance(region, GraphModule) and region.meta.get("kind") == "linear":
+        if isinstance(region, GraphModule) and region.meta.get("kind") in KINDS:
             changed = _copy(region)  # the program's own stays as it is
             if layout.rewrite(call, changed):
                 module.add_submodule(str(call.target), changed)
@@ -53,6 +56,25 @@ def _copy(region: GraphModule) -> GraphModule:
     return copied
 
 
+def _linears(region: GraphModule) -> tuple[list[Any], bool]:
+    """The weights of a region's linears, and whether they are multiplied with activations' codes."""
+    linears = [n for n in region.graph.nodes if n.target is torch.ops.aten.linear.default]
+    inputs = {n.args[0] for n in linears}
+    return [n.args[1] for n in linears], any(products.activation(x) is not None for x in inputs if isinstance(x, Node))
+
+
+def _experts(region: GraphModule) -> tuple[list[Any], bool]:
+    """What a region's stacks of experts are views of."""
+    found = []
+    for node in region.graph.nodes:
+        if node.target is moe.overload:
+            for stack in (node.args[3], node.args[4]):
+                while isinstance(stack, Node) and stack.op == "call_function" and is_view(stack.target):
+                    stack = stack.args[0]
+                found.append(stack)
+    return found, False
+
+
 class _Layout:
     """One lifted graph while its regions are rewritten."""
 
@@ -64,12 +86,11 @@ class _Layout:
         """Lays out all weights of a region, or none: a template reads one layout. Whether it did."""
         inside = [n for n in region.graph.nodes if n.op == "placeholder"]
         outside: dict[Node, Node] = dict(zip(inside, call.args, strict=True))  # type: ignore[arg-type]
-        decoded = [n.args[1] for n in region.graph.nodes if n.target is torch.ops.aten.linear.default]
-        inputs = {n.args[0] for n in region.graph.nodes if n.target is torch.ops.aten.linear.default}
-        codes = any(products.activation(x) is not None for x in inputs if isinstance(x, Node))
-        if not decoded or not all(self._served(node, codes, outside) for node in decoded):
+        decoded, codes = _linears(region) if region.meta["kind"] == "linear" else _experts(region)
+        if not decoded or not all(self._served(node, codes, outside, region) for node in decoded):
             return False
-        if len({products.words_of(n, codes)[1] for n in decoded}) > 1:  # type: ignore[index]
+        runs = {products.words_of(n, codes)[1] for n in decoded}  # type: ignore[index, arg-type]
+        if len(runs) > 1 and region.meta["kind"] == "linear":
             return False
         for node in dict.fromkeys(decoded):
             self._replace(node, codes, region, outside)
@@ -79,8 +100,8 @@ class _Layout:
         region.recompile()
         return True
 
-    def _served(self, node: object, codes: bool, outside: dict[Node, Node]) -> bool:
-        if not codes and isinstance(node, Node) and node.target is dequantize.overload:
+    def _served(self, node: object, codes: bool, outside: dict[Node, Node], region: GraphModule) -> bool:
+        if region.meta["kind"] == "linear" and not codes and getattr(node, "target", None) is dequantize.overload:
             return False  # gemv and gemm serve int4 and int8: a whole step of batch 1 is faster (docs/benchmarks.md)
         found = products.words_of(node, codes) if isinstance(node, Node) else None
         if found is None:

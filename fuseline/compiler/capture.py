@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from .errors import CaptureError
 from .normalize import normalize
 from .program import Program, Source
 from .provenance import is_ours
+
+AROUND: list[Callable[[torch.nn.Module], AbstractContextManager[None]]] = []
+"""What `capture` does around the export of a module."""
 
 
 def from_dynamo(module: GraphModule, inputs: Sequence[Any]) -> Program:
@@ -62,7 +67,9 @@ def capture(
     """
     kwargs = dict(kwargs or {})
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.ExitStack() as around:
+            for prepared in AROUND:
+                around.enter_context(prepared(model))
             exported = torch.export.export(model, tuple(args), kwargs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         raise _cannot_capture(model, error) from error

@@ -25,7 +25,8 @@ def anchors_only(op: Op) -> bool:
 
 
 def flatten(program: Program, module: GraphModule, which: Callable[[Op], bool] = lambda op: True) -> GraphModule:
-    """The lifted `module` of `program` traced again, dialect ops that `which` accepts written out in ATen."""
+    """The lifted `module` of `program` traced again, dialect ops that `which` accepts written out in ATen, except those
+    that no graph can hold."""
     fakes: Sequence[Any] = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     with torch.enable_grad() if program.training else torch.no_grad():
         return flatten_on(fakes, program.fake_mode, module, which)
@@ -39,7 +40,7 @@ def flatten_on(
     class Naive(Inliner):
         def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             op = find(target)
-            if op is not None and which(op):
+            if op is not None and not op.whole and which(op):
                 return op.naive(*args, **kwargs)
             return super().call_function(target, args, kwargs)
 

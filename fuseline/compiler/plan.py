@@ -56,7 +56,10 @@ class Plan:
     @staticmethod
     def empty(pipeline: str, program: Program) -> Plan:
         """A plan without decisions for the model that `program` was captured from."""
-        return Plan(pipeline, {s.name: describe_value(s.tensor) for s in program.sources.values()})
+        own = (
+            source for source in program.sources.values() if not source.constant
+        )  # other captures name them otherwise
+        return Plan(pipeline, {source.name: describe_value(source.tensor) for source in own})
 
     def add(self, step: Pass, decisions: Mapping[str, SitePlan]) -> None:
         """Records the decisions of a pass."""
@@ -84,6 +87,8 @@ class Plan:
                     stacklevel=4,
                 )
         for source in program.sources.values():
+            if source.constant:
+                continue
             here, there = describe_value(source.tensor), self.model.get(source.name)
             if here != there:
                 name = source.name

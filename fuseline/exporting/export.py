@@ -26,7 +26,7 @@ from ..compiler.report import PassReport
 from ..models.huggingface import as_loaded
 from ..optimize import Passes, optimized
 from ..originals import dropped
-from . import loaded_codes
+from . import experts, loaded_codes
 from .huggingface import Progress, refuse_other_models, reload, silent, write
 from .planning import Planned
 from .planning import plan as solve
@@ -154,6 +154,8 @@ def export_program(
     refuse_other_models(model)
     if loaded_codes.linears_of(model):
         made = loaded_codes.plan(model, captured, inputs, pipeline, format)
+    elif experts.merges(pipeline):
+        made = experts.plan(model, captured, pipeline, plan, format)
     else:
         made = solve(model, captured, pipeline, plan, format)
     rotations = _rotations(made)

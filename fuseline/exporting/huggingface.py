@@ -112,6 +112,7 @@ def _shell(model: torch.nn.Module, assignment: Assignment) -> Any:
     record = construct.describe(model)
     if assignment.untied:
         record["config"]["tie_word_embeddings"] = False
+    record["config"] |= assignment.config
     shell: Any = construct.build(record, None)
     if record["config"].get("quantization_config") is not None:
         del shell.config.quantization_config  # what is written has its own

@@ -24,13 +24,14 @@ class Assignment:
     """What becomes of a model's parameters and buffers, by the names in its state dict.
 
     values: those that change; untied: those of them whose twin under another name gets another value; unread: those
-    that the graph never read, which are copied as they are.
+    that the graph never read, which are copied as they are; config: numbers of the configuration that change.
     """
 
     program: Program
     values: dict[str, Value] = field(default_factory=dict)
     untied: set[str] = field(default_factory=set)
     unread: list[str] = field(default_factory=list)
+    config: dict[str, int] = field(default_factory=dict)
 
     def evaluate(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """The new value, computed in float64 where it folds algebra, in the parameter's dtype."""

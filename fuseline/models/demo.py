@@ -1,8 +1,9 @@
-"""Models that need no path: `demo:smollm2`, `demo:tiny-llama`, `demo:tiny-decoder`."""
+"""Models that need no path: `demo:smollm2`, `demo:tiny-llama`, `demo:tiny-decoder`, `demo:tiny-moe`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from fuseline.models.fetch import VERSION, smollm2_gguf
 from fuseline.models.gguf import load_converted
 from fuseline.models.huggingface import as_loaded, load_directory
 from fuseline.models.loaded import LoadedModel
+from fuseline.models.mixture import TinyMixture
 from fuseline.models.tokens import ByteTokenizer
 
 SEED = 0
@@ -77,8 +79,21 @@ def tiny_decoder(name: str, dtype: torch.dtype | None) -> LoadedModel:
     return LoadedModel(name, model, (ids,), {}, ByteTokenizer(), {"ids": {1: "sequence"}})
 
 
+def tiny_moe(name: str, dtype: torch.dtype | None) -> LoadedModel:
+    """A decoder of three layers with 16 experts each, of which two are chosen, trained on Python's standard library by
+    examples/train_tiny_moe.py; bytes as tokens."""
+    from safetensors.torch import load_file
+
+    model = TinyMixture(hidden=96, layers=3, heads=4, kv_heads=2, experts=16, chosen=2, inner=64)
+    model.load_state_dict(load_file(Path(__file__).parent / "tiny_moe.safetensors"))
+    ids = torch.arange(32).unsqueeze(0)
+    model = model.to(dtype or torch.float32).eval()
+    return LoadedModel(name, model, (ids,), {}, ByteTokenizer(), {"ids": {1: "sequence"}})
+
+
 DEMOS: dict[str, Callable[[str, torch.dtype | None], LoadedModel]] = {
     "smollm2": smollm2,
     "tiny-llama": tiny_llama,
     "tiny-decoder": tiny_decoder,
+    "tiny-moe": tiny_moe,
 }

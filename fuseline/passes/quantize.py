@@ -51,7 +51,8 @@ Behind `rsparse` codes lie along the outputs, in groups of those, so that a chan
 
 Every linear whose weight is a parameter is a site, and so is a product with a parameter of the transposed layout
 (`addmm`, `mm`) and a convolution (`conv1d`, `conv2d`, `conv3d`): its kernel is the matrix [out, in · positions], and
-`activations` refuses it. Refused too are experts stacked in one tensor, recurrent layers and transposed convolutions.
+`activations` refuses it. Routed experts that `raise` has recognised are rounded by rtn and hqq, without activations.
+Refused too are other stacks of matrices, recurrent layers and transposed convolutions.
 The head, a linear over the vocabulary of an embedding of the same program, is quantized only when `only` names it, and
 so are embeddings. Codes, scales and zero points are weight expressions: computed once, shared by all graphs of the
 model, again when the parameter changes; those that gptq chose are the plan's, and refused for another weight.
@@ -88,6 +89,7 @@ from .quantize_advice import nothing_matched, other_groups
 from .quantize_attention import rounded_attention
 from .quantize_codes import PLANNED, coded, decided_activations
 from .quantize_embeddings import rounded_embedding
+from .quantize_experts import rounded_experts
 from .quantize_products import Codes, Products
 from .quantize_sites import Site, heads, out_of_reach, path_of, sites
 from .quantize_taken import left_out, names, refuse
@@ -216,6 +218,7 @@ class Quantize(Pass):
         schemes = self.schemes()
         if codes or schemes["activations"]:
             self._products(program, rewriter, codes, schemes["activations"])
+            rounded_experts(self, program, rewriter)
         for node in list(program.graph.nodes):
             path = path_of(node.args[0]) if node.target is aten.embedding.default else None
             if path is not None and names(path, self.only) and (candidates := self.candidates(path)):

@@ -34,6 +34,12 @@ def cached(text: str, values: bool, centred: bool = False) -> list[torch.Tensor 
 
 
 CACHE = (*cached("int4:channel", False), *cached("int8:token:sym", True, centred=True))
+EXPERTS, CHOSEN = (r(3, 8, 6), r(3, 6, 4)), torch.tensor([[0, 2], [2, 2], [1, 0], [2, 0], [0, 2]])
+BIASES, ROUTED = (r(3, 8), r(3, 6)), (CHOSEN, r(5, 2))
+WORDS = (torch.randint(-(2**15), 2**15, (2, 8, 6), dtype=torch.int16), codes(2**15 - 1, torch.int16, 2, 6, 4))
+PLACES = (torch.tensor([0, 1, 0], dtype=torch.int32), torch.tensor([1, 2, 0], dtype=torch.int32))
+PLACES_OF_TWO = (PLACES[0], torch.tensor([1, 0, 0], dtype=torch.int32))
+WORDS[0][1], WORDS[1][1] = (torch.randn(*s).bfloat16().view(torch.int16) for s in ((8, 6), (6, 4)))
 CASES: dict[str, list[tuple[Any, ...]]] = {
     "cache_write": [
         (*cached("int4:channel", False), torch.randn(1, 2, 3, 8), torch.tensor([38]), "int4:channel", 32, False),
@@ -60,6 +66,25 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (r(1, 2, 6, 8), r(1, 2, 6, 8), r(1, 2, 6, 8), None, 0.3, "sliding", 0, 3),
         (r(1, 2, 3, 8), r(1, 1, 5, 8), r(1, 1, 5, 8), torch.rand(1, 1, 3, 5) > 0.3, 0.3, "full", 0, 0, 5.0),
     ],
+    "moe": [
+        (r(5, 6), *ROUTED, *EXPERTS), (r(5, 6), *ROUTED, *EXPERTS, *BIASES, "gelu_tanh", True),
+        (r(5, 6), *ROUTED, *EXPERTS, *BIASES, "clamped_swiglu", True, 1.3, 0.5),
+        (r(5, 6), *ROUTED, EXPERTS[0], EXPERTS[1].detach(), None, BIASES[1], "gelu"),
+        (r(5, 6), *ROUTED, *EXPERTS, None, None, "relu"), (r(5, 6), *ROUTED, *EXPERTS, None, None, "sigmoid"),
+        (r(5, 6).detach(), *ROUTED, *(w.detach().transpose(1, 2).contiguous().transpose(1, 2) for w in EXPERTS)),
+    ],
+    "moe_backward": [
+        (r(5, 6).detach(), r(5, 6).detach(), CHOSEN, torch.rand(5, 2), *(w.detach() for w in EXPERTS), None,
+         BIASES[1].detach(), "silu", False, 1.0, 1.0, experts) for experts in (True, False)
+    ],
+    "moe_pairs": [
+        (r(5, 6), *ROUTED, *WORDS, *PLACES), (r(5, 6), *ROUTED, *WORDS, *PLACES, *BIASES, "clamped_swiglu", True),
+    ],
+    "decode_pairs": [
+        (codes(255, torch.uint8, 2, 3, 6), torch.rand(2, 3, 2), *PLACES_OF_TWO, "int4", 8, torch.float32),
+        (codes(255, torch.uint8, 2, 3, 10), torch.rand(2, 3, 1), *PLACES_OF_TWO, "fp8", 8, torch.bfloat16),
+    ],
+    "lowrank_add": [(r(3, 4, 6), r(5, 4), r(5, 6), [2, 0, 3])],
     "hadamard": [
         (r(2, 3, 8),), (r(2, 24), core(12)), (r(2, 12), core(3)), (r(2, 24), r(3, 3), 6),
         (r(2, 12), core(12).double(), 12, True), (r(2, 8), None, 1),

@@ -6,6 +6,7 @@ from .cache_attention import cache_attention
 from .cache_read import cache_read
 from .cache_write import cache_write
 from .decode import decode
+from .decode_pairs import decode_pairs
 from .decode_words import decode_words
 from .dequantize import dequantize, pack_nibbles, unpack_nibbles
 from .encode import encode
@@ -14,6 +15,10 @@ from .fake_quantize import fake_quantize, fake_quantize_backward
 from .glu import glu
 from .hadamard import hadamard
 from .layer_norm import layer_norm
+from .lowrank_add import lowrank_add
+from .moe import moe
+from .moe_backward import moe_backward
+from .moe_pairs import moe_pairs
 from .quantize import quantize
 from .quantize_affine import quantize_affine
 from .rms_norm import rms_norm
@@ -23,8 +28,9 @@ from .sparse_linear import sparse_linear
 from .staircase import fake_staircase, staircase
 
 __all__ = [
-    "REGISTRY", "Kind", "Op", "attention", "cache_attention", "cache_read", "cache_write", "decode", "decode_words",
-    "dequantize", "encode", "encode_at", "fake_quantize", "fake_quantize_backward", "fake_staircase", "find", "glu",
-    "hadamard", "layer_norm", "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
-    "round_through", "sparse_linear", "staircase", "unpack_nibbles",
+    "REGISTRY", "Kind", "Op", "attention", "cache_attention", "cache_read", "cache_write", "decode", "decode_pairs",
+    "decode_words", "dequantize", "encode", "encode_at", "fake_quantize", "fake_quantize_backward", "fake_staircase",
+    "find", "glu", "hadamard", "layer_norm", "lowrank_add", "moe", "moe_backward", "moe_pairs", "op", "pack_nibbles",
+    "quantize", "quantize_affine", "rms_norm", "rotary", "round_through", "sparse_linear", "staircase",
+    "unpack_nibbles",
 ]  # fmt: skip

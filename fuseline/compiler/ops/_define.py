@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,11 +35,18 @@ class Kind(enum.Enum):
     OTHER = "other"
 
 
+class Cost(NamedTuple):
+    """Of one call; sizes may be symbolic."""
+
+    flops: Any
+    bytes: Any
+
+
 class Op:
     """A dialect op: callable, with the overload that appears in graphs as `op.overload`."""
 
-    def __init__(self, schema: str, naive: Callable[..., Any], kind: Kind):
-        self.name = schema.split("(")[0]
+    def __init__(self, schema: str, naive: Callable[..., Any], kind: Kind, whole: bool = False):
+        self.name, self.whole = schema.split("(")[0], whole
         self.schema, self.naive, self.kind = schema, naive, kind
         self.cost_rule: Callable[..., Any] | None = None
         self.backward_rule: Callable[..., Any] | None = None
@@ -109,9 +116,12 @@ def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*(a for a in inputs if isinstance(a, torch.Tensor)))
 
 
-def op(schema: str, kind: Kind = Kind.OTHER) -> Callable[[Callable[..., Any]], Op]:
-    """Defines `fuseline::<schema>` with the decorated function as its naive twin."""
-    return lambda naive: Op(schema, naive, kind)
+def op(schema: str, kind: Kind = Kind.OTHER, whole: bool = False) -> Callable[[Callable[..., Any]], Op]:
+    """Defines `fuseline::<schema>` with the decorated function as its naive twin.
+
+    whole: the twin's steps depend on its data, so that no graph can hold them: other compilers call the op, too.
+    """
+    return lambda naive: Op(schema, naive, kind, whole)
 
 
 def find(target: Any) -> Op | None:

@@ -8,10 +8,10 @@ Before                                       after  fuse
     z = x + linear(y, Wd)
 
 A region is a subgraph with an anchor (linears of one input, in any weight format) and what goes into its template's
-prologue (a norm) and epilogue (pointwise ops), a cluster of pointwise and row operations without an anchor, or an
-attention by itself; attention over a cache of codes (`QuantizedCache`) reads the codes, and takes in what a step adds
-to them. Codegen turns a region into one kernel or two, or runs it through PyTorch and says why; in eager a
-region runs as it stands, so the program stays executable at this stage.
+prologue (a norm) and epilogue (pointwise ops), a cluster of pointwise and row operations without an anchor, an
+attention by itself, or a layer's routed experts with what expands their codes; attention over a cache of codes
+(`QuantizedCache`) reads the codes, and takes in what a step adds to them. Codegen turns a region into a few kernels, or
+runs it through PyTorch and says why; in eager a region runs as it stands, so the program stays executable then, too.
 
 Regions are convex: no value leaves one and comes back. Nodes that touch a storage which the graph writes to (a KV
 cache) and nodes in other grad modes stay outside.
@@ -32,6 +32,7 @@ from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
 from .cached import cached_regions, fold_reads
 from .clusters import clusters
+from .experts import expert_regions
 from .linear import Region, linear_regions
 
 
@@ -47,6 +48,7 @@ class Fuse(Pass):
     linears: bool = True  # regions around linears
     pointwise: bool = True  # clusters of pointwise and row operations
     attention: bool = True  # each attention for itself
+    experts: bool = True  # the routed experts of each layer
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         sort(program.graph)
@@ -58,6 +60,9 @@ class Fuse(Pass):
         if self.linears:
             regions += linear_regions(program, partition)
             taken = {n for r in regions for n in r.nodes}
+        if self.experts:
+            routed = list(expert_regions(program))
+            taken |= {n for r in routed for n in r.nodes}
         if self.pointwise:
             regions += clusters(program, partition, taken)
         if self.attention:
@@ -65,6 +70,8 @@ class Fuse(Pass):
             attentions = [n for n in program.graph.nodes if n.target is ops.attention.overload]
             regions += [Region("attention", "attention", [n]) for n in attentions]
             regions += cached_regions(program)
+        if self.experts:
+            regions += routed
         try:
             for region in filter(_is_read, regions):
                 piece = cut(program, region.nodes, region.kind)
@@ -79,7 +86,10 @@ class Fuse(Pass):
             sort(program.graph)
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
-        return ("the program has no linear, no attention, and no two pointwise operations that follow each other",)
+        return (
+            "the program has no linear, no attention, no routed experts, and no two pointwise operations that follow "
+            "each other",
+        )
 
 
 def _is_read(region: Region) -> bool:

@@ -9,10 +9,11 @@ Before                                                     after  raise
     mask = arange(T) <= arange(S)[:, None] …                   o = attention(q, k, v, None, scale, "causal")
     o = sdpa(q, k.repeat_interleave(3, 1), …, mask)
     y = silu(linear(n, Wg)) * linear(n, Wu)                    y = glu(linear(n, Wg), linear(n, Wu), "silu")
+    for e, f in enumerate(experts): …                          y = moe(n, indices, weights, gate_up, down, …)
 
 Recognised are RMSNorm (weights w or 1 + w, casts before or after), LayerNorm, rotary embeddings on halves, whole or
 partial, SwiGLU, GEGLU, ReGLU and GLU, scaled dot-product attention as a call or written out (soft-capped too), and
-keys and values repeated for grouped queries. Each rule's file says which spellings.
+keys and values repeated for grouped queries, routed experts. Each rule's file says which spellings.
 
 An attention's mask is proved, never guessed: the pass reads the mask's subgraph as a predicate over query and key
 positions, symbolic sizes included, and shows that it equals `k ≤ q + offset` ("causal") or that with a window
@@ -39,6 +40,7 @@ from ...compiler.registry import register
 from ...compiler.rule import Rule
 from .attention import Attention
 from .attention_eager import EagerAttention
+from .experts import SeparateExperts, StackedExperts
 from .gated import GEGLU, GLU, ReGLU, SwiGLU
 from .layer_norm import LayerNorm, LayerNormCall
 from .mask_arguments import MaskArguments
@@ -52,7 +54,7 @@ from .rotary import Rotary, RotaryPair
 @register
 @dataclass(frozen=True, kw_only=True)
 class Raise(Pass):
-    """Recognises norms, rotary embeddings, gated units and attention."""
+    """Recognises norms, rotary embeddings, gated units, routed experts and attention."""
 
     name = "raise"
     tier = Tier.EXACT
@@ -66,5 +68,6 @@ class Raise(Pass):
         norms = (LayerNormCall(), LayerNorm(), RMSNormCall(), RMSNorm())
         gates = (SwiGLU(), GEGLU(), ReGLU(), GLU())
         attentions = (Attention(masks, built), EagerAttention(masks, built), RepeatedHeads())
-        for rule in (*norms, RotaryPair(), Rotary(), *gates, *attentions):
+        experts = (StackedExperts(), SeparateExperts(program.training))  # what is gated is known by then
+        for rule in (*norms, RotaryPair(), Rotary(), *gates, *experts, *attentions):
             yield WithinMode(rule, modes)

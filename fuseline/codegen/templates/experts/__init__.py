@@ -1,0 +1,1 @@
+"""The kernels of routed experts: `moe.py` launches what these files write."""

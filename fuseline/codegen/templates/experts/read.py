@@ -1,0 +1,204 @@
+"""What a region of routed experts is made of: sizes, types, and how the experts' matrices lie in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ....compiler.ops import decode_words, find
+from ....compiler.ops.moe import CLAMPED
+from ....compiler.traits import arguments, is_view
+from ...formulas import ACTIVATIONS
+from ...kernel import Refusal
+from ..coded.weight import Coded
+
+COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
+TENSORS = ("hidden", "indices", "weights", "gate_up", "down", "rows", "slots", "gate_up_bias", "down_bias")
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """One matrix an expert (or a pair), [count, height, width]; `strides` are those of its three dimensions.
+
+    words: two 16-bit words of a row of a pair lie in one int32, as the kernels load them. coded: codes of all experts'
+    rows, in the layout of `coded/`; strides are then of no meaning.
+    """
+
+    name: str
+    height: int
+    width: int
+    strides: tuple[int, int, int]
+    words: bool
+    coded: Coded | None = None
+
+    @property
+    def across(self) -> bool:
+        """Whether neighbours in memory are of different rows: a transposed matrix."""
+        return self.strides[1] == 1 and self.strides[2] != 1
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A region that is one `fuseline::moe` or `fuseline::moe_pairs`.
+
+    hidden: H, channels of a token; inner: I, of an expert's middle; experts: E; top: K experts a token; keys: groups
+    that tokens are sorted into: experts, or rows of words. dtype: of hidden, in which products are taken.
+    """
+
+    node: Node
+    given: dict[str, Any]
+    placeholders: tuple[Node, ...]
+    hidden: int
+    inner: int
+    experts: int
+    top: int
+    keys: int
+    dtype: torch.dtype
+    gate_up: Matrices
+    down: Matrices
+
+    @property
+    def pairs(self) -> bool:
+        return self.gate_up.words
+
+    @property
+    def tensors(self) -> dict[str, Node]:
+        """The op's tensors: argument → placeholder."""
+        found: dict[str, Node] = {}
+        for name in TENSORS:
+            matrices = {"gate_up": self.gate_up, "down": self.down}.get(name)
+            if matrices is not None and (coded := matrices.coded) is not None:
+                parts = {"codes": coded.tensor, "scale": coded.scale, "zero": coded.zero, "outer": coded.outer}
+                found |= {f"{name}_{part}": node for part, node in parts.items() if node is not None}
+            elif isinstance(self.given.get(name), Node):
+                found[name] = self.given[name]
+        return found
+
+    @property
+    def coded(self) -> bool:
+        return self.gate_up.coded is not None
+
+    @property
+    def gate_step(self) -> tuple[int, int]:
+        """Between the rows of neighbouring gates, and between a gate's and its up's, in rows of gate_up."""
+        return (2, 1) if self.given["interleaved"] else (1, self.inner)
+
+    @property
+    def title(self) -> str:
+        """The first line of the kernels' headings."""
+        kind = "pairs of" if self.pairs else str(self.gate_up_dtype).removeprefix("torch.")
+        if self.gate_up.coded is not None:
+            kind = self.gate_up.coded.title
+        return f"{self.top} of {self.experts} experts, {kind} {self.hidden} x {self.inner}, {self.given['activation']}"
+
+    @property
+    def gate_up_dtype(self) -> torch.dtype:
+        return self.given["gate_up"].meta["val"].dtype  # type: ignore[no-any-return]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert's matrices, or of one pair's."""
+        if self.gate_up.coded is not None and self.down.coded is not None:
+            return 2 * self.inner * self.gate_up.coded.row_bytes + self.hidden * self.down.coded.row_bytes
+        itemsize: int = self.gate_up_dtype.itemsize
+        return 3 * self.hidden * self.inner * itemsize
+
+
+def read(region: GraphModule) -> Experts | Refusal:
+    """A region's experts, or why the template does not serve them."""
+    calls = [n for n in region.graph.nodes if n.op == "call_function"]
+    op = find(calls[-1].target) if calls else None
+    if op is None or op.name not in ("moe", "moe_pairs"):
+        return Refusal("the region is not one call of routed experts")
+    node, given, pairs = calls[-1], arguments(calls[-1]), op.name == "moe_pairs"
+    codes = {name: _coded(given[name]) for name in ("gate_up", "down")}
+    for name, made in codes.items():
+        if isinstance(made, str):
+            return Refusal(f"{name} {made}")
+    if {*calls} != {node}.union(*(c.nodes for c in codes.values() if isinstance(c, Coded))):
+        return Refusal("the region is not one call of routed experts")
+    if (codes["gate_up"] is None) != (codes["down"] is None):
+        return Refusal("codes of one of its matrices, and numbers of the other")
+    value = {name: given[name].meta["val"] for name in TENSORS if given.get(name) is not None}
+    if len({v.device for v in value.values()}) > 1:
+        return Refusal("its tensors lie on several devices")
+    for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+        if name in value and not all(isinstance(s, int) for s in (*value[name].shape, *value[name].stride())):
+            return Refusal(f"{name} has a symbolic size")
+    dtype, (_, twice, hidden) = value["hidden"].dtype, value["gate_up"].shape
+    top = value["indices"].shape[1]
+    if not isinstance(top, int) or top == 0:
+        return Refusal(f"{top} experts for each token")
+    if min(twice, hidden, value["gate_up"].shape[0]) == 0:
+        return Refusal("experts without weights")
+    if dtype not in COMPUTED:
+        return Refusal(f"tokens of {dtype}: kernels compute in float32, float16 and bfloat16")
+    if value["weights"].dtype not in COMPUTED:
+        return Refusal(f"routing weights of {value['weights'].dtype}")
+    if given["activation"] != CLAMPED and given["activation"] not in ACTIVATIONS:
+        return Refusal(f"activation {given['activation']}")
+    refused = _pairs(value) if pairs else None if codes["gate_up"] else _plain(value)
+    if refused:
+        return Refusal(refused)
+    matrices = [_matrices(name, value[name], pairs, codes[name]) for name in ("gate_up", "down")]
+    experts = value["rows"].shape[0] if pairs else value["gate_up"].shape[0]
+    placeholders = tuple(n for n in region.graph.nodes if n.op == "placeholder")
+    return Experts(
+        node, given, placeholders, hidden, twice // 2, experts, top, value["gate_up"].shape[0], dtype, *matrices
+    )
+
+
+def _plain(value: dict[str, torch.Tensor]) -> str | None:
+    for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+        if name in value and value[name].dtype not in COMPUTED:
+            return f"{name} of {value[name].dtype}"
+    return None
+
+
+def _pairs(value: dict[str, torch.Tensor]) -> str | None:
+    """Why packed pairs do not fit: two neighbouring words are loaded as one int32."""
+    if value["hidden"].dtype != torch.bfloat16:
+        return f"packed pairs are bfloat16, and the tokens {value['hidden'].dtype}"
+    for name in ("gate_up", "down"):
+        *outer, last = value[name].stride()
+        if value[name].shape[-1] % 2 or last != 1 or any(stride % 2 for stride in outer):
+            return f"rows of {name} that are not whole pairs of neighbouring words"
+    return None
+
+
+def _coded(matrix: Node) -> Coded | str | None:
+    """The codes behind a stack of matrices; None where it is a tensor; or why kernels do not read them."""
+    inside = set()
+    while matrix.op == "call_function" and is_view(matrix.target):
+        inside.add(matrix)
+        matrix = matrix.args[0]  # type: ignore[assignment]
+    if matrix.op == "placeholder":
+        return f"goes through {', '.join(str(n.target) for n in inside)} in the region" if inside else None
+    if matrix.target is not decode_words.overload:
+        return f"is computed in the region, by {matrix.target}"
+    given = arguments(matrix)
+    for operand in (given["codes"], given["scale"], given["zero"], given["outer"]):
+        if operand is not None and operand.op != "placeholder":
+            return f"has {operand.name}, which is computed in the region"
+    groups, rows = given["scale"].meta["val"].shape
+    if not given["run"]:
+        return "is codes of a byte each"
+    if not isinstance(rows, int) or groups * rows >= 2**31:
+        return "has scales of a symbolic number, or more than 2^31"
+    return Coded(
+        given["codes"], groups * given["group"], frozenset(inside | {matrix}), given["format"], given["group"],
+        given["run"], given["scale"], given["zero"], given["outer"],
+    )  # fmt: skip
+
+
+def _matrices(name: str, value: torch.Tensor, words: bool, coded: Coded | str | None) -> Matrices:
+    _, height, width = value.shape
+    if isinstance(coded, Coded):
+        return Matrices(name, height, width, (0, 0, 0), False, coded)
+    first, row, column = value.stride()
+    if words:
+        return Matrices(name, height, width, (first // 2, row // 2, 1), True)
+    return Matrices(name, height, width, (first, row, column), False)

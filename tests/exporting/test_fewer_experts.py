@@ -1,0 +1,58 @@
+"""Checkpoints with fewer experts: transformers loads them, and the logits are those of the merged graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fuseline
+from fuseline.compiler.errors import UserError
+from fuseline.compiler.observe.numerics import error
+from tests.helpers.mixtures import build, tokens
+
+SLICED = ("method=reap", "method=hc,router=slice", "method=partial-preservation")
+CASES = [("Mixtral", "method=reap"), ("GptOss", "method=hc,router=slice"), ("DeepseekV3", SLICED[2])]
+OTHERS = [(f, m) for f in ("Mixtral", "Qwen2Moe", "Olmoe", "GraniteMoe", "GptOss", "DeepseekV3") for m in SLICED]
+ALL = [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS if case not in CASES)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "options"), ALL)
+def test_logits_after_reload(family: str, options: str, tmp_path: Path) -> None:
+    import transformers
+
+    model = build(family, dtype=torch.float32)
+    pipeline = f"raise,merge-experts{{{options}}}"
+    plan = fuseline.analyze(model, pipeline, [tokens(seed=s) for s in range(2)])
+    done = fuseline.export(model, tmp_path / "out", pipeline, plan=plan, example=tokens())
+    assert done.error is not None and done.error < 1e-5 and done.changed >= 3
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    program, _ = fuseline.Pipeline(pipeline).run(fuseline.capture(model, (tokens(),)), plan=plan)
+    merged = program.run(program.examples)[0]
+    assert error(again(tokens()).logits, merged) < 1e-5
+    assert error(again(tokens()).logits, model(tokens()).logits) > 1e-3  # and not those of the whole model
+    before, after = (sum(p.numel() for n, p in m.named_parameters() if "experts." in n and "shared" not in n)
+                     for m in (model, again))  # fmt: skip
+    assert after == before / 2
+
+
+def refusal(tmp_path: Path, pipeline: str, **options: object) -> str:
+    model = build("Mixtral", dtype=torch.float32)
+    needs = fuseline.Pipeline(pipeline).needs_data
+    plan = fuseline.analyze(model, pipeline, [tokens()]) if needs else None
+    with pytest.raises(UserError) as caught:
+        fuseline.export(model, tmp_path / "out", pipeline, plan=plan, example=tokens(), **options)
+    assert not (tmp_path / "out").exists()
+    return str(caught.value)
+
+
+def test_what_no_checkpoint_holds(tmp_path: Path) -> None:
+    told = refusal(tmp_path, "raise,merge-experts{saliency=magnitude}")
+    assert "keeps all experts, in a form that no class of transformers reads" in told and "fuseline.save" in told
+    assert "router=slice" in refusal(tmp_path, "raise,merge-experts{method=hc}")
+    told = refusal(tmp_path, "raise,merge-experts{method=reap},quantize{weights=int8}")
+    assert "by merge-experts alone, without quantize" in told
+    told = refusal(tmp_path, "raise,merge-experts{method=reap}", format="compressed-tensors")
+    assert "has no codes" in told

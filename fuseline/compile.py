@@ -28,6 +28,7 @@ from .compiler.reads import refuse_dropped
 from .compiler.report import Report
 from .compiler.sharded import refuse_derived
 from .failures import explain_lowering
+from .runtime import linear_cross_entropy as _registers_it
 from .runtime.executable import Executable
 from .runtime.graphs import CudaGraphs, Layout
 from .runtime.leftovers import CHOICES, Leftover, install

@@ -39,7 +39,7 @@ def flatten_on(
     class Naive(Inliner):
         def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             op = find(target)
-            if op is not None and which(op):
+            if op is not None and which(op) and not op.stays_whole:
                 return op.naive(*args, **kwargs)
             return super().call_function(target, args, kwargs)
 

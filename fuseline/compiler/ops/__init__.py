@@ -14,6 +14,7 @@ from .fake_quantize import fake_quantize, fake_quantize_backward
 from .glu import glu
 from .hadamard import hadamard
 from .layer_norm import layer_norm
+from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_gradients
 from .quantize import quantize
 from .quantize_affine import quantize_affine
 from .rms_norm import rms_norm
@@ -25,6 +26,6 @@ from .staircase import fake_staircase, staircase
 __all__ = [
     "REGISTRY", "Kind", "Op", "attention", "cache_attention", "cache_read", "cache_write", "decode", "decode_words",
     "dequantize", "encode", "encode_at", "fake_quantize", "fake_quantize_backward", "fake_staircase", "find", "glu",
-    "hadamard", "layer_norm", "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
+    "hadamard", "layer_norm", "linear_cross_entropy", "linear_cross_entropy_gradients", "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
     "round_through", "sparse_linear", "staircase", "unpack_nibbles",
 ]  # fmt: skip

@@ -38,18 +38,19 @@ class Kind(enum.Enum):
 class Op:
     """A dialect op: callable, with the overload that appears in graphs as `op.overload`."""
 
-    def __init__(self, schema: str, naive: Callable[..., Any], kind: Kind):
+    def __init__(self, schema: str, naive: Callable[..., Any], kind: Kind, records: bool = False):
         self.name = schema.split("(")[0]
         self.schema, self.naive, self.kind = schema, naive, kind
         self.cost_rule: Callable[..., Any] | None = None
         self.backward_rule: Callable[..., Any] | None = None
         self.template: str | None = None
+        self.stays_whole = False  # never written out in ATen, whatever compiler runs the graph
         self.__doc__ = naive.__doc__
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, naive, "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.fuseline, self.name).default
         torch.library.register_fake(f"fuseline::{self.name}", naive, lib=LIBRARY)
-        if not self.overload._schema.is_mutable:  # what is written in place has no derivative
+        if not (records or self.overload._schema.is_mutable):  # what is written in place has no derivative
             torch.library.register_autograd(
                 f"fuseline::{self.name}", self._backward, setup_context=_save_all, lib=LIBRARY
             )
@@ -67,6 +68,12 @@ class Op:
         """The derivative, given a context with the op's tensors (`saved_tensors`) and all its arguments (`layout`, a
         pair each: whether it is one of those tensors, else its value), and the gradients of its results."""
         self.backward_rule = function
+        return function
+
+    def autograd(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """How autograd records a call, in the place of `backward`: for an op that computes gradients with its result, which
+        is defined with `records`."""
+        LIBRARY.impl(self.name, function, "Autograd")
         return function
 
     def cost(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,9 +116,9 @@ def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*(a for a in inputs if isinstance(a, torch.Tensor)))
 
 
-def op(schema: str, kind: Kind = Kind.OTHER) -> Callable[[Callable[..., Any]], Op]:
-    """Defines `fuseline::<schema>` with the decorated function as its naive twin."""
-    return lambda naive: Op(schema, naive, kind)
+def op(schema: str, kind: Kind = Kind.OTHER, records: bool = False) -> Callable[[Callable[..., Any]], Op]:
+    """Defines `fuseline::<schema>` with the decorated function as its naive twin; `records`: see `Op.autograd`."""
+    return lambda naive: Op(schema, naive, kind, records)
 
 
 def find(target: Any) -> Op | None:

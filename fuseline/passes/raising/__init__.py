@@ -37,7 +37,7 @@ from ...compiler.framework import Pass, Tier
 from ...compiler.program import Program
 from ...compiler.registry import register
 from ...compiler.rule import Rule
-from .attention import Attention
+from .attention import Attention, CausalCall
 from .attention_eager import EagerAttention
 from .gated import GEGLU, GLU, ReGLU, SwiGLU
 from .layer_norm import LayerNorm, LayerNormCall
@@ -68,3 +68,4 @@ class Raise(Pass):
         attentions = (Attention(masks, built), EagerAttention(masks, built), RepeatedHeads())
         for rule in (*norms, RotaryPair(), Rotary(), *gates, *attentions):
             yield WithinMode(rule, modes)
+        yield CausalCall(masks, built)

@@ -102,6 +102,36 @@ class Attention(AttentionRule):
                 yield Match(node, {"site": site}, (node,))
 
 
+class CausalCall(Attention):
+    """A call that stays PyTorch's, for it drops weights or runs under autocast: without the mask that was proved.
+
+    `is_causal` stands for the causal mask, and no mask for one that shows every key, so that fused kernels apply.
+    """
+
+    @property
+    def name(self) -> str:
+        return "CausalCall"
+
+    def matches(self, program: Program) -> Iterator[Match]:
+        for m in super().matches(program):
+            if m.site.mask.node is not None:
+                claim = self._claim(m.site)
+                said = isinstance(claim, str) or (claim.kind == "sliding" or claim.padding or claim.offset.value != 0)
+                yield Match(m.root, {**m.bindings, "why": claim if said else ""}, m.nodes)
+
+    def refuse(self, m: Match) -> str | None:
+        if not m.why:
+            return None
+        return m.why if isinstance(m.why, str) else "PyTorch's call has no word for this mask but the mask itself"
+
+    def after(self, m: Match, new: Builder) -> Node:
+        given = arguments(m.root)
+        return new(
+            m.root.target, given["query"], given["key"], given["value"], None, given["dropout_p"],
+            self._claim(m.site).kind == "causal", scale=given["scale"], enable_gqa=given["enable_gqa"],
+        )  # fmt: skip
+
+
 def _differ(a: Any, b: Any) -> bool:
     return isinstance(a, int) and isinstance(b, int) and a != b
 

@@ -18,6 +18,8 @@ import torch
 from .compile import Compilation, compile_program
 from .compiler.action import Observer
 from .compiler.capture import from_dynamo, is_training
+from .compiler.compat import break_after
+from .compiler.deferred import DEFERS
 from .compiler.errors import UserError, nearest
 from .compiler.graph_breaks import tell_of
 from .compiler.lengths import ask_for_symbols
@@ -77,6 +79,8 @@ def compile(
     if not is_training(inputs):
         ask_for_symbols(module, inputs)
     program = from_dynamo(module, inputs)
+    if program.training and break_after(module) is None:
+        program = replace(program, state=program.state | {DEFERS})
     compilation = compile_program(
         program,
         inputs,

@@ -16,6 +16,7 @@ import torch
 from .codegen.kernel import Kernel
 from .compiler import compat
 from .compiler.action import Observer
+from .compiler.deferred import cut, positions
 from .compiler.errors import FuselineError, UserError, nearest
 from .compiler.expand import expand_at_use, expand_weights
 from .compiler.flatten import anchors_only, flatten
@@ -29,6 +30,7 @@ from .compiler.report import Report
 from .compiler.sharded import refuse_derived
 from .failures import explain_lowering
 from .runtime import linear_cross_entropy as _registers_it
+from .runtime.deferred import WithTails
 from .runtime.executable import Executable
 from .runtime.graphs import CudaGraphs, Layout
 from .runtime.leftovers import CHOICES, Leftover, install
@@ -55,7 +57,7 @@ class Compilation:
 
 
 def choose_target(target: str | None, program: Program) -> str:
-    """`auto` is Triton for tensors on a GPU with triton installed, and eager otherwise.
+    """`auto` is Triton for tensors on a GPU with triton installed (Inductor in training), and eager otherwise.
 
     Raises:
         UserError: for an unknown target, or one that this machine cannot run.
@@ -65,8 +67,9 @@ def choose_target(target: str | None, program: Program) -> str:
         raise UserError(f"unknown target '{target}'{nearest(target, TARGETS)}")
     on_gpu = _on_gpu(program)
     has_triton = find_spec("triton") is not None
-    if program.training:  # no kernel has a backward of its own yet: autograd works on ATen
-        return "inductor" if target == "inductor" else "eager"
+    if program.training:  # autograd works on ATen: Inductor writes the kernels, forward and backward
+        faster = target in ("auto", "triton") and on_gpu and has_triton
+        return "inductor" if target == "inductor" or faster else "eager"
     if target == "auto":
         return "triton" if on_gpu and has_triton else "eager"
     if target == "triton" and not has_triton:
@@ -223,8 +226,13 @@ def _training(program: Program, inputs: Sequence[Any], target: str) -> Callable[
     module, weights = program.lift()
     binder = program.binder(weights)
     plain = flatten(program, module, anchors_only if target == "eager" else lambda op: True)
+    plain, tails = cut(plain)
+    order = [n for n in plain.graph.nodes if n.op == "placeholder"]
+    deferred = {place: (tail, *positions(tail, order)) for place, tail in tails.items()}
     bound = [*(inputs[i] for i in program.arguments), *binder(inputs)]
     if target == "inductor":
-        return Executable(_inductor(plain, bound), program.arguments, binder)
-    as_it_is = lambda graph_module, fakes: graph_module.forward
-    return Executable(compat.aot_autograd(plain, bound, as_it_is, as_it_is), program.arguments, binder)
+        run = _inductor(plain, bound)
+    else:
+        as_it_is = lambda graph_module, fakes: graph_module.forward
+        run = compat.aot_autograd(plain, bound, as_it_is, as_it_is)
+    return Executable(WithTails(run, deferred) if deferred else run, program.arguments, binder)

@@ -2,9 +2,10 @@
 
 from . import recipes
 from .fusing import Fuse
+from .losses import FuseLoss
 from .quantize import Quantize
 from .raising import Raise
 from .rotation import Rotate
 from .sparsity import RSparse
 
-__all__ = ["Fuse", "Quantize", "RSparse", "Raise", "Rotate", "recipes"]
+__all__ = ["Fuse", "FuseLoss", "Quantize", "RSparse", "Raise", "Rotate", "recipes"]

@@ -29,7 +29,7 @@ from .compiler.reads import refuse_dropped
 from .compiler.report import Report
 from .compiler.sharded import refuse_derived
 from .failures import explain_lowering
-from .runtime import linear_cross_entropy as _registers_it
+from .runtime import linear_cross_entropy
 from .runtime.deferred import WithTails
 from .runtime.executable import Executable
 from .runtime.graphs import CudaGraphs, Layout
@@ -227,6 +227,7 @@ def _training(program: Program, inputs: Sequence[Any], target: str) -> Callable[
     binder = program.binder(weights)
     plain = flatten(program, module, anchors_only if target == "eager" else lambda op: True)
     plain, tails = cut(plain)
+    linear_cross_entropy.count_flops()
     order = [n for n in plain.graph.nodes if n.op == "placeholder"]
     deferred = {place: (tail, *positions(tail, order)) for place, tail in tails.items()}
     bound = [*(inputs[i] for i in program.arguments), *binder(inputs)]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from ..compiler.deferred import Tail
 from ..compiler.errors import FuselineError
@@ -63,12 +62,12 @@ class Deferred(torch.Tensor):
             if func is _T.register_hook:  # FSDP2 hangs one on whatever a module returns
                 first._hooks.append(args[1])
                 return _Handle(first._hooks, args[1])
-        args, kwargs = tree_map_only(Deferred, elements, (args, kwargs))
+        args, kwargs = torch.utils._pytree.tree_map_only(Deferred, elements, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(Deferred, elements, (args, kwargs or {}))
+        args, kwargs = torch.utils._pytree.tree_map_only(Deferred, elements, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 

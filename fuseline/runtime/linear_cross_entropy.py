@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from ..compiler.ops import linear_cross_entropy, linear_cross_entropy_gradients
 from ..compiler.ops._define import LIBRARY
@@ -113,7 +112,7 @@ def launch(
         _kernels().cross_entropy_rows[(count,)](
             logits, target, factors, losses, logits.stride(0), ignore, smoothing, scale, softcap or 1.0,
             VOCABULARY=vocabulary, CAPPED=bool(softcap), SMOOTHED=bool(smoothing), WANTS=wants, BLOCK=block,
-            num_warps=8 if block > 2048 else 4,
+            num_warps=16 if block > 2048 else 4,
         )  # fmt: skip
 
 
@@ -147,11 +146,20 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-@register_flop_formula([torch.ops.fuseline.linear_cross_entropy, torch.ops.fuseline.linear_cross_entropy_gradients])
 def flops(x: Any, weight: Any, *rest: Any, **_: Any) -> int:
-    """Of the products: a partitioner that decides what to compute twice asks for them. Takes shapes."""
+    """Of the products, from shapes."""
     wanted = [value for value in rest if isinstance(value, bool)]
-    return 2 * x[0] * x[1] * weight[0] * (1 + sum(wanted[:2]))
+    return int(2 * x[0] * x[1] * weight[0] * (1 + sum(wanted[:2])))
+
+
+@cache
+def count_flops() -> None:
+    """Tells PyTorch the ops' FLOPs: with an activation budget its partitioner takes an op without them for free, and
+    would compute the loss twice."""
+    from torch.utils.flop_counter import register_flop_formula  # imports triton
+
+    ops = torch.ops.fuseline
+    register_flop_formula([ops.linear_cross_entropy, ops.linear_cross_entropy_gradients])(flops)
 
 
 for _key in ("CPU", "CUDA"):

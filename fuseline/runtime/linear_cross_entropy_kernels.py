@@ -46,14 +46,14 @@ def cross_entropy_rows(
                 at = start + tl.arange(0, BLOCK)
                 tl.store(row + at, tl.zeros([BLOCK], logits.dtype.element_ty), mask=at < VOCABULARY)
         return
-    label, _ = read(row, chosen, chosen >= 0, scale, softcap, CAPPED)  # before any warp writes over it
+    label, _at_label = read(row, chosen, chosen >= 0, scale, softcap, CAPPED)  # before any warp writes over it
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     plain = tl.zeros([BLOCK], tl.float32)
     for start in range(0, VOCABULARY, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < VOCABULARY
-        x, _ = read(row, at, inside, scale, softcap, CAPPED)
+        x, _flat = read(row, at, inside, scale, softcap, CAPPED)
         plain += tl.where(inside, x, 0.0)
         x = tl.where(inside, x, float("-inf"))
         higher = tl.maximum(largest, x)

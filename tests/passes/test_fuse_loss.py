@@ -100,12 +100,14 @@ class Head(torch.nn.Module):
         return self.loss(torch.tanh(self.inside(x)), self.weight, self.bias, target)
 
 
-def both(model: torch.nn.Module, x: torch.Tensor, target: torch.Tensor, pipeline: str = FUSE) -> float:
+def both(
+    model: torch.nn.Module, x: torch.Tensor, target: torch.Tensor, pipeline: str = FUSE, verify: str = "full"
+) -> float:
     """The largest error of loss and gradients, compiled against eager."""
     torch.compiler.reset()
     backend.recent.clear()
     twin = copy.deepcopy(model)
-    twin.compile(backend="fuseline", options={"pipeline": pipeline, "verify": "full"})
+    twin.compile(backend="fuseline", options={"pipeline": pipeline, "verify": verify})
     errors = []
     results = [each(x, target) for each in (model, twin)]
     for each, loss in zip((model, twin), results, strict=True):
@@ -226,11 +228,9 @@ def test_only_what_wants_a_gradient_costs_a_product(monkeypatch: pytest.MonkeyPa
 
 def test_second_derivatives_are_refused() -> None:
     x, w = rand(4, HIDDEN).requires_grad_(), rand(VOCABULARY, HIDDEN)
-    (gradient,) = torch.autograd.grad(
-        linear_cross_entropy(x, w, None, labels(4), None), [x], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    loss = linear_cross_entropy(x, w, None, labels(4), None)
+    with pytest.raises(FuselineError, match="a fused loss has no second derivatives"):
+        torch.autograd.grad(loss, [x], create_graph=True)
 
 
 def test_a_label_out_of_range_is_an_error() -> None:
@@ -254,10 +254,10 @@ def test_autocast_around_and_inside() -> None:
 
     inside.loss = casting
     x, target = rand(BATCH, LENGTH, HIDDEN, dtype=F32), labels(BATCH, LENGTH)
-    assert both(inside, x, target) < 2e-2
+    assert both(inside, x, target, verify="quick") < 2e-2
     assert backend.recent[0].report["fuse-loss"].rules == {"LinearCrossEntropy": 1}
     with torch.autocast("cpu", torch.bfloat16):
-        assert both(model, x, target) < 2e-2
+        assert both(model, x, target, verify="quick") < 2e-2
     assert backend.recent[0].report["fuse-loss"].rules == {"LinearCrossEntropy": 1}
 
 

@@ -7,7 +7,7 @@ What runs it takes some rows at a time (`runtime/linear_cross_entropy.py`). Wher
 over the rows computes them, so that a step costs the three matrix products that it costs with stored logits.
 
 Source: the chunks and the gradient in the forward pass as in Liger Kernel (Hsu et al., 2024, "Liger Kernel: Efficient
-Triton Kernels for LLM Training", section 3.2); the soft cap as in Gemma 2 (2024), section 2.
+Triton Kernels for LLM Training", section 3.2); the soft cap: Bello et al., 2016.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ..errors import FuselineError
 from ._define import op
@@ -173,8 +172,12 @@ def _(x, weight, bias, target, class_weight, upstream, of_x, of_weight, of_bias,
 
 @linear_cross_entropy_gradients.backward
 def _(ctx, *grads):
-    raise FuselineError(
-        "a fused loss has no second derivatives", remedy='options={"pipeline": …} without fuse-loss for this model'
+    raise _no_second_derivatives()
+
+
+def _no_second_derivatives() -> FuselineError:
+    return FuselineError(
+        "a fused loss has no second derivatives", remedy='options={"pipeline": "…"} without fuse-loss for this model'
     )
 
 
@@ -198,8 +201,9 @@ class _Recorded(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True: the stored gradients know nothing of x and weight
+            raise _no_second_derivatives()
         needs = ctx.needs_input_grad[:3]
         if ctx.settings[0] == NONE:
             x, weight, bias, target, class_weight = ctx.saved_tensors

@@ -25,7 +25,17 @@ from typing import Any
 import torch
 from harness import Run, arguments
 
-COLUMNS = ("name", "peak_gb", "step_s", "of_inductor_memory", "speedup", "tokens_s", "compile_s", "loss", "gradient_norm")
+COLUMNS = (
+    "name",
+    "peak_gb",
+    "step_s",
+    "of_inductor_memory",
+    "speedup",
+    "tokens_s",
+    "compile_s",
+    "loss",
+    "gradient_norm",
+)
 LLAMA_1B = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
@@ -134,7 +144,7 @@ class Process:
     def __init__(self, backend: str, length: int, words: list[str]):
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", f"{backend}:{length}", *words]
         self.name, pipe = f"{backend} {length}", subprocess.PIPE
-        self.said = tempfile.TemporaryFile("w+")
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by stop()
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.said, text=True)
 
     def ready(self) -> None:
@@ -196,10 +206,10 @@ def main(words: list[str] | None = None) -> None:
     passed = ["--device", options.device, "--steps", str(options.steps), *(["--tiny"] if options.tiny else [])]
     passed += ["--pipeline", options.pipeline] if options.pipeline else []
     there = {row["name"] for row in run.rows}
+    failures: dict[str, BaseException] = {}
     for pair in pairs([row for row in rows if run.wanted(names[row]) and names[row] not in there]):
         processes = [Process(*row, passed) for row in pair]
         try:
-            failures: dict[str, BaseException] = {}
             for process in processes:
                 run.console.print(f"{process.name}: compiling", highlight=False)
             for process in processes:

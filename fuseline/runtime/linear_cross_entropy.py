@@ -67,7 +67,9 @@ def both(
             torch.mm(piece, weight.t(), out=logits)
         else:
             torch.addmm(bias, piece, weight.t(), out=logits)
-        _over_rows(logits, target[part], factors[part], losses[part], ignore_index, label_smoothing, scale, softcap, wants)
+        _over_rows(
+            logits, target[part], factors[part], losses[part], ignore_index, label_smoothing, scale, softcap, wants
+        )
         if of_x:
             _product(logits, weight, dx[part])
         if of_weight:

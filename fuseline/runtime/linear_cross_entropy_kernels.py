@@ -2,7 +2,7 @@
 
 A program takes one row and reads it twice: for the largest logit and the sum of exponentials beside it, kept up to date
 block by block (Milakov and Gimelshein, 2018, "Online normalizer calculation for softmax"), and for the gradient, which
-it writes over the logits. All is computed in float32. A row of 128K 16-bit logits stays in the L2 cache between the two.
+it writes over the logits. All is computed in float32. A row of 128K 16-bit logits stays in the L2 cache in between.
 """
 
 import triton

@@ -21,6 +21,8 @@ def test_the_kernel_compiles(target: str, dtype: str) -> None:
     kinds = (f"*{dtype}", "*i64", "*fp32", "*fp32", "i32", "i32", "fp32", "fp32", "fp32")
     signature = dict(zip(kernel.arg_names, kinds, strict=False)) | dict.fromkeys(constants, "constexpr")
     options = {"num_warps": 16}
-    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget(*TARGETS[target]), options=options)
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants), target=GPUTarget(*TARGETS[target]), options=options
+    )
     assert compiled.asm.get("cubin") or compiled.asm["hsaco"]
     assert compiled.metadata.shared <= 48 * 1024

@@ -1,6 +1,9 @@
-"""The kernel of fused losses against the op's formula, on poisoned results; and whole losses by it, some rows at a time."""
+"""The kernel of fused losses against the op's formula, on poisoned results; and whole losses by it, chunk by chunk."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,14 +55,22 @@ def test_extreme_logits() -> None:
     assert torch.allclose(losses.double(), expected) and (logits - gradient).abs().max() < 1e-6
 
 
+def poisoning(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same memory, NaN until it is written."""
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = make(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    return poisoned
+
+
 @pytest.mark.parametrize("reduction", (0, 1, 2))
 @pytest.mark.parametrize("classes", (False, True))
 def test_whole_losses(reduction: int, classes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "_over_rows", runs.launch)
-    for name in ("empty_like", "empty"):
-        original = getattr(torch, name)
-        poisoned = lambda *a, make=original, **k: make(*a, **k).fill_(float("nan") if name == "empty_like" else 0)
-        monkeypatch.setattr(torch, name, poisoned)
+    for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
     torch.manual_seed(0)
     x, w, b = torch.randn(7, 16), torch.randn(300, 16), torch.randn(300)
     target = torch.tensor([1, -100, 299, 0, 4, -100, 8])

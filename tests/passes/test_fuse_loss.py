@@ -110,7 +110,7 @@ def both(
     twin.compile(backend="fuseline", options={"pipeline": pipeline, "verify": verify})
     errors = []
     results = [each(x, target) for each in (model, twin)]
-    for each, loss in zip((model, twin), results, strict=True):
+    for loss in results:
         loss.backward()
     errors.append(error(results[1], results[0]))
     for a, b in zip(twin.parameters(), model.parameters(), strict=True):

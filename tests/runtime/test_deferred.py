@@ -1,4 +1,4 @@
-"""Deferred results: known beforehand what is known, the same elements as eager's whatever reads them, and no stale ones."""
+"""Deferred results: what is known costs nothing, whatever reads them gets eager's elements, and none is stale."""
 
 from __future__ import annotations
 

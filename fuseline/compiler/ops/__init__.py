@@ -26,6 +26,7 @@ from .staircase import fake_staircase, staircase
 __all__ = [
     "REGISTRY", "Kind", "Op", "attention", "cache_attention", "cache_read", "cache_write", "decode", "decode_words",
     "dequantize", "encode", "encode_at", "fake_quantize", "fake_quantize_backward", "fake_staircase", "find", "glu",
-    "hadamard", "layer_norm", "linear_cross_entropy", "linear_cross_entropy_gradients", "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
-    "round_through", "sparse_linear", "staircase", "unpack_nibbles",
+    "hadamard", "layer_norm", "linear_cross_entropy", "linear_cross_entropy_gradients", "op", "pack_nibbles",
+    "quantize", "quantize_affine", "rms_norm", "rotary", "round_through", "sparse_linear", "staircase",
+    "unpack_nibbles",
 ]  # fmt: skip

@@ -71,8 +71,8 @@ class Op:
         return function
 
     def autograd(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """How autograd records a call, in the place of `backward`: for an op that computes gradients with its result, which
-        is defined with `records`."""
+        """How autograd records a call, in the place of `backward`: for an op that computes gradients with its result.
+        Such an op is defined with `records`."""
         LIBRARY.impl(self.name, function, "Autograd")
         return function
 

@@ -133,8 +133,8 @@ def linear_cross_entropy_gradients(
 def rows(
     logits: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, ignore: int, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of logits [N, V]: each row's loss [N] and its gradient [N, V], both without the row's factor, and the factors [N]:
-    its class's weight, 0 where it is ignored."""
+    """Of logits [N, V]: each row's loss [N] and its gradient [N, V], both without the row's factor, and the factors
+    [N]: its class's weight, 0 where it is ignored."""
     valid = target != ignore
     known = target.masked_fill(~valid, 0).unsqueeze(-1)
     total = logits.logsumexp(-1, keepdim=True)

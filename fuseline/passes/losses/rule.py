@@ -72,9 +72,8 @@ class LinearCrossEntropy(Rule):
         if target.is_floating_point():
             return f"the targets are probabilities {shape_text(m.given['target'])}, not classes"
         if not isinstance(classes.shape[-1], int) or classes.shape[-1] < self._least:
-            return (
-                f"the vocabulary has {classes.shape[-1]} tokens: below {self._least} the logits are stored at a low cost"
-            )
+            size = classes.shape[-1]
+            return f"the vocabulary has {size} tokens: below {self._least} the logits are stored at a low cost"
         if m.given.get("label_smoothing") and m.given["weight"] is not None:
             return "label smoothing and class weights together"
         if not isinstance(m.given["ignore_index"], int):
@@ -124,7 +123,7 @@ def _class_dims(logits: torch.Tensor) -> tuple[int, ...]:
 
 
 def _rows_last(logits: Node) -> tuple[Node, Node | None]:
-    """Logits with their classes last: the node itself for [N, V]; for [N, V, …] what was transposed, and by which node."""
+    """Logits with their classes last: the node itself for [N, V]; for [N, V, …] what was transposed, and by what."""
     rank = value(logits).dim()
     if rank <= 2 or op_name(logits) not in ("transpose", "permute", "movedim"):
         return logits, None

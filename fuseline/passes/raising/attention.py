@@ -116,19 +116,20 @@ class CausalCall(Attention):
         for m in super().matches(program):
             if m.site.mask.node is not None:
                 claim = self._claim(m.site)
-                said = isinstance(claim, str) or (claim.kind == "sliding" or claim.padding or claim.offset.value != 0)
-                yield Match(m.root, {**m.bindings, "why": claim if said else ""}, m.nodes)
+                yield Match(m.root, {**m.bindings, "claim": claim}, m.nodes)
 
     def refuse(self, m: Match) -> str | None:
-        if not m.why:
-            return None
-        return m.why if isinstance(m.why, str) else "PyTorch's call has no word for this mask but the mask itself"
+        claim: Claim | str = m.claim
+        if isinstance(claim, str):
+            return claim
+        plain = claim.kind != "sliding" and claim.padding is None and claim.offset.value == 0
+        return None if plain else "PyTorch's call has no word for this mask but the mask itself"
 
     def after(self, m: Match, new: Builder) -> Node:
         given = arguments(m.root)
         return new(
             m.root.target, given["query"], given["key"], given["value"], None, given["dropout_p"],
-            self._claim(m.site).kind == "causal", scale=given["scale"], enable_gqa=given["enable_gqa"],
+            m.claim.kind == "causal", scale=given["scale"], enable_gqa=given["enable_gqa"],
         )  # fmt: skip
 
 

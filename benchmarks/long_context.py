@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,7 @@ TINY = {
 }  # fmt: skip
 BACKENDS = ("inductor", "fuseline")
 RESULT = "result: "
+ERROR = re.compile(r"(torch\.)?\w*Error: ")
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -174,8 +176,9 @@ class Process:
                 return line
         self.process.wait()
         self.said.seek(0)
-        said = [line for line in self.said if line.strip()]
-        raise RuntimeError(said[-1].strip() if said else f"the process of {self.name} ended without a word")
+        said = [line.strip() for line in self.said if line.strip()]
+        errors = [line for line in said if ERROR.match(line)] or said
+        raise RuntimeError(errors[-1] if errors else f"the process of {self.name} ended without a word")
 
 
 def pairs(rows: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:

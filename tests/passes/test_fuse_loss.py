@@ -76,6 +76,14 @@ SPELLINGS: dict[str, Loss] = {
     "negative log-likelihood": lambda h, w, b, t: F.nll_loss(F.log_softmax(flat(F.linear(h, w)), -1), t.view(-1)),
     "a matrix product": lambda h, w, b, t: F.cross_entropy(flat(h @ w.t()), t.view(-1)),
     "one sequence of several": lambda h, w, b, t: F.cross_entropy(F.linear(h, w)[0], t[0]),
+    "flattened": lambda h, w, b, t: F.cross_entropy(F.linear(h, w)[:, :-1].flatten(0, 1), t[:, 1:].flatten()),
+    "moved about": lambda h, w, b, t: F.cross_entropy(
+        F.linear(h, w).transpose(0, 1).unsqueeze(0).squeeze(0).narrow(0, 1, 3).reshape(6, -1),
+        t.transpose(0, 1)[1:4].reshape(-1),
+    ),
+    "chosen rows": lambda h, w, b, t: F.cross_entropy(
+        F.linear(h, w).flatten(0, 1).index_select(0, torch.tensor([7, 0, 0])), t.view(-1)[:3]
+    ),
     "all ignored but one": lambda h, w, b, t: F.cross_entropy(
         flat(F.linear(h, w)), torch.full_like(t, -100).view(-1).index_fill(0, torch.tensor([4]), 2)
     ),

@@ -24,8 +24,9 @@ from ..raising.nodes import CASTS, op_name, same_size, value
 aten = torch.ops.aten
 RESHAPES = ("view", "reshape", "_unsafe_view")
 COPIES = ("contiguous", "clone")
-ALONG = {"slice": "dim", "narrow": "dim", "select": "dim", "index_select": "dim", "unsqueeze": "dim"}
-"""Ops that move rows along one dimension, and that dimension's name."""
+ALONG = dict.fromkeys(("slice", "narrow", "select", "index_select", "unsqueeze", "squeeze", "unflatten"), "dim")
+ALONG["flatten"] = "end_dim"
+"""Ops that move rows along one dimension, and that dimension's name: of several the last."""
 
 
 @dataclass
@@ -108,7 +109,8 @@ def _moves_rows(node: Node, name: str) -> bool:
         return isinstance(before.shape[-1], int)
     if name in ALONG:
         rank = after.dim() if name == "unsqueeze" else before.dim()
-        return isinstance(given["dim"], int) and given["dim"] % rank != rank - 1
+        dim = given.get(ALONG[name])
+        return isinstance(dim, int) and dim % rank != rank - 1
     if name == "transpose":
         return all(given[d] % before.dim() != before.dim() - 1 for d in ("dim0", "dim1"))
     return name == "permute" and given["dims"][-1] % before.dim() == before.dim() - 1

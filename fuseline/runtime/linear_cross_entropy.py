@@ -138,12 +138,25 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
+@cache
+def _adds_to_wider(device: torch.device) -> bool:
+    """Whether PyTorch adds a product of 16-bit matrices to a float32 one in place, as cuBLAS can."""
+    small, total = torch.ones(16, 16, device=device, dtype=torch.float16), torch.zeros(16, 16, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, small, small, total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b, where total may be wider."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
+    elif a.is_cuda and _adds_to_wider(a.device):
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    elif a.is_cuda:
+        total += torch.ops.aten.mm.dtype(a, b, total.dtype)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 

@@ -4,11 +4,15 @@
     python benchmarks/long_context.py --device cpu --tiny
 
 A random Hugging Face decoder of Llama-3.2-1B's shape in bfloat16, batch 1, forward and backward through
-`model(ids, labels=ids).loss.backward()`, no optimizer. Each row is a process of its own: `inductor` is
-`torch.compile(model)`, `fuseline` is `torch.compile(model, backend="fuseline")`, whose pipeline proves the mask causal
-(`raise`), fuses the head with the loss (`fuse-loss`) and leaves the rest to Inductor. Peak is the largest memory that
-PyTorch's allocator handed out during the timed steps, parameters and gradients included. Processes compile two at a
-time, and each is alone on the GPU while it is timed.
+`model(ids, labels=ids).loss.backward()`, no optimizer. Each row is a process of its own:
+
+    inductor   torch.compile(model)
+    passes     torch.compile(model, backend="fuseline", options={"recompute": False}): the mask proved causal (`raise`),
+               the head fused with the loss (`fuse-loss`), the rest Inductor's with its own choice of what is saved
+    fuseline   torch.compile(model, backend="fuseline"): pointwise factors of products made again in backward, too
+
+Peak is the largest memory that PyTorch's allocator handed out during the timed steps, parameters and gradients
+included. As many processes as the GPU's memory holds compile at once, and each is alone on it while it is timed.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ TINY = {
     "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True,
 }  # fmt: skip
-BACKENDS = ("inductor", "fuseline")
+BACKENDS = ("inductor", "passes", "fuseline")
+BYTES_A_TOKEN = {"inductor": 2.4e6, "passes": 1.6e6, "fuseline": 1.2e6}  # about, to see which processes fit together
 RESULT = "result: "
 ERROR = re.compile(r"(torch\.)?\w*Error: ")
 
@@ -74,10 +79,14 @@ class Worker:
         vocabulary = self.model.config.vocab_size
         self.ids = torch.randint(0, vocabulary, (1, int(length)), generator=generator).to(self.device)
         settings: dict[str, Any] = {"pipeline": options.pipeline} if options.pipeline else {}
-        if backend == "fuseline" and self.device.type != "cuda":
+        if self.device.type != "cuda":
             settings["target"] = "inductor"
-        options_of = {"options": settings} if backend == "fuseline" and settings else {}
-        self.compiled = torch.compile(self.model, backend=backend, **options_of)
+        if backend == "passes":
+            settings["recompute"] = False
+        if backend == "inductor":
+            self.compiled = torch.compile(self.model)
+        else:
+            self.compiled = torch.compile(self.model, backend="fuseline", options=settings)
 
     def step(self) -> torch.Tensor:
         self.model.zero_grad(set_to_none=True)
@@ -181,12 +190,16 @@ class Process:
         raise RuntimeError(errors[-1] if errors else f"the process of {self.name} ended without a word")
 
 
-def pairs(rows: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
-    """Two rows at a time, the longest with the shortest: their memory must fit together while they compile."""
-    ordered = sorted(rows, key=lambda row: (row[1], row[0] == "inductor"))
-    found = []
-    while ordered:
-        found.append([ordered.pop(), ordered.pop(0)] if len(ordered) > 1 else [ordered.pop()])
+def rounds(rows: list[tuple[str, int]], memory: float) -> list[list[tuple[str, int]]]:
+    """Rows that compile at once: as many as fit into the memory together, the largest first."""
+    size = lambda row: BYTES_A_TOKEN[row[0]] * row[1]
+    found: list[list[tuple[str, int]]] = []
+    for row in sorted(rows, key=size, reverse=True):
+        home = next((one for one in found if sum(map(size, [*one, row])) <= memory), None)
+        if home is None:
+            found.append([row])
+        else:
+            home.append(row)
     return found
 
 
@@ -210,8 +223,9 @@ def main(words: list[str] | None = None) -> None:
     passed += ["--pipeline", options.pipeline] if options.pipeline else []
     there = {row["name"] for row in run.rows}
     failures: dict[str, BaseException] = {}
-    for pair in pairs([row for row in rows if run.wanted(names[row]) and names[row] not in there]):
-        processes = [Process(*row, passed) for row in pair]
+    memory = 0.9 * run.record["environment"].get("gpu_memory", 1e18)
+    for together in rounds([row for row in rows if run.wanted(names[row]) and names[row] not in there], memory):
+        processes = [Process(*row, passed) for row in together]
         try:
             for process in processes:
                 run.console.print(f"{process.name}: compiling", highlight=False)

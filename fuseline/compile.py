@@ -99,6 +99,7 @@ def compile_program(
     cuda_graphs: bool = True,
     keep_originals: bool = True,
     leftovers: str = "auto",
+    recompute: bool = True,
 ) -> Compilation:
     """Runs the pipeline over a captured program and makes it executable on its flat arguments.
 
@@ -107,6 +108,8 @@ def compile_program(
             weight is reported here and not in the middle of a call.
         cuda_graphs: capture calls that are repeated, where the target is Triton on a GPU.
         keep_originals: False leaves quantized weights packed in eager too, each expanded where it is used.
+        recompute: in training through Inductor, make what pointwise operations make of saved values again in backward
+            instead of saving it too.
         leftovers: what runs the operations that no kernel of ours takes, where the target is Triton on a GPU: "eager"
             (PyTorch), "inductor", or "auto", the faster one.
 
@@ -121,7 +124,7 @@ def compile_program(
     refuse_derived(after)
     result = Compilation(program, after, report, chosen, _unbuilt)
     if after.training:
-        result.executable = _training(after, inputs, chosen)
+        result.executable = _training(after, inputs, chosen, recompute)
         return result
     targets: dict[str, Callable[..., Executable]] = {
         "eager": _eager if keep_originals else _packed,
@@ -205,9 +208,9 @@ def _kernels(program: Program, inputs: Sequence[Any], result: Compilation, lefto
     return Executable(module.call, program.arguments, program.binder(lowered.weights))
 
 
-def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any], recompute: bool = False) -> Callable[..., Any]:
     try:
-        return compat.inductor(module, inputs)
+        return compat.inductor(module, inputs, recompute)
     except Exception as error:
         text = str(error)
         if "compiler" in text.lower() and ("c++" in text.lower() or "gcc" in text.lower() or "cl is not" in text):
@@ -221,7 +224,7 @@ def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[.
         ) from error
 
 
-def _training(program: Program, inputs: Sequence[Any], target: str) -> Callable[..., Any]:
+def _training(program: Program, inputs: Sequence[Any], target: str, recompute: bool) -> Callable[..., Any]:
     """Forward and backward through AOTAutograd, parameters as ordinary inputs so that gradients reach them."""
     module, weights = program.lift()
     binder = program.binder(weights)
@@ -232,7 +235,7 @@ def _training(program: Program, inputs: Sequence[Any], target: str) -> Callable[
     deferred = {place: (tail, *positions(tail, order)) for place, tail in tails.items()}
     bound = [*(inputs[i] for i in program.arguments), *binder(inputs)]
     if target == "inductor":
-        run = _inductor(plain, bound)
+        run = _inductor(plain, bound, recompute)
     else:
         as_it_is = lambda graph_module, fakes: graph_module.forward
         run = compat.aot_autograd(plain, bound, as_it_is, as_it_is)

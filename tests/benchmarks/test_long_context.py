@@ -11,16 +11,16 @@ import pytest
 pytest.importorskip("transformers")
 
 import long_context
-from long_context import Process, Worker, compare, main, pairs, parse
+from long_context import BACKENDS, Process, Worker, compare, main, parse, rounds
 
 
-def test_the_longest_compiles_beside_the_shortest() -> None:
-    rows = [(backend, length) for length in (8192, 32768) for backend in ("inductor", "fuseline")]
-    assert pairs(rows) == [
-        [("inductor", 32768), ("fuseline", 8192)],
-        [("fuseline", 32768), ("inductor", 8192)],
-    ]
-    assert pairs(rows[:1]) == [[("inductor", 8192)]] and pairs([]) == []
+def test_what_fits_together_compiles_together() -> None:
+    rows = [(backend, length) for length in (8192, 32768) for backend in BACKENDS]
+    on_h200 = rounds(rows, 0.9 * 150e9)
+    assert len(on_h200) == 2 and sorted(sum(on_h200, [])) == sorted(rows)
+    assert on_h200[0][0] == ("inductor", 32768)
+    assert [("inductor", 32768)] in rounds(rows, 0.9 * 85e9)  # on 80 GB it is alone
+    assert rounds([], 1e9) == []
 
 
 def test_rows_are_compared_with_their_own_length() -> None:
@@ -57,7 +57,9 @@ def test_the_whole_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(sys, "argv", ["long_context.py"])
     main(["--device", "cpu", "--tiny", "--lengths", "32", "--steps", "1", "--json", str(path)])
     rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
-    assert list(rows) == ["inductor 32", "fuseline 32"] and not any("failed" in row for row in rows.values())
+    assert list(rows) == ["inductor 32", "passes 32", "fuseline 32"] and not any(
+        "failed" in row for row in rows.values()
+    )
     ours, theirs = rows["fuseline 32"], rows["inductor 32"]
     assert abs(ours["loss"] - theirs["loss"]) < 1e-2 and ours["speedup"] > 0
     assert abs(ours["gradient_norm"] / theirs["gradient_norm"] - 1) < 2e-2

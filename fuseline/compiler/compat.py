@@ -313,8 +313,7 @@ def _of_known_size(value: Any) -> Any:
 def inductor(module: torch.fx.GraphModule, inputs: Sequence[Any], recompute: bool = False) -> Callable[..., Any]:
     """The graph compiled by Inductor as a backend would; inputs as Dynamo gave them.
 
-    recompute: the partitioner may make a factor of a product again in backward where pointwise operations make it from
-    what is saved anyway. By its own rules it saves whatever backward reads from memory.
+    recompute: backward may make a product's factor again by pointwise operations; PyTorch's rules save it.
     """
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx

@@ -69,7 +69,9 @@ def tail_of(node: Node) -> Tail | None:
 
 
 def is_input(node: Node) -> bool:
-    """Whether a node is a tensor as the caller passed it."""
+    """Whether a node is a tensor as the caller passed it, and stays that."""
+    if node.meta.get("written"):
+        return False
     if node.op == "placeholder":
         return True
     return node.op == "get_attr" and isinstance(node.meta.get("weight"), Param)

@@ -35,9 +35,12 @@ class Deferred(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, compute: Callable[[], torch.Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> Deferred:
-        made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device, requires_grad=True)
+        cls, compute: Callable[[], torch.Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device,
+        requires_grad: bool = True,
+    ) -> Deferred:  # fmt: skip
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype, device=device, requires_grad=requires_grad
+        )
         made._compute, made._value, made._hooks = compute, None, []
         return made  # type: ignore[no-any-return]
 
@@ -56,9 +59,10 @@ class Deferred(torch.Tensor):
         first = args[0] if args else None
         if isinstance(first, Deferred) and first._value is None:
             if func in _CASTS and len(args) == 1 and not kwargs:
-                return first if first.dtype == _CASTS[func] else Deferred(
-                    lambda: func(elements(first)), first.shape, _CASTS[func], first.device
-                )  # fmt: skip
+                if first.dtype == _CASTS[func]:
+                    return first
+                cast = lambda: func(elements(first))
+                return Deferred(cast, first.shape, _CASTS[func], first.device, first.requires_grad)
             if func is _T.register_hook:  # FSDP2 hangs one on whatever a module returns
                 first._hooks.append(args[1])
                 return _Handle(first._hooks, args[1])
@@ -130,4 +134,5 @@ def deferred(tail: Tail, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
             )
         return tail.compute(x, weight, bias)
 
-    return Deferred(compute, (*x.shape[:-1], weight.shape[0]), tail.result, x.device)
+    learns = any(t is not None and t.requires_grad for t in (x, weight, bias))
+    return Deferred(compute, (*x.shape[:-1], weight.shape[0]), tail.result, x.device, learns)

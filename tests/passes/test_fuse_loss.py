@@ -359,3 +359,39 @@ def test_logits_can_be_kept() -> None:
     with torch.no_grad():
         assert type(model(x, target)[1]) is torch.Tensor
     assert list(backend.recent[0].report["fuse-loss"].refused.values()) == ["the logits are returned to the caller"]
+
+
+def test_what_cannot_be_computed_later_is_kept() -> None:
+    """Logits of a weight that the graph makes, or in another shape, or without gradients."""
+
+    class Doubled(Returning):
+        def forward(self, x: torch.Tensor, target: torch.Tensor) -> Any:
+            logits = F.linear(torch.tanh(self.inside(x)), self.weight * 2)
+            return F.cross_entropy(flat(logits), target.view(-1)), logits
+
+    class Turned(Returning):
+        def forward(self, x: torch.Tensor, target: torch.Tensor) -> Any:
+            logits = F.linear(torch.tanh(self.inside(x)), self.weight)
+            return F.cross_entropy(flat(logits), target.view(-1)), logits.transpose(0, 1)
+
+    class Watched(Returning):
+        def forward(self, x: torch.Tensor, target: torch.Tensor) -> Any:
+            h = torch.tanh(self.inside(x))
+            with torch.no_grad():
+                logits = F.linear(h, self.weight)
+                loss = F.cross_entropy(flat(logits), target.view(-1))
+            return h.sum() + loss, logits
+
+    reasons = {
+        Doubled: "the logits are returned, and are no linear layer of a parameter followed by numbers and casts",
+        Turned: "the logits are also read by transpose",
+        Watched: "the logits are returned to the caller, and computed without gradients",
+    }
+    x, target = rand(BATCH, LENGTH, HIDDEN), labels(BATCH, LENGTH)
+    for kind, reason in reasons.items():
+        model = kind(SPELLINGS["mean"])
+        loss, logits = model(x, target)
+        found, kept = compiled(model, "fuse-loss{least=0,allow_empty}")(x, target)
+        assert error(found, loss) < 1e-12 and error(kept, logits) < 1e-12 and type(kept) is torch.Tensor
+        (why,) = backend.recent[0].report["fuse-loss"].refused.values()
+        assert why.startswith(reason)

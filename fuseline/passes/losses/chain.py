@@ -70,7 +70,7 @@ def follow(logits: Node, loss: Node) -> Chain | str:
             if factor is None:
                 return f"the logits are {'scaled' if name == 'mul' else 'divided'} by a tensor"
             numbers.append(factor)
-        elif name in CASTS:
+        elif name in CASTS and value(source).device == value(node).device:  # type: ignore[arg-type]
             types.append(value(source).dtype)  # type: ignore[arg-type]
         elif _moves_rows(node, name):
             chain.moves.append(node)
@@ -106,7 +106,7 @@ def _moves_rows(node: Node, name: str) -> bool:
         return False
     given = arguments(node)
     if name in RESHAPES:
-        return isinstance(before.shape[-1], int)
+        return isinstance(before.shape[-1], int) and isinstance(node.args[1], (list, tuple))  # not as another dtype
     if name in ALONG:
         rank = after.dim() if name == "unsqueeze" else before.dim()
         dim = given.get(ALONG[name])

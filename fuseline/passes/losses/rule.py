@@ -91,6 +91,8 @@ class LinearCrossEntropy(Rule):
             return "the logits are returned to the caller, and kept: logits=deferred computes them when they are read"
         if not self._free:
             return "the logits are read behind a graph break, or returned by a graph that the backend did not get"
+        if not self._modes.records(chain.linear):
+            return "the logits are returned to the caller, and computed without gradients"
         if any(tail_of(node) is None for node in chain.returned):
             return "the logits are returned, and are no linear layer of a parameter followed by numbers and casts"
         return None

@@ -31,6 +31,10 @@ class Modes:
                 casting.pop()
             self._of[node] = (recorded, casting[-1])
 
+    def records(self, node: Node) -> bool:
+        """Whether autograd records a node."""
+        return self._of[node][0]
+
     def refuse(self, match: Match, casts: bool = True) -> str | None:
         """Why a match must stay; `casts`: whether what replaces it depends on the casts of autocast."""
         modes = {self._of[n] for n in (match.root, *match.nodes) if n in self._of and _computes(n)}

@@ -153,13 +153,14 @@ def reduced(
     losses: torch.Tensor, factors: torch.Tensor, reduction: int, upstream: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, and what multiplies the gradient of each row, from each row's loss and factor (0: ignored)."""
-    weighted = torch.where(factors == 0, 0, losses * factors)
+    ignored = factors == 0
+    weighted = (losses * factors).masked_fill(ignored, 0)
     if reduction == NONE:
         return weighted, factors if upstream is None else factors * upstream.to(factors.dtype)
     if reduction == SUM:
         return weighted.sum(), factors
     total = factors.sum()
-    return weighted.sum() / total, torch.where(factors == 0, 0, factors / total)
+    return weighted.sum() / total, (factors / total).masked_fill(ignored, 0)
 
 
 @linear_cross_entropy_gradients.fake

@@ -18,8 +18,10 @@ An attention's mask is proved, never guessed: the pass reads the mask's subgraph
 positions, symbolic sizes included, and shows that it equals `k ≤ q + offset` ("causal") or that with a window
 ("sliding"), joined with a padding mask over batch and keys ("causal", "sliding" or "full" with a mask [B, 1, 1, T]).
 A mask that it cannot prove stays an argument ("full"), which is just as right; `meta["custom"]["fuseline_mask"]` of
-the node says why. One difference is known: where attention is written out with logits of minus infinity, a row that
-sees no key is NaN, and the op, as PyTorch's own call, gives zeros there.
+the node says why. Attention that drops weights, or runs under autocast, stays PyTorch's call; a mask that is proved
+causal becomes `is_causal=True` there, and one that shows everything goes. One difference is known: where attention is
+written out with logits of minus infinity, a row that sees no key is NaN, and the op, as PyTorch's own call, gives zeros
+there.
 
 Exact: outputs agree within 1e-5 (max|Δ|/max|reference|, float32) and 1e-12 in float64 where a model casts nothing.
 Nothing is rewritten across a border of `no_grad` or `autocast`, nor where tensors are written in place.

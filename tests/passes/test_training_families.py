@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -141,6 +142,24 @@ def test_under_autocast() -> None:
     assert out.loss.dtype == expected.loss.dtype and out.logits.dtype == expected.logits.dtype == torch.bfloat16
     assert error(out.loss, expected.loss) < 1e-3 and error(out.logits, expected.logits) < 2e-2
     assert max(error(a, b) for a, b in zip(found, gradients, strict=True)) < 5e-2
+
+
+def test_what_a_trainer_wraps_around_a_model() -> None:
+    """Autocast inside the graph, and results cast to float32, which puts the logits off once more."""
+    accelerate = pytest.importorskip("accelerate.utils")
+
+    def wrapped(model: torch.nn.Module) -> torch.nn.Module:
+        inner = torch.autocast("cpu", torch.bfloat16)(model.forward.__func__)
+        model.forward = types.MethodType(accelerate.convert_outputs_to_fp32(inner), model)
+        return model
+
+    model = build("llama")
+    twin = torch.compile(wrapped(copy.deepcopy(model)), backend="fuseline", options={"pipeline": PIPELINE})
+    expected, out = wrapped(model)(**batch()), twin(**batch())
+    assert isinstance(out.logits, Deferred) and out.logits._value is None and out.logits.dtype == torch.float32
+    assert error(out.loss, expected.loss) < 1e-3
+    assert error(out.logits, expected.logits) < 2e-2
+    assert backend.recent[-1].report["raise"].rules == {"CausalCall": 2}
 
 
 def test_a_frozen_head_and_a_trained_adapter() -> None:

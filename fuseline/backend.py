@@ -18,6 +18,8 @@ import torch
 from .compile import Compilation, compile_program
 from .compiler.action import Observer
 from .compiler.capture import from_dynamo, is_training
+from .compiler.compat import break_after
+from .compiler.deferred import DEFERS
 from .compiler.errors import UserError, nearest
 from .compiler.graph_breaks import tell_of
 from .compiler.lengths import ask_for_symbols
@@ -26,7 +28,18 @@ from .compiler.plan import Plan
 from .compiler.sharded import run_as_captured
 from .compiler.streams import refuse_streams
 
-OPTIONS = ("pipeline", "plan", "target", "verify", "observers", "cuda_graphs", "keep_originals", "leftovers", "record")
+OPTIONS = (
+    "pipeline",
+    "plan",
+    "target",
+    "verify",
+    "observers",
+    "cuda_graphs",
+    "keep_originals",
+    "leftovers",
+    "recompute",
+    "record",
+)
 recent: deque[Compilation] = deque(maxlen=8)
 """The last compilations of this process, newest last; they keep no model's tensors alive."""
 
@@ -49,6 +62,8 @@ def compile(
         observers: watch the passes.
         cuda_graphs: whether calls that are repeated on a GPU are captured (default: yes).
         leftovers: what runs operations without a kernel of ours: "auto", "inductor" or "eager".
+        recompute: in training on a GPU, whether what pointwise operations make of saved values is made again in
+            backward instead of saved (default: yes).
         record: a callable given the `Compilation`.
         keep_originals: False is for a caller that drops them itself, and takes `record` to do so.
     """
@@ -77,6 +92,8 @@ def compile(
     if not is_training(inputs):
         ask_for_symbols(module, inputs)
     program = from_dynamo(module, inputs)
+    if program.training and break_after(module) is None:
+        program = replace(program, state=program.state | {DEFERS})
     compilation = compile_program(
         program,
         inputs,
@@ -88,6 +105,7 @@ def compile(
         cuda_graphs=settings.get("cuda_graphs", True),
         keep_originals=settings.get("keep_originals", True),
         leftovers=settings.get("leftovers", "auto"),
+        recompute=settings.get("recompute", True),
     )
     recent.append(
         replace(

@@ -16,6 +16,7 @@ import torch
 from .codegen.kernel import Kernel
 from .compiler import compat
 from .compiler.action import Observer
+from .compiler.deferred import cut, positions
 from .compiler.errors import FuselineError, UserError, nearest
 from .compiler.expand import expand_at_use, expand_weights
 from .compiler.flatten import anchors_only, flatten
@@ -28,6 +29,8 @@ from .compiler.reads import refuse_dropped
 from .compiler.report import Report
 from .compiler.sharded import refuse_derived
 from .failures import explain_lowering
+from .runtime import linear_cross_entropy
+from .runtime.deferred import WithTails
 from .runtime.executable import Executable
 from .runtime.graphs import CudaGraphs, Layout
 from .runtime.leftovers import CHOICES, Leftover, install
@@ -54,7 +57,7 @@ class Compilation:
 
 
 def choose_target(target: str | None, program: Program) -> str:
-    """`auto` is Triton for tensors on a GPU with triton installed, and eager otherwise.
+    """`auto` is Triton for tensors on a GPU with triton installed (Inductor in training), and eager otherwise.
 
     Raises:
         UserError: for an unknown target, or one that this machine cannot run.
@@ -64,8 +67,9 @@ def choose_target(target: str | None, program: Program) -> str:
         raise UserError(f"unknown target '{target}'{nearest(target, TARGETS)}")
     on_gpu = _on_gpu(program)
     has_triton = find_spec("triton") is not None
-    if program.training:  # no kernel has a backward of its own yet: autograd works on ATen
-        return "inductor" if target == "inductor" else "eager"
+    if program.training:  # autograd works on ATen: Inductor writes the kernels, forward and backward
+        faster = target in ("auto", "triton") and on_gpu and has_triton
+        return "inductor" if target == "inductor" or faster else "eager"
     if target == "auto":
         return "triton" if on_gpu and has_triton else "eager"
     if target == "triton" and not has_triton:
@@ -95,6 +99,7 @@ def compile_program(
     cuda_graphs: bool = True,
     keep_originals: bool = True,
     leftovers: str = "auto",
+    recompute: bool = True,
 ) -> Compilation:
     """Runs the pipeline over a captured program and makes it executable on its flat arguments.
 
@@ -103,6 +108,8 @@ def compile_program(
             weight is reported here and not in the middle of a call.
         cuda_graphs: capture calls that are repeated, where the target is Triton on a GPU.
         keep_originals: False leaves quantized weights packed in eager too, each expanded where it is used.
+        recompute: in training through Inductor, make what pointwise operations make of saved values again in backward
+            instead of saving it too.
         leftovers: what runs the operations that no kernel of ours takes, where the target is Triton on a GPU: "eager"
             (PyTorch), "inductor", or "auto", the faster one.
 
@@ -117,7 +124,7 @@ def compile_program(
     refuse_derived(after)
     result = Compilation(program, after, report, chosen, _unbuilt)
     if after.training:
-        result.executable = _training(after, inputs, chosen)
+        result.executable = _training(after, inputs, chosen, recompute)
         return result
     targets: dict[str, Callable[..., Executable]] = {
         "eager": _eager if keep_originals else _packed,
@@ -201,9 +208,9 @@ def _kernels(program: Program, inputs: Sequence[Any], result: Compilation, lefto
     return Executable(module.call, program.arguments, program.binder(lowered.weights))
 
 
-def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any], recompute: bool = False) -> Callable[..., Any]:
     try:
-        return compat.inductor(module, inputs)
+        return compat.inductor(module, inputs, recompute)
     except Exception as error:
         text = str(error)
         if "compiler" in text.lower() and ("c++" in text.lower() or "gcc" in text.lower() or "cl is not" in text):
@@ -217,13 +224,19 @@ def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[.
         ) from error
 
 
-def _training(program: Program, inputs: Sequence[Any], target: str) -> Callable[..., Any]:
+def _training(program: Program, inputs: Sequence[Any], target: str, recompute: bool) -> Callable[..., Any]:
     """Forward and backward through AOTAutograd, parameters as ordinary inputs so that gradients reach them."""
     module, weights = program.lift()
     binder = program.binder(weights)
     plain = flatten(program, module, anchors_only if target == "eager" else lambda op: True)
+    plain, tails = cut(plain)
+    linear_cross_entropy.count_flops()
+    order = [n for n in plain.graph.nodes if n.op == "placeholder"]
+    deferred = {place: (tail, *positions(tail, order)) for place, tail in tails.items()}
     bound = [*(inputs[i] for i in program.arguments), *binder(inputs)]
     if target == "inductor":
-        return Executable(_inductor(plain, bound), program.arguments, binder)
-    as_it_is = lambda graph_module, fakes: graph_module.forward
-    return Executable(compat.aot_autograd(plain, bound, as_it_is, as_it_is), program.arguments, binder)
+        run = _inductor(plain, bound, recompute)
+    else:
+        as_it_is = lambda graph_module, fakes: graph_module.forward
+        run = compat.aot_autograd(plain, bound, as_it_is, as_it_is)
+    return Executable(WithTails(run, deferred) if deferred else run, program.arguments, binder)

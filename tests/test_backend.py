@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 import fuseline
 from fuseline import backend
+from fuseline import compile as compilation
 from fuseline.compiler.weights import STORE
 from tests.helpers.models import Mlp, Tied, error, ops, tiny_llama
 
@@ -187,6 +189,34 @@ def test_training_in_float64_agrees_to_1e_9() -> None:
     assert backend.recent[0].program.training
     assert abs(actual - loss) < 1e-9 * max(1.0, abs(loss))
     assert max(error(a, b) for a, b in zip(found, gradients, strict=True)) < 1e-9
+
+
+def test_training_on_a_gpu_goes_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "find_spec", lambda name: object())
+    program = fuseline.capture(Mlp(), (torch.randn(2, 8),))
+    for on_gpu, chosen in ((False, "eager"), (True, "inductor")):
+        monkeypatch.setattr(compilation, "_on_gpu", lambda program, there=on_gpu: there)
+        assert compilation.choose_target(None, replace(program, training=True)) == chosen
+        assert compilation.choose_target("eager", replace(program, training=True)) == "eager"
+        assert compilation.choose_target("inductor", replace(program, training=True)) == "inductor"
+
+
+def test_inductor_may_recompute_what_is_pointwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training through Inductor, unless the option says no; its setting is as it was afterwards."""
+    import torch._inductor.compile_fx as inductor
+    from torch._functorch import config
+
+    seen: list[bool] = []
+
+    def compiled_as_it_is(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        seen.append(config.ban_recompute_materialized_backward)
+        return module
+
+    monkeypatch.setattr(inductor, "compile_fx", compiled_as_it_is)
+    for options in ({}, {"recompute": False}):
+        torch.compiler.reset()
+        compiled(Mlp(), target="inductor", **options)(torch.randn(3, 8)).sum().backward()
+    assert seen == [False, True] and config.ban_recompute_materialized_backward
 
 
 def test_an_optimizer_step_reaches_the_next_forward() -> None:

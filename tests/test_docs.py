@@ -84,6 +84,14 @@ def test_the_block_on_a_cache_of_codes_runs(tmp_path: Path) -> None:
     assert re.search(r"torch.Size\(\[1, \d+\]\) \d+", python(tmp_path, str(block)))
 
 
+def test_the_blocks_on_long_contexts_run(tmp_path: Path) -> None:
+    """The page quotes what its first block prints."""
+    step, pipelines = write_blocks("docs/long_context.md", tmp_path)
+    printed = python(tmp_path, str(step)).strip()
+    assert f"It prints `{printed}`." in (ROOT / "docs" / "long_context.md").read_text(encoding="utf-8")
+    assert python(tmp_path, str(pipelines)).split()[0] == "raise,fuse-loss{chunk=4096},fuse"
+
+
 @pytest.mark.slow
 def test_the_blocks_on_training_run(tmp_path: Path) -> None:
     train, optimizers, distil = write_blocks("docs/qat.md", tmp_path)

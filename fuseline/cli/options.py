@@ -11,8 +11,12 @@ Graph = Annotated[
     str, typer.Argument(metavar="GRAPH", help="A MODEL, a .pt2 file, or a dumped stage (DIR/001_raise.py).")
 ]
 PipelineText = Annotated[
-    str, typer.Option("--pipeline", "-p", metavar="PIPELINE", help="Passes, a recipe, or a .toml file.")
-]
+    str,
+    typer.Option(
+        "--pipeline", "-p", metavar="PIPELINE", help="Passes, a recipe, or a .toml file.",
+        show_default="raise,fuse-loss,fuse, where they apply",
+    ),
+]  # fmt: skip
 RequiredPipeline = Annotated[
     str, typer.Option("--pipeline", "-p", metavar="PIPELINE", help="Passes, a recipe, or a .toml file.")
 ]

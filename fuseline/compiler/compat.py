@@ -310,11 +310,16 @@ def _of_known_size(value: Any) -> Any:
     return context.fake_mode.from_tensor(value, static_shapes=True)
 
 
-def inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """The graph compiled by Inductor as a backend would; inputs as Dynamo gave them."""
+def inductor(module: torch.fx.GraphModule, inputs: Sequence[Any], recompute: bool = False) -> Callable[..., Any]:
+    """The graph compiled by Inductor as a backend would; inputs as Dynamo gave them.
+
+    recompute: backward may make a product's factor again by pointwise operations; PyTorch's rules save it.
+    """
+    from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(module, list(inputs))
+    with config.patch(ban_recompute_materialized_backward=False) if recompute else contextlib.nullcontext():
+        return compile_fx(module, list(inputs))
 
 
 def fresh_copies(values: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:

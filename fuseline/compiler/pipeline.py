@@ -31,7 +31,7 @@ from .rewriter import Rewriter
 from .structure import structural_hash
 from .verifier import Verify
 
-DEFAULT = "raise{allow_empty},fuse{allow_empty}"
+DEFAULT = "raise{allow_empty},fuse-loss{allow_empty},fuse{allow_empty}"
 """Exact passes only; a graph in which they find nothing stays as it is."""
 
 

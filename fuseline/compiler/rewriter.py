@@ -195,6 +195,7 @@ class Rewriter:
         self._erase_dead([*replacements, *origins], moved)
         action.created, action.replaced = new.created, replacements
         self.matched[rule] = self.matched.get(rule, 0) + 1
+        self.refused.pop(self.site(root), None)  # another rule had left it alone
         for observer in self.observers:
             observer.rewritten(action, self.program)
         return True

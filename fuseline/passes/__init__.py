@@ -2,10 +2,11 @@
 
 from . import recipes
 from .fusing import Fuse
+from .losses import FuseLoss
 from .merging import MergeExperts
 from .quantize import Quantize
 from .raising import Raise
 from .rotation import Rotate
 from .sparsity import RSparse
 
-__all__ = ["Fuse", "MergeExperts", "Quantize", "RSparse", "Raise", "Rotate", "recipes"]
+__all__ = ["Fuse", "FuseLoss", "MergeExperts", "Quantize", "RSparse", "Raise", "Rotate", "recipes"]

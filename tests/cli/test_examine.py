@@ -66,7 +66,7 @@ def test_a_model_that_is_fine(cli: Callable) -> None:
     data = json.loads(result.out)
     assert result.code == 0 and data["ok"] and data["findings"] == [] and data["breaks"] == []
     (graph,) = data["graphs"]
-    assert [p["name"] for p in graph["passes"]] == ["raise", "fuse"]
+    assert [p["name"] for p in graph["passes"]] == ["raise", "fuse-loss", "fuse"]
     (ids,) = graph["inputs"]
     assert (ids["name"], ids["dtype"], ids["mutated"]) == ("ids", "int64", False)
     assert ids["shape"][0] == 1 and ids["shape"][1].startswith("s")  # the length is a symbol

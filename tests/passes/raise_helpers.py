@@ -77,7 +77,7 @@ class Force(Pass):
     name = "force"
 
     def rules(self, program: Program) -> Any:
-        return [Unguarded(rule._rule) for rule in Raise().rules(program)]
+        return [Unguarded(rule.inner) for rule in Raise().rules(program) if rule.name != "CausalCall"]
 
 
 def refused(reason: str, function: Callable[..., Any], *inputs: torch.Tensor) -> Program:

@@ -112,7 +112,7 @@ def _one(program: Program, step: Pass) -> tuple[Program, Takes]:
     result.nodes_after, result.ms, result.taken = report.nodes_after, report.ms, watch.taken
     result.refused = [Refused(site, reason, lines.get(site)) for site, reason in report.refused.items()]
     result.near = near_misses(program, step, watch.removed)
-    if not result.taken:
+    if not (result.taken or step.allow_empty):
         nothing = EmptyPassError("found no site", step.nothing_matched(program), step.remedy(program))
         result.failure, result.remedy = "; ".join([nothing.headline, *nothing.details]), nothing.remedy
     return after, result

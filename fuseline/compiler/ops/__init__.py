@@ -15,6 +15,7 @@ from .fake_quantize import fake_quantize, fake_quantize_backward
 from .glu import glu
 from .hadamard import hadamard
 from .layer_norm import layer_norm
+from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_gradients
 from .lowrank_add import lowrank_add
 from .moe import moe
 from .moe_backward import moe_backward
@@ -30,7 +31,8 @@ from .staircase import fake_staircase, staircase
 __all__ = [
     "REGISTRY", "Kind", "Op", "attention", "cache_attention", "cache_read", "cache_write", "decode", "decode_pairs",
     "decode_words", "dequantize", "encode", "encode_at", "fake_quantize", "fake_quantize_backward", "fake_staircase",
-    "find", "glu", "hadamard", "layer_norm", "lowrank_add", "moe", "moe_backward", "moe_pairs", "op", "pack_nibbles",
+    "find", "glu", "hadamard", "layer_norm", "linear_cross_entropy", "linear_cross_entropy_gradients", "lowrank_add",
+    "moe", "moe_backward", "moe_pairs", "op", "pack_nibbles",
     "quantize", "quantize_affine", "rms_norm", "rotary", "round_through", "sparse_linear", "staircase",
     "unpack_nibbles",
 ]  # fmt: skip

@@ -45,7 +45,7 @@ class Cost(NamedTuple):
 class Op:
     """A dialect op: callable, with the overload that appears in graphs as `op.overload`."""
 
-    def __init__(self, schema: str, naive: Callable[..., Any], kind: Kind, whole: bool = False):
+    def __init__(self, schema: str, naive: Callable[..., Any], kind: Kind, whole: bool = False, records: bool = False):
         self.name, self.whole = schema.split("(")[0], whole
         self.schema, self.naive, self.kind = schema, naive, kind
         self.cost_rule: Callable[..., Any] | None = None
@@ -56,7 +56,7 @@ class Op:
         LIBRARY.impl(self.name, naive, "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.fuseline, self.name).default
         torch.library.register_fake(f"fuseline::{self.name}", naive, lib=LIBRARY)
-        if not self.overload._schema.is_mutable:  # what is written in place has no derivative
+        if not (records or self.overload._schema.is_mutable):  # what is written in place has no derivative
             torch.library.register_autograd(
                 f"fuseline::{self.name}", self._backward, setup_context=_save_all, lib=LIBRARY
             )
@@ -74,6 +74,12 @@ class Op:
         """The derivative, given a context with the op's tensors (`saved_tensors`) and all its arguments (`layout`, a
         pair each: whether it is one of those tensors, else its value), and the gradients of its results."""
         self.backward_rule = function
+        return function
+
+    def autograd(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """How autograd records a call, in the place of `backward`: for an op that computes gradients with its result.
+        Such an op is defined with `records`."""
+        LIBRARY.impl(self.name, function, "Autograd")
         return function
 
     def cost(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,12 +122,15 @@ def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*(a for a in inputs if isinstance(a, torch.Tensor)))
 
 
-def op(schema: str, kind: Kind = Kind.OTHER, whole: bool = False) -> Callable[[Callable[..., Any]], Op]:
+def op(
+    schema: str, kind: Kind = Kind.OTHER, whole: bool = False, records: bool = False
+) -> Callable[[Callable[..., Any]], Op]:
     """Defines `fuseline::<schema>` with the decorated function as its naive twin.
 
-    whole: the twin's steps depend on its data, so that no graph can hold them: other compilers call the op, too.
+    whole: never written out in ATen, other compilers call the op, too: the twin's steps depend on its data, so that no
+    graph can hold them, or its memory on their order. records: see `Op.autograd`.
     """
-    return lambda naive: Op(schema, naive, kind, whole)
+    return lambda naive: Op(schema, naive, kind, whole, records)
 
 
 def find(target: Any) -> Op | None:

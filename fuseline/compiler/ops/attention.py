@@ -38,6 +38,11 @@ def attention(
     if not softcap:
         plain_causal = kind == "causal" and mask is None and isinstance(offset, int) and offset == 0
         visible = None if plain_causal else visibility(q, k, mask, kind, offset, window)
+        if grouped and q.is_cuda and not (visible is None and q.dtype.itemsize == 2 and q.shape[-1] <= 256):
+            # Of PyTorch's fused kernels flash attention alone shares heads; the others would give way to one that
+            # stores the weights [B, H, S, T].
+            groups, grouped = q.shape[1] // k.shape[1], False
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         return F.scaled_dot_product_attention(
             q, k, v, visible, dropout, is_causal=plain_causal, scale=scale, enable_gqa=grouped
         )

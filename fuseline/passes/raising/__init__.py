@@ -19,8 +19,10 @@ An attention's mask is proved, never guessed: the pass reads the mask's subgraph
 positions, symbolic sizes included, and shows that it equals `k ≤ q + offset` ("causal") or that with a window
 ("sliding"), joined with a padding mask over batch and keys ("causal", "sliding" or "full" with a mask [B, 1, 1, T]).
 A mask that it cannot prove stays an argument ("full"), which is just as right; `meta["custom"]["fuseline_mask"]` of
-the node says why. One difference is known: where attention is written out with logits of minus infinity, a row that
-sees no key is NaN, and the op, as PyTorch's own call, gives zeros there.
+the node says why. Attention that drops weights, or runs under autocast, stays PyTorch's call; a mask that is proved
+causal becomes `is_causal=True` there, and one that shows everything goes. One difference is known: where attention is
+written out with logits of minus infinity, a row that sees no key is NaN, and the op, as PyTorch's own call, gives zeros
+there.
 
 Exact: outputs agree within 1e-5 (max|Δ|/max|reference|, float32) and 1e-12 in float64 where a model casts nothing.
 Nothing is rewritten across a border of `no_grad` or `autocast`, nor where tensors are written in place.
@@ -38,7 +40,7 @@ from ...compiler.framework import Pass, Tier
 from ...compiler.program import Program
 from ...compiler.registry import register
 from ...compiler.rule import Rule
-from .attention import Attention
+from .attention import Attention, CausalCall
 from .attention_eager import EagerAttention
 from .experts import SeparateExperts, StackedExperts
 from .gated import GEGLU, GLU, ReGLU, SwiGLU
@@ -71,3 +73,4 @@ class Raise(Pass):
         experts = (StackedExperts(), SeparateExperts(program.training))  # what is gated is known by then
         for rule in (*norms, RotaryPair(), Rotary(), *gates, *experts, *attentions):
             yield WithinMode(rule, modes)
+        yield CausalCall(masks, built)

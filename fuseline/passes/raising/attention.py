@@ -102,6 +102,37 @@ class Attention(AttentionRule):
                 yield Match(node, {"site": site}, (node,))
 
 
+class CausalCall(Attention):
+    """A call that stays PyTorch's, for it drops weights or runs under autocast: without the mask that was proved.
+
+    `is_causal` stands for the causal mask, and no mask for one that shows every key, so that fused kernels apply.
+    """
+
+    @property
+    def name(self) -> str:
+        return "CausalCall"
+
+    def matches(self, program: Program) -> Iterator[Match]:
+        for m in super().matches(program):
+            if m.site.mask.node is not None:
+                claim = self._claim(m.site)
+                yield Match(m.root, {**m.bindings, "claim": claim}, m.nodes)
+
+    def refuse(self, m: Match) -> str | None:
+        claim: Claim | str = m.claim
+        if isinstance(claim, str):
+            return claim
+        plain = claim.kind != "sliding" and claim.padding is None and claim.offset.value == 0
+        return None if plain else "PyTorch's call has no word for this mask but the mask itself"
+
+    def after(self, m: Match, new: Builder) -> Node:
+        given = arguments(m.root)
+        return new(
+            m.root.target, given["query"], given["key"], given["value"], None, given["dropout_p"],
+            m.claim.kind == "causal", scale=given["scale"], enable_gqa=given["enable_gqa"],
+        )  # fmt: skip
+
+
 def _differ(a: Any, b: Any) -> bool:
     return isinstance(a, int) and isinstance(b, int) and a != b
 

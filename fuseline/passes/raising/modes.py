@@ -31,11 +31,16 @@ class Modes:
                 casting.pop()
             self._of[node] = (recorded, casting[-1])
 
-    def refuse(self, match: Match) -> str | None:
+    def records(self, node: Node) -> bool:
+        """Whether autograd records a node."""
+        return self._of[node][0]
+
+    def refuse(self, match: Match, casts: bool = True) -> str | None:
+        """Why a match must stay; `casts`: whether what replaces it depends on the casts of autocast."""
         modes = {self._of[n] for n in (match.root, *match.nodes) if n in self._of and _computes(n)}
-        if any(casting for _, casting in modes):
+        if casts and any(casting for _, casting in modes):
             return "it runs under torch.autocast, whose casts are not in the graph"
-        if len(modes) > 1:
+        if len({recorded for recorded, _ in modes}) > 1 or (casts and len(modes) > 1):
             return "part of it runs under torch.no_grad: the whole would get other gradients"
         return None
 

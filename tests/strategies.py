@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from hypothesis import reject, settings
 from hypothesis import strategies as st
 
+from fuseline.compiler.compensated import Compensated
 from fuseline.compiler.errors import UserError
+from fuseline.compiler.expert_expressions import Mixed, Paired, PairedCodes
 from fuseline.compiler.expressions import (
     Add,
     Blocks,
@@ -74,6 +76,7 @@ constants = st.lists(st.floats(allow_nan=False, width=32), max_size=4).map(
     lambda v: Constant(tuple(v), (len(v),), torch.float32, "cpu")
 )
 numbers = st.floats(-9, 9, width=32)
+groups = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=3).map(tuple)
 planned = st.builds(lambda n, device: Planned.of(torch.eye(n, dtype=torch.float64), device), st.integers(0, 3), devices)
 leaves = st.one_of(
     st.builds(Param, names),
@@ -105,6 +108,10 @@ def expressions() -> st.SearchStrategy[Expression]:
             st.builds(Hadamard, x, st.integers(-2, 1), st.sampled_from((0, 4, 12))),
             st.builds(Quantize, x, schemes()),
             st.builds(HalfQuadratic, x, schemes()),
+            st.builds(Compensated, x, schemes(), st.lists(small, max_size=3).map(tuple), small, st.booleans()),
+            st.builds(Mixed, x, groups, st.lists(st.tuples(numbers), max_size=3).map(tuple), st.booleans()),
+            st.builds(Paired, x, groups, numbers, st.none() | planned, st.booleans(), st.booleans()),
+            st.builds(PairedCodes, x, groups, numbers, st.sampled_from(("fp8", "int4")), small, st.none() | planned),
             st.builds(Range, x, schemes()),
             st.builds(Decided, x, planned, planned, st.none() | planned, st.tuples(numbers, numbers)),
             st.builds(Fitted, x, planned, st.tuples(numbers, numbers)),

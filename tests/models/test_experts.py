@@ -113,3 +113,16 @@ def test_a_merged_model_is_saved_and_loaded(family: str, options: str, tmp_path:
     fuseline.save(model, tmp_path / "out")
     loaded = fuseline.load(tmp_path / "out")
     assert torch.equal(loaded(tokens()).logits, expected) and not fuseline.breaks(loaded)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_a_rotation_folds_into_experts(family: str) -> None:
+    """R1 goes into the columns of one stack and the rows of the other, biases too, and leaves nothing at run time."""
+    model = build(family)
+    program = fuseline.capture(model, (tokens(),))
+    rotated, report = fuseline.Pipeline("raise,rotate{r1}").run(program, verification="full")
+    rules = report["rotate"].rules
+    assert (rules["R1 into rows"], rules["R1 into columns"]) == (3, 6)
+    assert "R1 enters" not in rules and not any(n.target is ops.hadamard.overload for n in rotated.graph.nodes)
+    assert error(rotated.run(rotated.examples)[0], program.run(program.examples)[0]) < 1e-6

@@ -336,8 +336,30 @@ REASONS = (
     "reads what this call adds to them as well",
     "its weight wants a gradient, or is tied to an embedding",
     "no number of blocks",
+    "what routed experts' last product reads is made inside their one op",
 )
 """The words of each reason that has a counter-example here, without names and numbers."""
+
+
+def test_experts_keep_what_their_last_product_reads() -> None:
+    def mixture(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        weights, indices = x[:, :2].softmax(-1).topk(1, -1)
+        return torch.ops.fuseline.moe(x, indices, weights, gate_up, down)
+
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up = torch.nn.Parameter(torch.randn(2, 16, 8, dtype=torch.float64))
+            self.down = torch.nn.Parameter(torch.randn(2, 8, 8, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return mixture(x, self.gate_up, self.down)
+
+    with torch.no_grad():
+        captured = fuseline.capture(Experts(), (torch.randn(3, 8, dtype=torch.float64),))
+    _, report = fuseline.Pipeline("raise{allow_empty},rotate{r4,allow_empty}").run(captured)
+    (reason,) = report["rotate"].refused.values()
+    assert reason == "R4: what routed experts' last product reads is made inside their one op"
 
 
 def test_a_mask_takes_as_many_dimensions_as_it_has() -> None:

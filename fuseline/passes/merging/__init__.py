@@ -12,7 +12,7 @@ Before                                                     after  merge-experts{
              hc       clusters of alike mean outputs become their mean, by frequency (HC-SMoE)
              reap     those that contribute least go, with their rows of the router (REAP)
              partial-preservation  the more important half of what stays is left as it is, the other half absorbs what
-                      goes, by importance (SlimQwen)
+                      goes, by importance (arXiv 2605.08738)
              milo     all stay, in codes of `weights` with low ranks that make up for what rounding loses (MiLo)
 `ratio`      the share of the experts' memory that goes; puzzle: 0.5 at most, the others alone in their row
 `tau`        puzzle: how much two magnitudes may differ, relative to their sum, and still be alike
@@ -32,8 +32,8 @@ Before                                                     after  merge-experts{
 `raise` finds the layers: it goes first. Experts that no calibration token chose count as the mean one for saliency.
 `quantize` behind this pass rounds what average, hc, reap and partial-preservation leave.
 
-Lossy. Sources: PuzzleMoE (2025); HC-SMoE (Chen et al., 2025); REAP (Lasby et al., 2026); SlimQwen (2026), section 3;
-MiLo (Huang et al., 2025).
+Lossy. Sources: PuzzleMoE (2025); HC-SMoE (Chen et al., 2025); REAP (Lasby et al., 2026); arXiv 2605.08738 (2026),
+partial preservation; MiLo (Huang et al., 2025).
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def most_important(importance: torch.Tensor, count: int, blocks: int = 1) -> lis
 
 
 def absorbed(importance: torch.Tensor, alike: torch.Tensor, count: int, blocks: int = 1) -> Groups:
-    """Partial preservation (SlimQwen, 2026): of the `count` most important experts the first half stays as it is, and
+    """Partial preservation (arXiv 2605.08738): of the `count` most important experts the first half stays as it is, and
     each expert that goes joins the one of the second half that it is most alike; alike: [E, E]."""
     each, groups = len(importance) // blocks, []
     for block in range(blocks):

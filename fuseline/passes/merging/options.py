@@ -12,7 +12,7 @@ class Method(enum.Enum):
     AVERAGE = "average"  # random groups, averaged
     HC = "hc"  # clusters of alike outputs, averaged by frequency (HC-SMoE)
     REAP = "reap"  # those that contribute least are left out (REAP)
-    PARTIAL = "partial-preservation"  # the most important stay, the others are merged into bases (SlimQwen)
+    PARTIAL = "partial-preservation"  # the most important stay, the others are merged into bases
     MILO = "milo"  # low-bit codes with low-rank compensation (MiLo)
 
 

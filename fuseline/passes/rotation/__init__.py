@@ -29,6 +29,9 @@ stream takes R. Each fold is a rewrite of its own that keeps the program's resul
 Under training, frozen weights fold. What a gradient should reach is rotated at each call where it is thin (the matrices
 of a low-rank adapter), and the gradient passes through that; other trained weights are boundaries.
 
+Routed experts fold like other products, one stack by its columns and one by its rows; R4 refuses them, since what their
+last product reads is made inside their one op.
+
 Exact: logits agree within 1e-5 in float32. Sources: QuaRot (Ashkboos et al., 2024), SpinQuant (Liu et al., 2024).
 """
 

@@ -15,11 +15,12 @@ from torch.fx import Node
 
 from ...compiler import ops
 from ...compiler.algebra import letters
-from ...compiler.algebra.axioms import ALL, NORM, SCORES, Algebra, Translator
+from ...compiler.algebra.axioms import ALL, NORM, ROWS, SCORES, Algebra, Translator
 from ...compiler.algebra.functions import Meaning, function
 from ...compiler.algebra.region import NotTranslated
 from ...compiler.algebra.values import Call
 from ...compiler.expressions import Constant
+from ...compiler.traits import arguments
 
 
 def rms_norm(call: Call) -> sympy.Expr:
@@ -73,6 +74,18 @@ def attention(call: Call) -> sympy.Expr:
         raise NotTranslated(f"op {call.name}: it drops at random")
     scores = call.value(q) * sympy.transpose(call.value(k))
     return call.rows([v], [*rest, *sorted(call.kwargs.items())], others=[scores], first=SCORES)
+
+
+def moe(call: Call) -> sympy.Expr:
+    """Each row times its experts' matrices: a function of x·gate_upᵀ, times downᵀ, whose rows are mixed by weights."""
+    given = arguments(call.node)
+    _, indices, weights, *_ = call.args
+    chosen, rest = call.text(indices), [given[name] for name in ("activation", "interleaved", "alpha", "limit")]
+    stack = lambda at: call.values.matrices.chosen(sympy.transpose(call.value(at)), chosen)
+    bias = lambda at: call.value(at) if len(call.args) > at and call.args[at] is not None else sympy.S.Zero
+    inner = function(f"unit[{chosen},{rest}]", [call.value(0) * stack(3), bias(5)], Meaning())
+    rows = inner * stack(4) + letters.letter(f"unit({chosen})", meaning="row") * bias(6)
+    return function(f"moe[{chosen},{call.text(weights)}]", [rows], Meaning(ROWS, (0,), True))
 
 
 def dropout(call: Call) -> sympy.Expr | None:
@@ -189,6 +202,7 @@ _CALLS: dict[str, Translator] = {
     "layer_norm": layer_norm,
     "hadamard": hadamard,
     **dict.fromkeys(("attention", "scaled_dot_product_attention"), attention),
+    "moe": moe,
     "dropout": dropout,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _along(1, 2, picks=True)),
     **dict.fromkeys(("select", "narrow", "index_select"), _along(1, picks=True)),

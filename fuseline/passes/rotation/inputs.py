@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
+from ...compiler import ops
 from ...compiler.ops import glu
 from ...compiler.program import Program
 from ...compiler.rewriter import Builder, Rewriter
@@ -20,6 +21,7 @@ from .folds import Folds
 from .products import Product, product
 from .rotations import Rotation, no_blocks
 
+INSIDE = "what routed experts' last product reads is made inside their one op"
 _ACTIVATIONS = ("gelu", "relu", "silu", "sigmoid", "tanh", "mul", "pow", "square", "leaky_relu", "hardswish", "relu_")
 
 
@@ -33,6 +35,8 @@ def rotate_inputs(
     online: dict[tuple[Node, Rotation], Node] = {}
     for node in list(program.graph.nodes):
         made = product(node)
+        if node.target is ops.moe.overload:
+            rewriter.refuse(node, f"R4: {INSIDE}")
         if made is None or not is_inner(made.x):
             continue
         value = made.weight.meta["val"]

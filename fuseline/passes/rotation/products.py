@@ -1,19 +1,20 @@
 """Products with a weight: a rotation ends in one, folded into its columns, or begins in one, folded into its rows.
 
-Taken are `linear`, `addmm`, `mm` and `matmul`, and products with a stack of matrices (`bmm`, `baddbmm`, and grouped
-products over experts), whatever views lie between the parameter and the product.
+Taken are `linear`, `addmm`, `mm` and `matmul`, products with a stack of matrices (`bmm`, `baddbmm`, and grouped
+products over experts), and routed experts, whatever views lie between the parameter and the product.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Node
 
+from ...compiler import ops
 from ...compiler.expressions import Expression, Output
 from ...compiler.order import touches_written
 from ...compiler.rewriter import Builder
@@ -36,6 +37,7 @@ class Product:
 
     path: from the weight node to the product's operand, each node a view of the one before. inputs, outputs: the
     dimensions of the weight that x is multiplied along and that y has; position: the operand's among the arguments.
+    writer: the product that y comes from, where one call makes several: experts read by one stack and write by another.
     """
 
     node: Node
@@ -47,6 +49,7 @@ class Product:
     outputs: int
     bias: Node | None = None
     bias_position: int = 2
+    writer: Product | None = None
 
     @property
     def expression(self) -> Expression:
@@ -54,7 +57,9 @@ class Product:
         return found
 
     def weights(self) -> tuple[Expression, ...]:
-        """The weight, and the bias."""
+        """The weight that y comes from, and its bias."""
+        if self.writer is not None:
+            return self.writer.weights()
         return (self.expression, *(() if self.bias is None else (self.bias.meta["weight"],)))
 
     def rebuilt(self, new: Builder, x: Node, weight: Weight, bias: Weight | None = None) -> Node:
@@ -72,8 +77,12 @@ class Product:
 
     def with_rows(self, new: Builder, fold: Fold) -> Node:
         """The same product of the same input, `fold` applied along the channels that it writes."""
+        if self.writer is not None:
+            return self.writer.with_rows(new, fold)
         weight = fold(self.expression, self.weight.meta["val"], self.outputs)
-        bias = None if self.bias is None else fold(self.bias.meta["weight"], self.bias.meta["val"], 0)
+        bias = None
+        if self.bias is not None:
+            bias = fold(self.bias.meta["weight"], self.bias.meta["val"], self.bias.meta["val"].dim() - 1)
         return self.rebuilt(new, self.x, weight, bias)
 
 
@@ -110,7 +119,18 @@ def product(node: Node) -> Product | None:
     if name in ("addmm", "baddbmm") and not node.kwargs:
         bias, x, table = node.args[:3]
         return _product(node, x, table, 2, bias, 0)
-    return None
+    return _experts(node) if node.target is ops.moe.overload and not node.kwargs else None
+
+
+def _experts(node: Node) -> Product | None:
+    """Routed experts: what they read goes through one stack, and what they write comes from another."""
+    x, _, _, *tables = node.args
+    writer = _product(node, x, tables[1], 4, transposed=True)
+    reader = _product(node, x, tables[0], 3, transposed=True)
+    bias = tables[3] if len(tables) > 3 else None
+    if reader is None or writer is None or (isinstance(bias, Node) and "weight" not in bias.meta):
+        return None
+    return replace(reader, writer=replace(writer, bias=bias, bias_position=6))
 
 
 def _product(

@@ -57,10 +57,12 @@ class Turn:
         for node in [n for n in self.program.graph.nodes if n in wanted]:
             if node._erased or "weight" in node.meta:
                 continue
-            if node in stream.readers:
-                self._reader(node)
-            if node in stream.before and not node._erased:
-                self._member(node)
+            made = self._reader(node) if node in stream.readers else node
+            if node in stream.before and made is not None and not made._erased:
+                stream.before.setdefault(
+                    made, stream.before[node]
+                )  # experts read and write: first the one, then the other
+                self._member(made)
 
     def _rewrite(self, rule: str, root: Node, build: Callable[[Builder], Any]) -> None:
         name = f"{self.rotation.label} {rule}"
@@ -177,18 +179,22 @@ class Turn:
 
         self._rewrite("commutes with the norm", node, build)
 
-    def _reader(self, node: Node) -> None:
+    def _reader(self, node: Node) -> Node | None:
+        """The product that takes the reader's place, if any does."""
         made = product(node)
         found = self.turned.get(made.x) if made is not None else None
         if made is None or found is None:
-            return  # a rewrite before it was skipped
+            return None  # a rewrite before it was skipped
+        built: list[Node] = []
 
         def build(new: Builder) -> Node:
             value = made.weight.meta["val"]
             weight = self._fold(new, made.expression, value, made.inputs, found.scale)
-            return made.rebuilt(new, found.node, weight)
+            built.append(made.rebuilt(new, found.node, weight))
+            return built[0]
 
         self._rewrite("into columns", node, build)
+        return built[0] if built else None
 
 
 def _spans(node: Node, block: int) -> list[tuple[int, int]]:

@@ -23,7 +23,7 @@ goes through few dimensions. Products of one input share the mask and `down`. Wi
 `only`, `skip`  module paths to take or to leave, with `*`, separated by `|`
 
 Thresholds are quantiles over the calibration data. Refused, and counted as dense within the budget: products whose
-input is rotated at run time, or the same at every position. The head over the vocabulary is left alone unless `only`
+input is rotated at run time, or the same at every position; and routed experts, which are one op. The head over the vocabulary is left alone unless `only`
 names it. Every linear of a program can be a site, whatever its shape; bytes are the true ones of each.
 
 Weights are stored input-major. `quantize` behind this pass packs codes along the outputs, so that a dropped channel is
@@ -123,6 +123,9 @@ class RSparse(Pass):
         return replace(found, lines=(*found.lines, note))
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
+        for node in program.graph.nodes:
+            if node.target is ops.moe.overload:
+                rewriter.refuse(node, "its experts' products are in one op, which reads all channels")
         for site in sites(program):
             if left_out(site, self.only, self.skip):
                 continue

@@ -23,9 +23,9 @@ goes through few dimensions. Products of one input share the mask and `down`. Wi
 `only`, `skip`  module paths to take or to leave, with `*`, separated by `|`
 
 Thresholds are quantiles over the calibration data. Refused, and counted as dense within the budget: products whose
-input is rotated at run time, or the same at every position; and routed experts, which are one op. The head over the
-vocabulary is left alone unless `only` names it. Every linear of a program can be a site, whatever its shape; bytes are
-the true ones of each.
+input is rotated at run time, or the same at every position. Routed experts, which are one op, are refused too. The head
+over the vocabulary is left alone unless `only` names it. Every linear of a program can be a site, whatever its shape;
+bytes are the true ones of each.
 
 Weights are stored input-major. `quantize` behind this pass packs codes along the outputs, so that a dropped channel is
 dropped bytes.

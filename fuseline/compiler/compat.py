@@ -447,3 +447,33 @@ def fresh_size_records() -> Iterator[None]:
         state.clear()
         state.update(kept)
         config.recompile_limit = limit
+
+
+def group_name(group: Any) -> str:
+    """The name by which functional collectives know a process group.
+
+    On torch 2.13 their derivatives are registered by the import here; without it they would cut gradients off."""
+
+    return str(group.group_name)
+
+
+def mesh_groups() -> dict[str, tuple[str, int, int]]:
+    """Dimension of a DeviceMesh → this process's group along it: name, size, rank. A later mesh hides an earlier one."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    found = {}
+    for group in _world.pg_map:
+        described = str(getattr(group, "group_desc", ""))
+        if described.startswith("mesh_") and dist.get_rank(group) >= 0:
+            found[described.removeprefix("mesh_")] = (group_name(group), group.size(), dist.get_rank(group))
+    return found
+
+
+def gradients_are_averaged(parameters: Collection[torch.Tensor]) -> bool:
+    """Whether DistributedDataParallel runs the forward under way, or `fully_shard` gathered one of these parameters."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    if DistributedDataParallel._get_active_ddp_module() is not None:
+        return True
+    return bool(gathered(parameters))

@@ -86,6 +86,7 @@ class Pass:
     algebra: ClassVar[Algebra | None] = None  # what proves its rewrites, where they are algebra
     needs_data: ClassVar[bool] = False  # `analyze` decides site by site before any rewrite
     is_trained: ClassVar[bool] = False  # or training does: `fuseline.prepare_qat`
+    whole_graph: ClassVar[bool] = False  # a graph that ends at a graph break is an error
 
     expect: tuple[str, ...] = ()  # fewer rewrites are an error: 61, or RULE:61|RULE:30
     allow_empty: bool = False  # matching no site is not an error
@@ -175,7 +176,7 @@ def build(kind: type[Pass], texts: dict[str, str | bool]) -> Pass:
 def _read(owner: str, name: str, kind: Any, text: str | bool) -> Any:
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         members = [k for k in typing.get_args(kind) if k is not type(None)]
-        if text == "none":
+        if text in ("none", "auto"):
             return None
         kind = members[0]
     if kind is bool:

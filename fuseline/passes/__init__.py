@@ -5,6 +5,7 @@ from .fusing import Fuse
 from .quantize import Quantize
 from .raising import Raise
 from .rotation import Rotate
+from .sequence import SequenceParallel
 from .sparsity import RSparse
 
-__all__ = ["Fuse", "Quantize", "RSparse", "Raise", "Rotate", "recipes"]
+__all__ = ["Fuse", "Quantize", "RSparse", "Raise", "Rotate", "SequenceParallel", "recipes"]

@@ -12,6 +12,7 @@ from .encode import encode
 from .encode_at import encode_at
 from .fake_quantize import fake_quantize, fake_quantize_backward
 from .glu import glu
+from .gradients import scale_gradient, sum_gradient
 from .hadamard import hadamard
 from .layer_norm import layer_norm
 from .quantize import quantize
@@ -26,5 +27,5 @@ __all__ = [
     "REGISTRY", "Kind", "Op", "attention", "cache_attention", "cache_read", "cache_write", "decode", "decode_words",
     "dequantize", "encode", "encode_at", "fake_quantize", "fake_quantize_backward", "fake_staircase", "find", "glu",
     "hadamard", "layer_norm", "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
-    "round_through", "sparse_linear", "staircase", "unpack_nibbles",
+    "round_through", "scale_gradient", "sparse_linear", "staircase", "sum_gradient", "unpack_nibbles",
 ]  # fmt: skip

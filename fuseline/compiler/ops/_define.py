@@ -115,7 +115,7 @@ def op(schema: str, kind: Kind = Kind.OTHER) -> Callable[[Callable[..., Any]], O
 
 
 def find(target: Any) -> Op | None:
-    """The dialect op behind a node's target, if it is one."""
+    """The dialect op behind a node's target, if it is one. What only marks a gradient (`gradients.py`) is none."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "fuseline":
-        return REGISTRY[target._opname]
+        return REGISTRY.get(target._opname)
     return None

@@ -458,7 +458,7 @@ def group_name(group: Any) -> str:
 
 
 def mesh_groups() -> dict[str, tuple[str, int, int]]:
-    """Dimension of a DeviceMesh → this process's group along it: name, size, rank. A later mesh hides an earlier one."""
+    """Dimension of a DeviceMesh → this process's group along it: name, size, rank. Later meshes hide earlier ones."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _world
 

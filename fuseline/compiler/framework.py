@@ -86,7 +86,6 @@ class Pass:
     algebra: ClassVar[Algebra | None] = None  # what proves its rewrites, where they are algebra
     needs_data: ClassVar[bool] = False  # `analyze` decides site by site before any rewrite
     is_trained: ClassVar[bool] = False  # or training does: `fuseline.prepare_qat`
-    whole_graph: ClassVar[bool] = False  # a graph that ends at a graph break is an error
 
     expect: tuple[str, ...] = ()  # fewer rewrites are an error: 61, or RULE:61|RULE:30
     allow_empty: bool = False  # matching no site is not an error

@@ -122,6 +122,7 @@ class Rewriter:
         self.matched: dict[str, int] = {}
         self.refused: dict[str, str] = {}
         self.skipped = 0
+        self.excused: str | None = None  # why this program needs no rewrite, where the pass knows
         self._weights: dict[Expression, Node] = {n.meta["weight"]: n for n in program.weights()}
         self._types: dict[Any, Any] = {}
         self.site_of: dict[Node, str] = _sites.sites(program.graph)

@@ -31,6 +31,7 @@ placements are those of GSPMD (Xu et al., 2021). AutoSP (2026) does this on PyTo
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,13 +44,17 @@ from ...compiler.errors import UserError
 from ...compiler.framework import Pass, Tier
 from ...compiler.ops import scale_gradient, sum_gradient
 from ...compiler.program import Program
+from ...compiler.provenance import source_lines
 from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
+from . import breaks
 from .collectives import Group
 from .placement import Axis, Partial, Sharded
 from .retrace import retrace
 from .run import Run
 from .sites import attentions, starts, trace_back
+
+log = logging.getLogger("fuseline")
 
 
 class Kind(enum.Enum):
@@ -82,7 +87,6 @@ class SequenceParallel(Pass):
 
     name = "sequence-parallel"
     tier = Tier.EXACT
-    whole_graph = True
 
     degree: int | None = None  # ranks that share a sequence; auto: all, or the mesh dimension's
     kind: Kind = Kind.AUTO
@@ -94,6 +98,9 @@ class SequenceParallel(Pass):
     def run(self, program: Program, rewriter: Rewriter) -> None:
         """Runs the program once more with every value placed, and puts what was traced in its place."""
         found = attentions(program.graph)
+        if not found and breaks.goes_on(program):
+            rewriter.excused = "it goes on behind a graph break, with results that every rank has whole"
+            return
         if not found:
             return
         _refuse_writes(program)
@@ -107,13 +114,18 @@ class SequenceParallel(Pass):
         group = Group(ranks.name, ranks.size, ranks.rank)
         families = Families(ranks.size)
         reached = trace_back(found, families.of)
+        first = starts(reached)
+        if not first:
+            raise breaks.inside_attention(program, found[0].node)
         outside = self._averaged(program)
 
         def one_rank(values: Sequence[Any], weights: dict[Node, torch.Tensor]) -> Any:
-            run = Run(program.module, group, starts(reached), self.gather)
+            run = Run(program.module, group, first, self.gather)
             run.weights = weights if outside else {n: _summed(w, group) for n, w in weights.items()}
             results = run.run(*(_arriving(v, group, outside) for v in values))
-            return leave(run, results, self.outputs, outside)
+            left = leave(run, results, self.outputs, outside)
+            tell_of_gathers(run)
+            return left
 
         rewriter.replace_all(
             found[0].node,
@@ -121,6 +133,7 @@ class SequenceParallel(Pass):
             lambda: retrace(program, one_rank),
             "attention",
         )
+        breaks.cut(program)
 
     def _averaged(self, program: Program) -> bool:
         """Whether a wrapper will average gradients over the ranks."""
@@ -129,7 +142,11 @@ class SequenceParallel(Pass):
         return compat.gradients_are_averaged([s.tensor for s in program.sources.values()])
 
     def nothing_matched(self, program: Program) -> tuple[str, ...]:
-        return ("no attention in this graph: neither a call of scaled_dot_product_attention nor one written out",)
+        what = "no attention in this graph: neither a call of scaled_dot_product_attention nor one written out"
+        return (what, *breaks.named(program))
+
+    def remedy(self, program: Program) -> str | None:
+        return breaks.REMEDY if program.ends_at else None
 
 
 class Families:
@@ -176,13 +193,7 @@ def leave(run: Run, results: Any, outputs: Outputs, outside: bool) -> Any:
     nodes = results if isinstance(results, (tuple, list)) else [results]
     degree = run.group.degree
     final = []
-    has_loss = any(
-        isinstance(v := run.values.get(n), (torch.Tensor, Partial))
-        and _tensor(v).dim() == 0
-        and _tensor(v).requires_grad
-        for n in nodes
-        if isinstance(n, Node)
-    )
+    has_loss = any(_is_loss(run.values[n]) for n in nodes if isinstance(n, Node))
     gathered = outputs is Outputs.GATHERED or (outputs is Outputs.AUTO and not has_loss)
     for n in nodes:
         if not isinstance(n, Node):
@@ -200,8 +211,19 @@ def leave(run: Run, results: Any, outputs: Outputs, outside: bool) -> Any:
     return tuple(final) if isinstance(results, (tuple, list)) else final[0]
 
 
-def _tensor(found: Any) -> torch.Tensor:
-    return found.tensor if isinstance(found, Partial) else found
+def _is_loss(found: Any) -> bool:
+    x = found.tensor if isinstance(found, Partial) else found
+    return isinstance(x, torch.Tensor) and x.dim() == 0 and x.requires_grad
+
+
+def tell_of_gathers(run: Run) -> None:
+    """Logs what every rank holds whole although it was cut: the memory that this costs, and the lines."""
+    lines = source_lines(run.collected)
+    if lines:
+        log.warning(
+            "sequence-parallel gathers %d values on every rank, first read at %s%s",
+            len(run.collected), lines[0], f" and {len(lines) - 1} more lines" if lines[1:] else "",
+        )  # fmt: skip
 
 
 def _refuse_writes(program: Program) -> None:

@@ -95,7 +95,8 @@ class Run(Inliner):
             return self.whole(source)
         for d, goes in enumerate(to):
             if goes == shard.dim and not is_one(value(source).shape[d]):
-                return self._once(source, shard.at(d), lambda: self.group.take(found, shard.at(d)))
+                there = shard.at(d)
+                return self._once(source, there, lambda: self.group.take(found, there))  # noqa: B023
         return found
 
     def whole(self, source: Node) -> torch.Tensor:

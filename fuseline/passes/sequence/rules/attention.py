@@ -1,4 +1,4 @@
-"""Attention: where positions meet. Queries, keys and values go to the ranks by heads, the result comes back by positions.
+"""Attention: where positions meet. Queries, keys and values go to the ranks by heads, results come back by positions.
 
 One all-to-all brings all three (their heads for a rank lie side by side in what it is sent), one brings the result
 back. In between a rank sees the whole sequence for its heads: masks, causality and windows mean what they meant.
@@ -41,9 +41,7 @@ class Attention(Rule):
         query, key, val = (given[name] for name in names[:3])
         mask = given[names[3]]
         if value(query).dim() != 4:
-            return run.refuse(
-                node, f"its queries have {value(query).dim()} dimensions, not [batch, heads, length, width]"
-            )
+            return run.refuse(node, f"its queries have {value(query).dim()} dimensions, not 4")
         if any(isinstance(s := run.values[n], Sharded) and s.shard.axis.heads for n in (query, key, val)):
             return run.refuse(node, "its heads are cut already")
         grouped = [_Repeat.of(n) for n in (key, val)]
@@ -84,9 +82,7 @@ class Attention(Rule):
         if shard.dim != SEQUENCE:
             return run.refuse(node, "it is cut along another dimension than the sequence")
         if given.get("is_causal") or given.get("kind", "full") != "full":
-            return run.refuse(
-                node, "its keys and values are whole on every rank and its mask counts from the first query"
-            )
+            return run.refuse(node, "its keys are whole on every rank, and its mask counts from the first query")
         local = None
         if mask is not None:
             rows = run.whole(mask)
@@ -127,7 +123,7 @@ def exchange(run: Run, heads: Heads, axis: Axis, *parts: torch.Tensor) -> list[t
 
 
 def bring_back(run: Run, heads: Heads, axis: Axis, x: torch.Tensor) -> torch.Tensor:
-    """[B, heads of this rank, S, D] → [B, H, block, D], stored as [B, block, H, D], which the output projection reads."""
+    """[B, heads of this rank, S, D] → [B, H, block, D], stored as [B, block, H, D], as the next layer reads it."""
     degree, (batch, count, _, width) = heads.degree, x.shape
     rows = pad_to(x, SEQUENCE, degree * axis.block, axis).permute(2, 0, 1, 3)
     sent = rows.reshape(degree, axis.block, batch, count * width)

@@ -69,7 +69,8 @@ class Extreme(_Reduction):
 
 
 @rule(*overloads("var.correction var.dim std.correction argmax.default argmin.default logsumexp.default "
-                 "linalg_vector_norm.default norm.ScalarOpt_dim max.dim min.dim var_mean.correction prod.dim_int"))  # fmt: skip
+                 "linalg_vector_norm.default norm.ScalarOpt_dim max.dim min.dim "
+                 "var_mean.correction prod.dim_int"))  # fmt: skip
 class Other(_Reduction):
     """Reductions that stay within a position."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from ....compiler.compat import known_size
+from ....compiler.compat import known_size, size_hint
 from ....compiler.traits import arguments
 from ..placement import Partial, Shard, Sharded, is_one, same_size, through_reshape
 from ._define import Dims, Rowwise, Rule, overloads, rule, same, tensors, value
@@ -32,7 +32,8 @@ class Part(Rule):
 
 
 @rule(*overloads("view.default _unsafe_view.default reshape.default flatten.using_ints unflatten.int "
-                 "unsqueeze.default squeeze.default squeeze.dim squeeze.dims view_as.default reshape_as.default"))  # fmt: skip
+                 "unsqueeze.default squeeze.default squeeze.dim squeeze.dims view_as.default "
+                 "reshape_as.default"))  # fmt: skip
 class Reshape(Rule):
     def back(self, node: Node, shard: Shard) -> Iterator[tuple[Node, Shard]]:
         source: Node = node.args[0]  # type: ignore[assignment]
@@ -102,10 +103,21 @@ class Repeat(Rowwise):
 
 
 @rule(*overloads("repeat_interleave.self_int"))
-def repeat_interleave(node: Node) -> Dims:
-    given = arguments(node)
-    x, dim = given["self"], given["dim"]
-    return {x: same(x, dim) if dim is not None else [None] * value(x).dim()}
+class RepeatInterleave(Rowwise):
+    starts = False
+
+    def dims(self, node: Node) -> Dims:
+        given = arguments(node)
+        x, dim = given["self"], given["dim"]
+        return {x: same(x, dim) if dim is not None else [None] * value(x).dim()}
+
+    def mixes(self, run: Run, node: Node, source: Node) -> Any:
+        """Positions repeated one by one: what lies inside of the sequence grows."""
+        given, shard = arguments(node), run.values[source].shard
+        if given["dim"] is None or not isinstance(given["repeats"], int):
+            return super().mixes(run, node, source)
+        local = run.call(node, {source: run.values[source].tensor})
+        return Sharded(local, Shard(shard.dim, shard.axis, shard.outer, shard.inner * given["repeats"]))
 
 
 class _Cut(Rowwise):
@@ -146,7 +158,20 @@ class Slice(_Cut):
         if known_size(starts_at) == 0:  # positions stay where they are; there are fewer of them
             axis = shard.axis.cut(part) if not same_size(whole, part) else shard.axis
             return Sharded(x.tensor, Shard(shard.dim, axis))
-        return super().along_sequence(run, node, x)
+        return self._moved(run, x, starts_at if starts_at > 0 else starts_at + whole, part)
+
+    def _moved(self, run: Run, x: Sharded, start: Any, length: Any) -> Any:
+        """Positions from the middle would lie on other ranks than before: few of them (the window of a cache) are
+        added up from all ranks, each of which has zeros for the others'; many are cut out of the whole."""
+        dim, axis = x.shard.dim, x.shard.axis
+        if size_hint(length) * 2 > size_hint(axis.length):
+            return run.group.gather(x.tensor, x.shard).narrow(dim, start, length)
+        at = run.group.positions(axis, x.tensor.device) - start
+        inside = ((at >= 0) & (at < length)).view([-1 if d == dim else 1 for d in range(x.tensor.dim())])
+        shape = [length if d == dim else s for d, s in enumerate(x.tensor.shape)]
+        return Partial(
+            x.tensor.new_zeros(shape).index_add(dim, at.clamp(0, length - 1), torch.where(inside, x.tensor, 0))
+        )
 
 
 @rule(*overloads("split.Tensor split_with_sizes.default chunk.default unsafe_split.Tensor unsafe_chunk.default"))

@@ -458,15 +458,20 @@ def group_name(group: Any) -> str:
 
 
 def mesh_groups() -> dict[str, tuple[str, int, int]]:
-    """Dimension of a DeviceMesh → this process's group along it: name, size, rank. Later meshes hide earlier ones."""
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _world
+    """Dimension of a DeviceMesh of this process → its group along it: name, size, rank.
+
+    PyTorch keeps no public list of meshes, so they are looked for among all objects; the last one of a name counts.
+    """
+    import gc
+
+    from torch.distributed.device_mesh import DeviceMesh
 
     found = {}
-    for group in _world.pg_map:
-        described = str(getattr(group, "group_desc", ""))
-        if described.startswith("mesh_") and dist.get_rank(group) >= 0:
-            found[described.removeprefix("mesh_")] = (group_name(group), group.size(), dist.get_rank(group))
+    for mesh in [o for o in gc.get_objects() if type(o) is DeviceMesh]:
+        for dim in mesh.mesh_dim_names or ():
+            if mesh.get_coordinate() is not None:
+                group = mesh.get_group(dim)
+                found[dim] = (group_name(group), group.size(), mesh.get_local_rank(dim))
     return found
 
 

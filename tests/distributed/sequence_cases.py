@@ -32,7 +32,9 @@ def loss_of(result: Any) -> torch.Tensor:
     return result if isinstance(result, torch.Tensor) else result.loss
 
 
-def compare(model: nn.Module, batches: list[dict[str, Any]], pipeline: str = PIPELINE, run: Any = None) -> dict[str, Any]:
+def compare(
+    model: nn.Module, batches: list[dict[str, Any]], pipeline: str = PIPELINE, run: Any = None
+) -> dict[str, Any]:
     """Errors of the loss and of the worst parameter's gradient against one process, over several calls.
 
     A gradient's error is max|Δ| / max|reference|, the latter at least 1e-6 of the model's largest: some gradients are

@@ -120,8 +120,16 @@ def families() -> Iterator[tuple[str, Callable[[], nn.Module], Callable[[int, in
     yield "llama-tied", lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**grouped, tie_word_embeddings=True)), tokens
     yield "qwen3", lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**grouped, head_dim=8)), tokens
     yield "mistral", lambda: hf.MistralForCausalLM(hf.MistralConfig(**grouped, sliding_window=4)), tokens
-    yield "gemma2", lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**grouped, **eager, head_dim=8, sliding_window=4)), padded
+    yield (
+        "gemma2",
+        lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**grouped, **eager, head_dim=8, sliding_window=4)),
+        padded,
+    )
     yield "mixtral", mixtral, tokens
     yield "gpt2", lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**gpt2)), tokens
     yield "bert", lambda: hf.BertForMaskedLM(hf.BertConfig(**common, **quiet)), padded
-    yield "vit", lambda: hf.ViTForImageClassification(hf.ViTConfig(**image, **quiet, image_size=16, patch_size=4)), images
+    yield (
+        "vit",
+        lambda: hf.ViTForImageClassification(hf.ViTConfig(**image, **quiet, image_size=16, patch_size=4)),
+        images,
+    )

@@ -295,8 +295,24 @@ def aot_autograd(
     def boxed(compiler: Callable[..., Any]) -> Callable[..., Any]:
         return lambda graph_module, fakes: make_boxed_func(compiler(graph_module, fakes))
 
-    compiler = dynamo_aot_autograd(fw_compiler=boxed(forward), bw_compiler=boxed(backward))
+    def without_leftovers(graph_module: torch.fx.GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
+        drop_unused(graph_module)
+        return backward(graph_module, fakes)
+
+    compiler = dynamo_aot_autograd(fw_compiler=boxed(forward), bw_compiler=boxed(without_leftovers))
     return compiler(module, [_of_known_size(value) for value in inputs])
+
+
+def drop_unused(module: torch.fx.GraphModule) -> None:
+    """Drops calls that only compute a result that nobody reads. PyTorch's partitioner leaves those in the backward
+    graph that may draw random numbers: attention would run forward once more."""
+
+    def has_effect(node: torch.fx.Node) -> bool:
+        schema = getattr(node.target, "_schema", None)
+        return node.is_impure() if schema is None or schema.is_mutable else False
+
+    module.graph.eliminate_dead_code(has_effect)
+    module.recompile()
 
 
 def _of_known_size(value: Any) -> Any:
@@ -455,6 +471,23 @@ def group_name(group: Any) -> str:
     On torch 2.13 their derivatives are registered by the import here; without it they would cut gradients off."""
 
     return str(group.group_name)
+
+
+def collectives() -> Any:
+    """The namespace of functional collectives that carry gradients: on torch 2.13 `_c10d_functional` itself, whose ops
+    partitioners know by name; before, its `_autograd` twin."""
+    import torch.distributed._functional_collectives
+
+    known = torch._C._dispatch_has_kernel_for_dispatch_key("_c10d_functional::all_to_all_single", "Autograd")
+    return torch.ops._c10d_functional if known else torch.ops._c10d_functional_autograd
+
+
+def shared_store() -> Any:
+    """The store through which the processes of this job found one another; None where it is a fake for one process."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return None if dist.get_backend() == "fake" else _get_default_store()
 
 
 def mesh_groups() -> dict[str, tuple[str, int, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+from collections import Counter
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -10,6 +12,8 @@ from . import compat
 from .errors import UserError
 
 LAUNCH = "torchrun --nproc-per-node=N script.py, with torch.distributed.init_process_group() in the script"
+PATIENCE = datetime.timedelta(minutes=5)
+_compared: Counter[str] = Counter()
 _made: dict[tuple[int, int], list[str]] = {}
 
 
@@ -70,3 +74,40 @@ def _neighbours(size: int, world: int) -> str:
             groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world, size)]
         _made[size, world] = [compat.group_name(g) if g is not None else "" for g in groups]
     return _made[size, world][dist.get_rank() // size]
+
+
+def agree(ranks: Ranks, facts: str, what: str, patience: datetime.timedelta = PATIENCE) -> None:
+    """Holds what this process is about to compile against what the others of its group do; they wait for one another.
+
+    Args:
+        facts: a text that has to be the same on all.
+
+    Raises:
+        UserError: with both texts, where they differ; or naming the rank that did not come, which went on with a graph
+            that it had.
+    """
+    store = compat.shared_store()
+    if store is None:
+        return
+    _compared[ranks.name] += 1
+    number = _compared[ranks.name]
+    key = lambda rank: f"fuseline/{ranks.name}/{number}/{rank}"
+    store.set(key(ranks.rank), facts)
+    for other in range(ranks.size):
+        if other == ranks.rank:
+            continue
+        try:
+            store.wait([key(other)], patience)
+        except (RuntimeError, dist.DistStoreError) as error:
+            raise UserError(
+                f"{what}: rank {other} of the group did not compile graph {number} within {patience}",
+                ["it runs a graph that it had, or it has ended: batches of different lengths do that"],
+                "give every rank of a sequence the same batch",
+            ) from error
+        theirs = store.get(key(other)).decode()
+        if theirs != facts:
+            raise UserError(
+                f"{what}: the ranks that share a sequence compile different graphs",
+                [f"rank {ranks.rank}: {facts}", f"rank {other}: {theirs}"],
+                "give every rank of a sequence the same batch, and the same code",
+            )

@@ -24,6 +24,7 @@ SAYS = {
     "break_inside_attention": ("the graph ends at", "sequence_cases.py:", "torch.compiler.disable"),
     "too_short": ("positions cannot be cut for", "every rank needs one position"),
     "degree_that_does_not_fit": ("the degree has to divide their number", "degree=1 or"),
+    "different_lengths": ("compile different graphs", "l_ids_ (1, 12)", "l_ids_ (1, 13)", "the same batch"),
     "unknown_mesh": ("there is no mesh dimension 'nowhere'", "mesh_dim_names"),
 }
 
@@ -49,8 +50,7 @@ def test_two_processes(tmp_path: Path) -> None:
     found = results(tmp_path, 2, "short")
     assert set(found) == {case.__name__ for case in CASES["short"]}
     assert {case.__name__ for case in REFUSED} <= set(SAYS)
-    check({n: r for n, r in found.items() if n != "gpt2"}, 1e-9)
-    check({"gpt2": found["gpt2"]}, 1e-6)
+    check(found, 1e-9)
 
 
 @pytest.mark.slow

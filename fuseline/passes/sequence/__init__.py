@@ -111,6 +111,7 @@ class SequenceParallel(Pass):
                 [f"{ranks.world} processes in all"],
                 f"{process_groups.LAUNCH}; or leave the pass out",
             )
+        process_groups.agree(ranks, _facts(self, program), f"pass '{self.name}'")
         group = Group(ranks.name, ranks.size, ranks.rank)
         families = Families(ranks.size)
         reached = trace_back(found, families.of)
@@ -174,6 +175,14 @@ class Families:
             block = length // self._degree if even else (length + self._degree - 1) // self._degree
             self._known[text] = Axis(length, block, self._degree, even)
         return self._known[text]
+
+
+def _facts(step: Pass, program: Program) -> str:
+    """What ranks have to have in common before they wait for one another in collectives."""
+    given = [program.examples[i] for i in program.arguments] if program.examples else []
+    shapes = [f"{n.name} {tuple(compat.size_hint(s) for s in v.shape)}" for n, v in zip(program.placeholders, given)
+              if isinstance(v, torch.Tensor)]  # fmt: skip
+    return f"{step}; {', '.join(shapes)}; {len(program)} nodes"
 
 
 def _summed(weight: torch.Tensor, group: Group) -> torch.Tensor:

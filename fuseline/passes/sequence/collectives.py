@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...compiler.compat import collectives
 from .placement import Axis, Shard
 
 
@@ -27,14 +28,12 @@ class Group:
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
         """x: [degree, …], row r for rank r → [degree, …], row r from rank r."""
         ones = [1] * self.degree
-        sent = torch.ops._c10d_functional_autograd.all_to_all_single(x.contiguous(), ones, ones, self.name)
+        sent = collectives().all_to_all_single(x.contiguous(), ones, ones, self.name)
         return torch.ops._c10d_functional.wait_tensor(sent)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """x: […] → [degree, …]."""
-        sent = torch.ops._c10d_functional_autograd.all_gather_into_tensor(
-            x.contiguous().unsqueeze(0), self.degree, self.name
-        )
+        sent = collectives().all_gather_into_tensor(x.contiguous().unsqueeze(0), self.degree, self.name)
         return torch.ops._c10d_functional.wait_tensor(sent)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:

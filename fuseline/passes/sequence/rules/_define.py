@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from ....compiler.ops import REGISTRY
 from ..placement import Shard, Sharded, is_one, same_size
 
 if TYPE_CHECKING:
@@ -117,6 +118,11 @@ def overloads(names: str) -> list[Any]:
         if op is not None:
             found.append(op)
     return found
+
+
+def dialect(*names: str) -> list[Any]:
+    """Those ops of the `fuseline` dialect that there are."""
+    return [getattr(torch.ops.fuseline, name).default for name in names if name in REGISTRY]
 
 
 def value(node: Any) -> torch.Tensor:

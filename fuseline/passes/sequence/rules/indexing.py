@@ -1,11 +1,11 @@
-"""Ops that pick elements by index: along the picked dimension the source is read whole, the index row by row."""
+"""Ops that pick elements by index, and experts: the picked dimension is read whole, the index row by row."""
 
 from __future__ import annotations
 
 from torch.fx import Node
 
 from ....compiler.traits import arguments
-from ._define import Dims, aligned, nothing, overloads, rule, same, tensors, value
+from ._define import Dims, aligned, dialect, nothing, overloads, rule, same, tensors, value
 
 
 @rule(*overloads("gather.default take_along_dim.default"))
@@ -49,3 +49,11 @@ def index(node: Node) -> Dims:
             behind = d > at[-1] or not together or d > at[0]
             goes.append(d - before + (wide if behind else 0))
     return {**{i: [d + first for d in aligned(i, wide)] for i in given}, x: goes}  # type: ignore
+
+
+@rule(*dialect("moe"))
+def experts(node: Node) -> Dims:
+    """Routed experts: each token's result is its own."""
+    given = arguments(node)
+    rows = {given[name]: same(given[name], -1) for name in ("hidden", "indices", "weights")}
+    return {**{n: nothing(n) for n in tensors(node)}, **rows}

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ....compiler.traits import arguments
 from ..placement import Partial, Shard, Sharded
-from ._define import Rowwise, overloads, rule, same, value
+from ._define import Rowwise, dialect, overloads, rule, same, value
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -53,12 +53,47 @@ class CrossEntropy(Rowwise):
         total = call(SUM)
         if given["reduction"] == SUM:
             return Partial(total)
-        kept = y != ignored
-        count = weights[torch.where(kept, y, 0)] * kept if weights is not None else kept
-        wide = torch.float32 if total.dtype.itemsize < 4 else total.dtype  # 16 bits cannot count tokens
-        both = torch.stack([total.to(wide), count.sum().to(wide)])
-        total, count = run.group.all_reduce(both).unbind()
-        return (total / count).to(x.dtype)
+        return _mean(run, total, y, weights, ignored)
+
+
+def _mean(run: Run, total: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None, ignored: int) -> torch.Tensor:
+    """All ranks' sums over all ranks' number of tokens (or their weight), in one exchange."""
+    kept = y != ignored
+    count = weights[torch.where(kept, y, 0)] * kept if weights is not None else kept
+    wide = torch.float32 if total.dtype.itemsize < 4 else total.dtype  # 16 bits cannot count tokens
+    both = torch.stack([total.to(wide), count.sum().to(wide)])
+    whole, tokens = run.group.all_reduce(both).unbind()
+    return (whole / tokens).to(total.dtype)
+
+
+@rule(*dialect("linear_cross_entropy"))
+class LinearCrossEntropy(Rowwise):
+    """A linear layer and its loss in one op: rows [N, H] against classes [N]."""
+
+    starts = False
+
+    def forward(self, run: Run, node: Node) -> Any:
+        given = arguments(node)
+        x, target = given["x"], given["target"]
+        found = next(s for n in (x, target) if isinstance(s := run.values[n], Sharded))
+        shard: Shard = found.shard
+        if shard.dim != 0:
+            return run.refuse(node, "the sequence is cut along the width of its rows")
+        y = run.local(target, [0], shard, node)
+        if not shard.axis.even:
+            y = torch.where(run.group.valid(shard, 1, y.device), y, given["ignore_index"])
+        local = {x: run.local(x, [0, None], shard, node)}
+        whole = {n: run.whole(n) for n in node.all_input_nodes if n not in (x, target)}
+        values = {k: {**local, **whole, target: y}.get(v, v) if isinstance(v, Node) else v for k, v in given.items()}
+        values["reduction"] = given["reduction"] if given["reduction"] == NONE else SUM
+        result = node.target(**values)  # type: ignore[operator]
+        if given["reduction"] == NONE:
+            return Sharded(result, shard)
+        return Partial(result) if given["reduction"] == SUM else self._mean(run, given, result, y)
+
+    def _mean(self, run: Run, given: dict[str, Any], total: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        weights = run.whole(given["class_weight"]) if given["class_weight"] is not None else None
+        return _mean(run, total, y, weights, given["ignore_index"])
 
 
 @rule(*overloads("mse_loss.default l1_loss.default smooth_l1_loss.default huber_loss.default "

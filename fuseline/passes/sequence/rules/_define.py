@@ -44,7 +44,7 @@ class Rowwise(Rule):
 
     def __init__(self, dims: Callable[[Node], Dims] | None = None):
         if dims is not None:
-            self.dims = dims  # type: ignore[method-assign]
+            self.dims = dims  # type: ignore[method-assign, assignment]
 
     def dims(self, node: Node) -> Dims:
         """For each input tensor and each of its dimensions, the result's dimension that it goes with, or None."""

@@ -44,9 +44,9 @@ class Attention(Rule):
             return run.refuse(node, f"its queries have {value(query).dim()} dimensions, not 4")
         if any(isinstance(s := run.values[n], Sharded) and s.shard.axis.heads for n in (query, key, val)):
             return run.refuse(node, "its heads are cut already")
-        grouped = [_Repeat.of(n) for n in (key, val)]
-        if all(r is not None and r.interleaved for r in grouped) and grouped[0].groups == grouped[1].groups:
-            key, val = (r.source for r in grouped)  # type: ignore[union-attr]
+        keys, values = _Repeat.of(key), _Repeat.of(val)
+        if keys and values and keys.interleaved and values.interleaved and keys.groups == values.groups:
+            key, val = keys.source, values.source
         shards = [run.values[n].shard if isinstance(run.values[n], Sharded) else None for n in (query, key, val)]
         if all(s is None for s in shards[1:]):
             return self._own_queries(run, node, query, key, val, mask)

@@ -147,6 +147,29 @@ class Outside(nn.Module):
         return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
+RING = "raise,sequence-parallel{kind=ring}"
+
+
+def ring_causal() -> dict[str, Any]:
+    """Even and odd numbers of positions, grouped queries, ranks without valid labels."""
+    return compare(decoder(), [batch(2, 24, prompt=13), batch(2, 23, prompt=13)], RING)
+
+
+def ring_one_head() -> dict[str, Any]:
+    return compare(decoder(heads=1, keys=1), [batch(1, 19)], RING)
+
+
+def ring_without_mask() -> dict[str, Any]:
+    model = Scan().double()
+    model.forward = model.plain  # type: ignore[method-assign]
+    return compare(model, [{"ids": torch.randint(0, VOCABULARY, (2, 13))}], "sequence-parallel{kind=ring}")
+
+
+def ring_with_a_window() -> dict[str, Any]:
+    compiled(decoder(window=4), RING)(**batch(1, 12))
+    return {}
+
+
 def loss_outside() -> dict[str, Any]:
     """Logits come back whole, and the gradient of a loss that every caller computes reaches the parameters once."""
     model = Outside().double()
@@ -223,6 +246,10 @@ class Scan(nn.Module):
         y = nn.functional.scaled_dot_product_attention(x, x, x)[:, 0]
         return torch.sort(y, dim=1).values.sum()
 
+    def plain(self, ids):
+        x = self.embedding(ids)[:, None]
+        return nn.functional.scaled_dot_product_attention(x, x, x * x).square().mean()
+
 
 def unknown_op() -> dict[str, Any]:
     compiled(Scan().double())(torch.randint(0, VOCABULARY, (2, 12)))
@@ -298,7 +325,8 @@ REFUSED = [unknown_op, break_inside_attention, too_short, degree_that_does_not_f
 LONG: list[Callable[[], dict[str, Any]]] = [
     grouped_queries, one_sequence, one_key_head, many_key_heads, heads_that_do_not_divide, key_heads_across_ranks,
     attention_written_out, written_out_odd_heads, sliding_window, packed_documents, masks_by_head, tied_embeddings,
-    keys_are_values, weighted_loss, raised_first, loss_outside, sharded_logits, without_gradients, under_ddp,
+    keys_are_values, weighted_loss, raised_first, ring_causal, ring_one_head, ring_without_mask,
+    ring_with_a_window, loss_outside, sharded_logits, without_gradients, under_ddp,
     under_fsdp, unknown_op_gathered, named_mesh,
 ]  # fmt: skip
 FAMILIES = ["llama", "llama-padded", "llama-packed", "llama-tied", "qwen3", "mistral", "gemma2", "mixtral", "gpt2",

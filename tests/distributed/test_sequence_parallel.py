@@ -25,6 +25,7 @@ SAYS = {
     "too_short": ("positions cannot be cut for", "every rank needs one position"),
     "degree_that_does_not_fit": ("the degree has to divide their number", "degree=1 or"),
     "different_lengths": ("compile different graphs", "l_ids_ (1, 12)", "l_ids_ (1, 13)", "the same batch"),
+    "ring_with_a_window": ("cannot send this attention around a ring", "kind=ulysses"),
     "unknown_mesh": ("there is no mesh dimension 'nowhere'", "mesh_dim_names"),
 }
 

@@ -17,6 +17,7 @@ from .hadamard import hadamard
 from .layer_norm import layer_norm
 from .quantize import quantize
 from .quantize_affine import quantize_affine
+from .ring_attention import ring_attention
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .round_through import round_through
@@ -26,6 +27,6 @@ from .staircase import fake_staircase, staircase
 __all__ = [
     "REGISTRY", "Kind", "Op", "attention", "cache_attention", "cache_read", "cache_write", "decode", "decode_words",
     "dequantize", "encode", "encode_at", "fake_quantize", "fake_quantize_backward", "fake_staircase", "find", "glu",
-    "hadamard", "layer_norm", "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
-    "round_through", "scale_gradient", "sparse_linear", "staircase", "sum_gradient", "unpack_nibbles",
+    "hadamard", "layer_norm", "op", "pack_nibbles", "quantize", "quantize_affine", "ring_attention", "rms_norm",
+    "rotary", "round_through", "scale_gradient", "sparse_linear", "staircase", "sum_gradient", "unpack_nibbles",
 ]  # fmt: skip

@@ -13,6 +13,9 @@ sequence is, is found from attention, back to the token ids; nothing is tagged. 
 (positions, masks, shifted labels, documents) stays whole on every rank and means what it meant. Any length and any
 number of heads go: short blocks are padded inside and left out of sums, key heads go to all ranks that read them.
 
+`kind=ring` sends keys and values around the ranks instead (online softmax; causal masks balanced by a zigzag layout of
+positions): for few heads, where there is no mask or one that `raise` has proved causal.
+
 Gradients: with no wrapper around the model, parameters' gradients are summed over the ranks, so each rank has the full
 ones (`gradients=inside`). Under DistributedDataParallel or fully_shard they are scaled so that the wrapper's average is
 the full gradient (`gradients=outside`); `auto` looks which it is.
@@ -24,8 +27,9 @@ An op of which no rule says what a rank would compute is refused with its line; 
 ops instead.
 
 Exact: loss and gradients agree with one process within 1e-9 in float64 where the model casts nothing. Dropout draws
-anew on each rank, so it agrees in distribution. Source: DeepSpeed-Ulysses (Jacobs et al., 2023) for the exchange; the
-placements are those of GSPMD (Xu et al., 2021). AutoSP (2026) does this on PyTorch IR, for fewer models.
+anew on each rank, so it agrees in distribution. Source: DeepSpeed-Ulysses (Jacobs et al., 2023) for the exchange, Liu
+et al., 2023, for the ring; the placements are those of GSPMD (Xu et al., 2021). AutoSP (2026) does this on PyTorch IR,
+for fewer models.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ from ...compiler.program import Program
 from ...compiler.provenance import source_lines
 from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
-from . import breaks
+from . import breaks, ring
 from .collectives import Group
 from .placement import Axis, Partial, Sharded
 from .retrace import retrace
@@ -61,7 +65,8 @@ class Kind(enum.Enum):
     """How positions meet in attention."""
 
     AUTO = "auto"
-    ULYSSES = "ulysses"
+    ULYSSES = "ulysses"  # each rank has all positions for some heads: any mask
+    RING = "ring"  # keys and values go around: no mask or a causal one, any number of heads
 
 
 class Gradients(enum.Enum):
@@ -113,7 +118,8 @@ class SequenceParallel(Pass):
             )
         process_groups.agree(ranks, _facts(self, program), f"pass '{self.name}'")
         group = Group(ranks.name, ranks.size, ranks.rank)
-        families = Families(ranks.size)
+        around = self.kind is Kind.RING
+        families = Families(ranks.size, zigzag=around and ring.check([site.node for site in found]))
         reached = trace_back(found, families.of)
         first = starts(reached)
         if not first:
@@ -122,6 +128,7 @@ class SequenceParallel(Pass):
 
         def one_rank(values: Sequence[Any], weights: dict[Node, torch.Tensor]) -> Any:
             run = Run(program.module, group, first, self.gather)
+            run.ring = around
             run.weights = weights if outside else {n: _summed(w, group) for n, w in weights.items()}
             results = run.run(*(_arriving(v, group, outside) for v in values))
             left = leave(run, results, self.outputs, outside)
@@ -153,8 +160,8 @@ class SequenceParallel(Pass):
 class Families:
     """Sequence lengths of a program, and how each is cut: equal lengths in the same way."""
 
-    def __init__(self, degree: int):
-        self._degree = degree
+    def __init__(self, degree: int, zigzag: bool = False):
+        self._degree, self._zigzag = degree, zigzag
         self._known: dict[str, Axis] = {}
 
     def of(self, length: Any) -> Axis:
@@ -171,9 +178,11 @@ class Families:
                     ["every rank needs one position at least"],
                     f"longer sequences, or degree={max(1, compat.size_hint(length))} or less",
                 )
-            even = bool(length % self._degree == 0)  # for a symbolic length a guard: the other case compiles apart
-            block = length // self._degree if even else (length + self._degree - 1) // self._degree
-            self._known[text] = Axis(length, block, self._degree, even)
+            parts = 2 * self._degree if self._zigzag else self._degree
+            even = bool(length % parts == 0)  # for a symbolic length a guard: the other case compiles apart
+            part = length // parts if even else (length + parts - 1) // parts
+            block = part * (parts // self._degree)
+            self._known[text] = Axis(length, block, self._degree, even, zigzag=self._zigzag)
         return self._known[text]
 
 

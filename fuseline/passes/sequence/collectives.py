@@ -42,6 +42,10 @@ class Group:
 
     def positions(self, axis: Axis, device: torch.device) -> torch.Tensor:
         """The positions that this rank holds, [block]; beyond the sequence's end they go on."""
+        if axis.zigzag:
+            half = axis.block // 2
+            chunks = (self.rank, 2 * self.degree - 1 - self.rank)
+            return torch.cat([torch.arange(c * half, c * half + half, device=device) for c in chunks])
         start = self.rank * axis.block
         return torch.arange(start, start + axis.block, device=device)
 
@@ -55,7 +59,7 @@ class Group:
         """Replicate → Shard, without communication. Positions beyond the end repeat the last one."""
         axis, dim = shard.axis, shard.dim
         whole = x.unflatten(dim, (shard.outer, axis.length, shard.inner))
-        if axis.even:
+        if axis.even and not axis.zigzag:
             mine = whole.narrow(dim + 1, self.rank * axis.block, axis.block)
         else:
             at = self.positions(axis, x.device).clamp(max=axis.length - 1)
@@ -66,6 +70,9 @@ class Group:
         """Shard → Replicate; the gradient is reduced and scattered."""
         axis, dim = shard.axis, shard.dim
         parts = self.all_gather(x.unflatten(dim, (shard.outer, axis.block, shard.inner)))
+        if axis.zigzag:  # chunks 0 … degree − 1 are the first halves, the others the second ones backwards
+            first, second = parts.unflatten(dim + 2, (2, axis.block // 2)).unbind(dim + 2)
+            parts = torch.cat((first, second.flip(0)))
         whole = parts.movedim(0, dim + 1).flatten(dim + 1, dim + 2)  # [..., outer, degree · block, inner, ...]
         if not axis.even:
             whole = whole.narrow(dim + 1, 0, axis.length)

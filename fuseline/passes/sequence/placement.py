@@ -29,6 +29,8 @@ class Axis:
     """A sequence of `length` positions in `degree` blocks of `block` positions; the last blocks may be short.
 
     heads: what is cut are attention heads, between two exchanges, and not the sequence.
+    zigzag: a block is two chunks of half its size, of 2·degree in all: rank r holds r and 2·degree − 1 − r, so that a
+    causal mask gives every rank the same work.
     even: every block is whole, for sure.
     """
 
@@ -37,6 +39,7 @@ class Axis:
     degree: int
     even: bool
     heads: bool = False
+    zigzag: bool = False
 
     def cut(self, length: Any) -> Axis:
         """The first `length` positions, in the same blocks."""

@@ -36,7 +36,7 @@ class Run(Inliner):
         self.weights: dict[Node, torch.Tensor] = {}
         self.cut: dict[Node, Shard] = {}
         self._moved: dict[tuple[Any, ...], torch.Tensor] = {}
-        self.attentions: list[Node] = []
+        self.ring = False
         self.started: list[Node] = []
         self.collected: list[Node] = []
 

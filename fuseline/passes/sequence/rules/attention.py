@@ -18,6 +18,7 @@ from ...raising.repeat_kv import _Repeat
 from ..collectives import pad_to
 from ..heads import Heads
 from ..placement import Axis, Shard, Sharded, is_one, same_size
+from ..ring import around
 from ._define import Rule, overloads, rule, value
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class Attention(Rule):
             return run.refuse(node, "it is cut along another dimension than the sequence")
         if not same_size(value(query).shape[2], value(key).shape[2]):
             return run.refuse(node, "its queries and keys are sequences of two lengths (cross-attention)")
+        if run.ring:
+            shard = next(s for s in shards if s is not None)
+            q, k, v = (run.local(n, [0, 1, 2, 3], shard, node) for n in (query, key, val))
+            return Sharded(around(run, node, q, k, v, shard.axis.length), shard)
         return self._by_heads(run, node, query, key, val, mask)
 
     def _by_heads(self, run: Run, node: Node, query: Node, key: Node, val: Node, mask: Node | None) -> Sharded:

@@ -85,8 +85,8 @@ class RunningSum(Rowwise):
         """A running sum goes on from the sum of all earlier ranks."""
         found: Sharded = run.values[source]
         shard: Shard = found.shard
-        if not (shard.outer == 1 and shard.inner == 1):
-            return run.refuse(node, f"it adds up along dimension {shard.dim}, which holds more than the sequence")
+        if not (shard.outer == 1 and shard.inner == 1) or shard.axis.zigzag:
+            return run.refuse(node, f"it adds up along dimension {shard.dim}, which is no plain sequence")
         mine = run.call(node, {source: run.masked(found)})
         totals = run.group.all_gather(mine.narrow(shard.dim, shard.axis.block - 1, 1))
         if run.group.rank:

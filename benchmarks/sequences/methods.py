@@ -137,6 +137,13 @@ def fuseline(options: argparse.Namespace, length: int, device: torch.device) -> 
     return model, step
 
 
+def fuseline_ring(options: argparse.Namespace, length: int, device: torch.device) -> tuple[torch.nn.Module, Step]:
+    """The same with keys and values going around the ranks."""
+    around = options.pipeline.replace("sequence-parallel", "sequence-parallel{kind=ring}")
+    return fuseline(argparse.Namespace(**{**vars(options), "pipeline": around}), length, device)
+
+
 METHODS: dict[str, Callable[..., tuple[torch.nn.Module, Step]]] = {
     "fuseline": fuseline, "fsdp": fsdp, "ulysses": ulysses, "ring": ring, "alst": alst,
+    "fuseline-ring": fuseline_ring,
 }  # fmt: skip

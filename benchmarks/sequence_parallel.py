@@ -7,9 +7,10 @@
                                                                            tries it out
 
 Llama-3.2-1B's shape with random weights, batch 1, forward, backward and AdamW, sharded by FSDP2 in every method:
-`fuseline`; `fsdp` (a whole sequence on each rank); `ulysses` (all-to-alls by hand around PyTorch's attention); `ring`
-(PyTorch's `context_parallel`); `fuseline-ring` (`kind=ring`); `alst` (ulysses with MLPs and loss in tiles). Each method runs in processes of its own,
-so one that runs out of memory ends alone; it goes from the shortest length up and stops where one does not fit.
+`fuseline` and `fuseline-ring` (`kind=ring`); `fsdp` (a whole sequence on each rank); `ulysses` (all-to-alls by hand
+around PyTorch's attention); `ring` (PyTorch's `context_parallel`); `alst` (ulysses with MLPs and loss in tiles). Each
+method runs in processes of its own, so one that runs out of memory ends alone; it goes from the shortest length up and
+stops where one does not fit.
 Columns: tokens of all ranks in a second, seconds a step, peak memory of the fullest rank, the first loss (every method
 but fsdp sees the same tokens, and all start from the same weights, so losses agree to the type's rounding).
 """

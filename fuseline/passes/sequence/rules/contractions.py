@@ -13,7 +13,7 @@ from torch.fx import Node
 from ....compiler.traits import arguments
 from ..placement import Partial, Sharded
 from ..written_out import product_by_heads
-from ._define import Dims, Rowwise, nothing, overloads, rule, same, tensors, value
+from ._define import Dims, Rowwise, aligned, nothing, overloads, rule, same, tensors, value
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -28,8 +28,7 @@ def linear(node: Node) -> Dims:
 @rule(*overloads("addmm.default"))
 def addmm(node: Node) -> Dims:
     bias, a, b = node.args[:3]
-    row = [0, None] if value(bias).dim() == 2 else nothing(bias)  # type: ignore[arg-type]
-    return {bias: row, b: [None, 1], a: [0, None]}  # type: ignore[dict-item]
+    return {bias: aligned(bias, 2), b: [None, 1], a: [0, None]}  # type: ignore[arg-type, dict-item]
 
 
 @rule(*overloads("matmul.default mm.default bmm.default"))

@@ -64,15 +64,15 @@ class Permute(Rowwise):
         order = list(range(rank))
         if name == "permute":
             order = [d % rank for d in rest[0]]  # type: ignore[union-attr]
-        elif name in ("t", "numpy_T", "mT"):
-            order[-2:] = reversed(order[-2:]) if name != "numpy_T" else order[-2:]
-            order = order if name != "numpy_T" else order[::-1]
+        elif name == "numpy_T":
+            order.reverse()
         elif name == "movedim":
             origin, goal = (int(d) % rank for d in rest)  # type: ignore[arg-type]
             order.remove(origin)
             order.insert(goal, origin)
-        else:
-            a, b = (int(d) % rank for d in rest)  # type: ignore[arg-type]
+        elif rank > 1:
+            pair = rest or (-2, -1)  # those of `t` and `mT`
+            a, b = (int(d) % rank for d in pair)  # type: ignore[arg-type]
             order[a], order[b] = order[b], order[a]
         return {source: [order.index(d) for d in range(rank)]}
 

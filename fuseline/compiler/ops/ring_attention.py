@@ -5,8 +5,8 @@ log-sum-exp (online softmax). Blocks of a causal mask are balanced by the zigzag
 r and 2·degree − 1 − r, so every rank does the same work and skips what is masked. Backward goes around once more, the
 gradients of keys and values travelling with them.
 
-Sources: Liu et al., 2023, "Ring Attention with Blockwise Transformers"; the zigzag layout as in Llama 3 (Grattafiori et
-al., 2024, section 3.3.2) and ring-flash-attention.
+Sources: Liu et al., 2023, "Ring Attention with Blockwise Transformers"; the zigzag layout as in Grattafiori et
+al., 2024, section 3.3.2, and ring-flash-attention.
 
 Both ops stay whole to the end: the exchange overlaps the attention inside of them. They compute by PyTorch's flash
 attention (float32, float64 and bfloat16 on CPUs; 16-bit types on GPUs).

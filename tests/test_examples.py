@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,10 +20,10 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 def run(tmp_path: Path) -> Callable[..., str]:
     """`run("backend.py", …)`: what the example prints; nothing is written to the user's cache."""
 
-    def call(script: str | Path, *arguments: str) -> str:
+    def call(script: str | Path, *arguments: str, launcher: Sequence[str] = ()) -> str:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "FUSELINE_CACHE": str(tmp_path / "cache")}
         done = subprocess.run(
-            [sys.executable, str(ROOT / "examples" / script), *arguments],
+            [sys.executable, *launcher, str(ROOT / "examples" / script), *arguments],
             cwd=tmp_path,
             env=environment,
             capture_output=True,
@@ -88,3 +88,14 @@ def test_observe(run: Callable[..., str], tmp_path: Path) -> None:
     assert command[0] == sys.executable
     shown = float(re.search(r"error (\S+)", run(command[1]))[1])
     assert shown == pytest.approx(errors["quantize"], rel=0.1)  # against stage 000, which has rounding noise of its own
+
+
+@pytest.mark.distributed
+def test_sequence_parallel(run: Callable[..., str]) -> None:
+    """Two processes print the losses of one."""
+    pytest.importorskip("transformers")
+    losses = lambda printed: [float(number) for number in re.findall(r"loss (\S+)", printed)]
+    plain = losses(run("sequence_parallel.py", "--plain", "--steps", "3"))
+    launched = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    cut = losses(run("sequence_parallel.py", "--steps", "3", launcher=launched))
+    assert len(plain) == 3 and cut == pytest.approx(plain, rel=1e-5)

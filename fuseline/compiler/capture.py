@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from . import compat
 from .errors import CaptureError
+from .graph_breaks import read
 from .normalize import normalize
 from .program import Program, Source
 from .provenance import is_ours
@@ -42,7 +43,10 @@ def from_dynamo(module: GraphModule, inputs: Sequence[Any]) -> Program:
         else:
             names[position] = node.name
     training = is_training(inputs)
-    return normalize(module, fakes, mode, states, names=names, training=training, examples=list(inputs))
+    program = normalize(module, fakes, mode, states, names=names, training=training, examples=list(inputs))
+    note = compat.break_after(module)
+    program.ends_at = str(read(note)) if note is not None else None
+    return program
 
 
 def is_training(inputs: Sequence[Any]) -> bool:

@@ -1,4 +1,5 @@
-"""Everything that rests on a private PyTorch API, in one place; what debugging needs of it is in `compat_debug.py`.
+"""Everything that rests on a private PyTorch API, in one place; what debugging needs of it is in `compat_debug.py`,
+what `torch.distributed` hides in `compat_distributed.py`.
 
 Checked with torch 2.11.0 and 2.13.0. A new PyTorch version is a change to this file and to its tests, nowhere else.
 """
@@ -8,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +47,27 @@ from .compat_debug import (
 )
 from .compat_debug import (
     trace_artifact as trace_artifact,
+)
+from .compat_distributed import (
+    collectives as collectives,
+)
+from .compat_distributed import (
+    gathered as gathered,
+)
+from .compat_distributed import (
+    gradients_are_averaged as gradients_are_averaged,
+)
+from .compat_distributed import (
+    group_name as group_name,
+)
+from .compat_distributed import (
+    is_wrapper as is_wrapper,
+)
+from .compat_distributed import (
+    mesh_groups as mesh_groups,
+)
+from .compat_distributed import (
+    shared_store as shared_store,
 )
 
 CHECKED_VERSIONS = ("2.11.0", "2.13.0")
@@ -295,8 +316,24 @@ def aot_autograd(
     def boxed(compiler: Callable[..., Any]) -> Callable[..., Any]:
         return lambda graph_module, fakes: make_boxed_func(compiler(graph_module, fakes))
 
-    compiler = dynamo_aot_autograd(fw_compiler=boxed(forward), bw_compiler=boxed(backward))
+    def without_leftovers(graph_module: torch.fx.GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
+        drop_unused(graph_module)
+        return backward(graph_module, fakes)
+
+    compiler = dynamo_aot_autograd(fw_compiler=boxed(forward), bw_compiler=boxed(without_leftovers))
     return compiler(module, [_of_known_size(value) for value in inputs])
+
+
+def drop_unused(module: torch.fx.GraphModule) -> None:
+    """Drops calls that only compute a result that nobody reads. PyTorch's partitioner leaves those in the backward
+    graph that may draw random numbers: attention would run forward once more."""
+
+    def has_effect(node: torch.fx.Node) -> bool:
+        schema = getattr(node.target, "_schema", None)
+        return node.is_impure() if schema is None or schema.is_mutable else False
+
+    module.graph.eliminate_dead_code(has_effect)
+    module.recompile()
 
 
 def _of_known_size(value: Any) -> Any:
@@ -412,28 +449,6 @@ def known_size(value: Any) -> int | None:
     """A size as a number; None for a symbol that nothing has fixed."""
     expression = symbolic_expression(value)
     return int(expression) if isinstance(expression, int) or expression.is_number else None
-
-
-def gathered(tensors: Collection[torch.Tensor]) -> list[torch.Tensor]:
-    """Those that `fully_shard` (FSDP2) fills from all ranks before each use: it hides that from their versions."""
-    module = sys.modules.get("torch.distributed._composable_state")
-    wanted = {id(t) for t in tensors}
-    found = []
-    for reference in list(getattr(module, "_module_state_mapping", {}).values()):
-        state = reference()
-        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        for parameter in (p for group in groups if group is not None for p in group.fsdp_params):
-            tensor = getattr(parameter, "_unsharded_param", None)
-            if id(tensor) in wanted:
-                found.append(tensor)
-    return found
-
-
-def is_wrapper(value: Any) -> bool:
-    """Whether a value is a tensor made of others, such as a DTensor or another library's quantized weight."""
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
 
 
 @contextlib.contextmanager

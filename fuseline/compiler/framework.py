@@ -175,7 +175,7 @@ def build(kind: type[Pass], texts: dict[str, str | bool]) -> Pass:
 def _read(owner: str, name: str, kind: Any, text: str | bool) -> Any:
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         members = [k for k in typing.get_args(kind) if k is not type(None)]
-        if text == "none":
+        if text in ("none", "auto"):
             return None
         kind = members[0]
     if kind is bool:

@@ -45,6 +45,7 @@ class Program:
     mutated: names of the placeholders that the graph writes to (a KV cache).
     training: whether gradients are wanted through the graph.
     examples: the caller's flat arguments at capture, where they are known; for numerics and offline analysis.
+    ends_at: the graph break behind which another graph goes on, if Dynamo captured only a part.
     """
 
     module: GraphModule
@@ -56,6 +57,7 @@ class Program:
     examples: Sequence[Any] | None = None
     state: frozenset[str] = frozenset()  # invariants that passes have established
     call: Callable[[Callable[..., Any]], torch.nn.Module] | None = field(default=None, repr=False)
+    ends_at: str | None = None
 
     @property
     def graph(self) -> Graph:
@@ -84,7 +86,7 @@ class Program:
         module.meta.update(self.module.meta)
         return Program(
             module, self.fake_mode, list(self.arguments), dict(self.sources), self.mutated, self.training,
-            self.examples, self.state, self.call,
+            self.examples, self.state, self.call, self.ends_at,
         )  # fmt: skip
 
     def without_tensors(self) -> Program:

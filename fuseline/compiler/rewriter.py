@@ -122,6 +122,7 @@ class Rewriter:
         self.matched: dict[str, int] = {}
         self.refused: dict[str, str] = {}
         self.skipped = 0
+        self.excused: str | None = None  # why this program needs no rewrite, where the pass knows
         self._weights: dict[Expression, Node] = {n.meta["weight"]: n for n in program.weights()}
         self._types: dict[Any, Any] = {}
         self.site_of: dict[Node, str] = _sites.sites(program.graph)
@@ -196,6 +197,29 @@ class Rewriter:
         action.created, action.replaced = new.created, replacements
         self.matched[rule] = self.matched.get(rule, 0) + 1
         self.refused.pop(self.site(root), None)  # another rule had left it alone
+        for observer in self.observers:
+            observer.rewritten(action, self.program)
+        return True
+
+    def replace_all(self, root: Node, sites: Sequence[Node], build: Callable[[], GraphModule], rule: str) -> bool:
+        """Puts another graph in the place of the program's own, as one rewrite: for passes that trace it again.
+
+        root: a node of the old graph to name the rewrite by; sites: what the report counts.
+        Returns False when an observer skipped the rewrite. What calls the new graph must give it the same arguments.
+        """
+        number, self.next_number = self.next_number, self.next_number + 1
+        action = Action(number, self.pass_name, rule, self.site(root), tuple(sites), root, build)
+        if not self._allowed(action):
+            return False
+        module = build()
+        for node in module.graph.nodes:
+            if node.op == "call_function":
+                add_maker(node, f"{self.pass_name}/{rule}")
+        self.program.module = module
+        self._weights = {n.meta["weight"]: n for n in self.program.weights()}
+        self.site_of = _sites.sites(module.graph)
+        action.created = [n for n in module.graph.nodes if n.op == "call_function"]
+        self.matched[rule] = self.matched.get(rule, 0) + len(sites)
         for observer in self.observers:
             observer.rewritten(action, self.program)
         return True

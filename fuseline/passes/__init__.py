@@ -7,6 +7,9 @@ from .merging import MergeExperts
 from .quantize import Quantize
 from .raising import Raise
 from .rotation import Rotate
+from .sequence import SequenceParallel
 from .sparsity import RSparse
 
-__all__ = ["Fuse", "FuseLoss", "MergeExperts", "Quantize", "RSparse", "Raise", "Rotate", "recipes"]
+__all__ = [
+    "Fuse", "FuseLoss", "MergeExperts", "Quantize", "RSparse", "Raise", "Rotate", "SequenceParallel", "recipes",
+]  # fmt: skip

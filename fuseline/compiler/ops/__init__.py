@@ -13,6 +13,7 @@ from .encode import encode
 from .encode_at import encode_at
 from .fake_quantize import fake_quantize, fake_quantize_backward
 from .glu import glu
+from .gradients import scale_gradient, sum_gradient
 from .hadamard import hadamard
 from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_gradients
@@ -22,6 +23,7 @@ from .moe_backward import moe_backward
 from .moe_pairs import moe_pairs
 from .quantize import quantize
 from .quantize_affine import quantize_affine
+from .ring_attention import ring_attention
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .round_through import round_through
@@ -32,7 +34,7 @@ __all__ = [
     "REGISTRY", "Kind", "Op", "attention", "cache_attention", "cache_read", "cache_write", "decode", "decode_pairs",
     "decode_words", "dequantize", "encode", "encode_at", "fake_quantize", "fake_quantize_backward", "fake_staircase",
     "find", "glu", "hadamard", "layer_norm", "linear_cross_entropy", "linear_cross_entropy_gradients", "lowrank_add",
-    "moe", "moe_backward", "moe_pairs", "op", "pack_nibbles",
-    "quantize", "quantize_affine", "rms_norm", "rotary", "round_through", "sparse_linear", "staircase",
+    "moe", "moe_backward", "moe_pairs", "op", "pack_nibbles", "quantize", "quantize_affine", "ring_attention",
+    "rms_norm", "rotary", "round_through", "scale_gradient", "sparse_linear", "staircase", "sum_gradient",
     "unpack_nibbles",
 ]  # fmt: skip

@@ -134,7 +134,7 @@ def op(
 
 
 def find(target: Any) -> Op | None:
-    """The dialect op behind a node's target, if it is one."""
+    """The dialect op behind a node's target, if it is one. What only marks a gradient (`gradients.py`) is none."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "fuseline":
-        return REGISTRY[target._opname]
+        return REGISTRY.get(target._opname)
     return None

@@ -1,0 +1,113 @@
+"""Process groups of `torch.distributed`, found and never started: which ranks share a sequence."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from . import compat
+from .errors import UserError
+
+LAUNCH = "torchrun --nproc-per-node=N script.py, with torch.distributed.init_process_group() in the script"
+PATIENCE = datetime.timedelta(minutes=5)
+_compared: Counter[str] = Counter()
+_made: dict[tuple[int, int], list[str]] = {}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A process group by name, its size, and this process's place in it; `world`: how many processes there are."""
+
+    name: str
+    size: int
+    rank: int
+    world: int
+
+
+def find(size: int | None, mesh: str | None, what: str) -> Ranks:
+    """The group of `size` ranks that this process belongs to; None takes all there are.
+
+    Args:
+        mesh: a dimension of a DeviceMesh that the program has made, by its name.
+        what: who asks, for messages.
+
+    Raises:
+        UserError: there is no process group, no such dimension, or the sizes do not fit.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise UserError(f"{what} needs a process group, and this process has none", remedy=LAUNCH)
+    world = dist.get_world_size()
+    if mesh is not None:
+        found = compat.mesh_groups()
+        if mesh not in found:
+            known = ", ".join(sorted(found)) or "no DeviceMesh has named dimensions"
+            raise UserError(
+                f"there is no mesh dimension '{mesh}' ({known})",
+                remedy=f'init_device_mesh(device, shape, mesh_dim_names=(…, "{mesh}")) before the first call',
+            )
+        name, members, rank = found[mesh]
+        if size is not None and size != members:
+            raise UserError(
+                f"{what} asks for degree {size}, and the mesh dimension '{mesh}' has {members} ranks",
+                remedy=f"degree=auto or degree={members}",
+            )
+        return Ranks(name, members, rank, world)
+    size = world if size is None else size
+    if size < 1 or world % size:
+        divisors = [str(d) for d in range(1, world + 1) if world % d == 0]
+        raise UserError(
+            f"{what} of degree {size} does not fit {world} processes: the degree has to divide their number",
+            remedy=f"degree={' or '.join(divisors)}, or start another number of processes",
+        )
+    if size == world:
+        return Ranks(compat.group_name(dist.group.WORLD), size, dist.get_rank(), world)
+    return Ranks(_neighbours(size, world), size, dist.get_rank() % size, world)
+
+
+def _neighbours(size: int, world: int) -> str:
+    """The name of the group of `size` neighbouring ranks; every process makes all of them, once."""
+    if (size, world) not in _made:
+        with compat.real_tensors():
+            groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world, size)]
+        _made[size, world] = [compat.group_name(g) if g is not None else "" for g in groups]
+    return _made[size, world][dist.get_rank() // size]
+
+
+def agree(ranks: Ranks, facts: str, what: str, patience: datetime.timedelta = PATIENCE) -> None:
+    """Holds what this process is about to compile against what the others of its group do; they wait for one another.
+
+    Args:
+        facts: a text that has to be the same on all.
+
+    Raises:
+        UserError: with both texts, where they differ; or naming the rank that did not come, which went on with a graph
+            that it had.
+    """
+    store = compat.shared_store()
+    if store is None:
+        return
+    _compared[ranks.name] += 1
+    number = _compared[ranks.name]
+    key = lambda rank: f"fuseline/{ranks.name}/{number}/{rank}"
+    store.set(key(ranks.rank), facts)
+    for other in range(ranks.size):
+        if other == ranks.rank:
+            continue
+        try:
+            store.wait([key(other)], patience)
+        except (RuntimeError, dist.DistStoreError) as error:
+            raise UserError(
+                f"{what}: rank {other} of the group did not compile graph {number} within {patience}",
+                ["it runs a graph that it had, or it has ended: batches of different lengths do that"],
+                "give every rank of a sequence the same batch",
+            ) from error
+        theirs = store.get(key(other)).decode()
+        if theirs != facts:
+            raise UserError(
+                f"{what}: the ranks that share a sequence compile different graphs",
+                [f"rank {ranks.rank}: {facts}", f"rank {other}: {theirs}"],
+                "give every rank of a sequence the same batch, and the same code",
+            )

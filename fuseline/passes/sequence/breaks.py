@@ -1,0 +1,47 @@
+"""Models that Dynamo captures in parts: what a part without attention is, and where a break cannot be."""
+
+from __future__ import annotations
+
+import logging
+
+from torch.fx import Node
+
+from ...compiler.errors import UserError
+from ...compiler.program import Program
+from ...compiler.provenance import source_line
+
+log = logging.getLogger("fuseline")
+REMEDY = "keep that line out of the model's forward, or put it under torch.compiler.disable behind the last layer"
+_open: list[str] = []  # the break behind which the last graph that was cut goes on
+
+
+def cut(program: Program) -> None:
+    """Notes that a graph was cut, and where the model goes on if it does."""
+    _open.clear()
+    if program.ends_at:
+        _open.append(program.ends_at)
+        log.warning(
+            "sequence-parallel: the graph ends at %s; what the rest of the model reads is gathered on every rank",
+            program.ends_at,
+        )
+
+
+def goes_on(program: Program) -> bool:
+    """Whether a graph without attention is the rest of a model that was cut before: its inputs are whole, so every rank
+    computes the same, and the gradients that it hands back are those of whole values."""
+    return bool(_open) and program.ends_at is None
+
+
+def named(program: Program) -> list[str]:
+    """The line at which this graph ends before its time."""
+    return [f"the graph ends at {program.ends_at}"] if program.ends_at else []
+
+
+def inside_attention(program: Program, attention: Node) -> UserError:
+    """The error for attention whose queries and keys come from another graph."""
+    return UserError(
+        "pass 'sequence-parallel' finds no sequence to cut: queries and keys come into this graph from outside",
+        [f"attention at {source_line(attention) or 'an unknown line'}",
+         f"a graph break lies inside its block{f': {_open[0]}' if _open else ''}", *named(program)],
+        REMEDY,
+    )  # fmt: skip

@@ -88,3 +88,11 @@ def test_observe(run: Callable[..., str], tmp_path: Path) -> None:
     assert command[0] == sys.executable
     shown = float(re.search(r"error (\S+)", run(command[1]))[1])
     assert shown == pytest.approx(errors["quantize"], rel=0.1)  # against stage 000, which has rounding noise of its own
+
+
+def test_train_tiny_moe(run: Callable[..., str], tmp_path: Path) -> None:
+    out = tmp_path / "weights.safetensors"
+    printed = run("train_tiny_moe.py", "--steps", "4", "--batch", "2", "--bytes", "300000", "--out", str(out))
+    losses = [float(line.split("held-out loss ")[1].split()[0]) for line in printed.splitlines() if "held-out" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0] < 8
+    assert "1,022,112 parameters, 2.0 MB in bfloat16" in printed and out.stat().st_size < 2_100_000

@@ -99,3 +99,11 @@ def test_sequence_parallel(run: Callable[..., str]) -> None:
     launched = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     cut = losses(run("sequence_parallel.py", "--steps", "3", launcher=launched))
     assert len(plain) == 3 and cut == pytest.approx(plain, rel=1e-5)
+
+
+def test_train_tiny_moe(run: Callable[..., str], tmp_path: Path) -> None:
+    out = tmp_path / "weights.safetensors"
+    printed = run("train_tiny_moe.py", "--steps", "4", "--batch", "2", "--bytes", "300000", "--out", str(out))
+    losses = [float(line.split("held-out loss ")[1].split()[0]) for line in printed.splitlines() if "held-out" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0] < 8
+    assert "1,022,112 parameters, 2.0 MB in bfloat16" in printed and out.stat().st_size < 2_100_000

@@ -33,12 +33,12 @@ setup: $(STAMP)
 # own triton (the CUDA builds do), that one stays; elsewhere the pinned one is taken.
 $(STAMP): requirements-dev.txt pyproject.toml
 	@if [ ! -x $(BIN)/python ]; then \
-	  for candidate in $(PYTHON) python3.11 python3.12; do \
-	    if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
+	  for candidate in $(PYTHON) python3.11 python3.12 python3.13; do \
+	    if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
 	      found=$$candidate; break; fi; \
 	  done; \
 	  if [ -z "$$found" ]; then \
-	    echo "error: Fuseline needs Python 3.11 or 3.12, and neither python3.11 nor python3.12 runs here." >&2; \
+	    echo "error: Fuseline needs Python 3.11, 3.12 or 3.13, and none of them runs here." >&2; \
 	    echo "  try: apt-get install python3.11 python3.11-venv   (or: make setup PYTHON=/path/to/python3.11)" >&2; \
 	    exit 2; fi; \
 	  echo "creating .venv with $$found"; $$found -m venv .venv; fi

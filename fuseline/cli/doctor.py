@@ -19,7 +19,7 @@ def doctor(
     trial: Annotated[bool, typer.Option("--trial/--no-trial", help="Compile and run a small model.")] = True,
     json: options.Json = None,
 ) -> None:
-    """Tell what is missing or slow here, and the command that mends it.
+    """Tell what is missing or slow here, and how to mend it.
 
     Exit code 1 if something is broken. Nothing is installed or downloaded.
     """

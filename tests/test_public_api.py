@@ -1,4 +1,4 @@
-"""The public API is what `tests/public_api.txt` lists, name by name with signatures; docs/versions.md says what that is.
+"""The public API is what `tests/public_api.txt` lists, name by name with signatures (docs/versions.md explains it).
 
 A change that is meant shows in that file's diff: `python tests/test_public_api.py` writes it again, and CHANGELOG.md
 says what changed. Options of passes are API as well: they are what pipelines and plans are written in.

@@ -58,7 +58,7 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = binaries / Path(sys.executable).name
     python = python if python.exists() else binaries / "python"
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
-    subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True, env=elsewhere())
     (site,) = target.rglob("site-packages")
     paths = {sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]}
     paths |= {p for p in sys.path if p.endswith("site-packages")}
@@ -66,9 +66,13 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return binaries
 
 
+def elsewhere() -> dict[str, str]:
+    """The environment without what leads to these sources."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def call(folder: Path, *command: str) -> str:
-    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    variables["FUSELINE_CACHE"] = str(folder / "cache")
+    variables = {**elsewhere(), "FUSELINE_CACHE": str(folder / "cache")}
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout

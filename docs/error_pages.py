@@ -59,7 +59,7 @@ def text(node: ast.expr) -> str:
 def error_page() -> str:
     by_part: dict[str, set[Message]] = defaultdict(set)
     for path, message in messages():
-        by_part["/".join(path.parts[1:3]).removesuffix(".py")].add(message)
+        by_part[path.parts[1].removesuffix(".py")].add(message)
     parts = [INTRODUCTION.format(count=sum(map(len, by_part.values())))]
     for part, found in sorted(by_part.items()):
         rows = sorted(found, key=lambda m: m.headline.lower())

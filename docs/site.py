@@ -47,9 +47,9 @@ STYLE = """\
 .graphs { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
 .graphs figure { margin: 0; flex: 1 1 18rem; max-width: 100%; }
 .graphs svg { height: auto; }
-.md-grid { max-width: 76rem; }
+.md-grid { max-width: 80rem; }
 .md-typeset table:not([class]) { font-size: .62rem; }
-.md-typeset pre > code { font-size: .68rem; }
+.md-typeset pre > code { font-size: .64rem; }
 """
 
 
@@ -99,7 +99,7 @@ def relinked(path: Path, sources: dict[Path, str]) -> str:
 
 
 def configuration(pages: dict[str, list[Path]]) -> dict[str, Any]:
-    """mkdocs.yml as data: nothing is loaded from other hosts, and the search runs in the browser, from a file too."""
+    """mkdocs.yml as data: no font, script or style is loaded from another host."""
     named = lambda path: {title(path.read_text(encoding="utf-8")): path.relative_to(PAGES).as_posix()}
     return {
         "site_name": "Fuseline",
@@ -110,13 +110,13 @@ def configuration(pages: dict[str, list[Path]]) -> dict[str, Any]:
         "theme": {
             "name": "material",
             "font": False,
-            "features": ["navigation.tabs", "navigation.indexes", "toc.follow", "content.code.copy"],
+            "features": ["navigation.tabs", "toc.integrate", "content.code.copy"],
             "palette": [
                 {"media": "(prefers-color-scheme: light)", "scheme": "default", "primary": "black"},
                 {"media": "(prefers-color-scheme: dark)", "scheme": "slate", "primary": "black"},
             ],
         },
-        "plugins": ["search", "offline"],
+        "plugins": ["search"],
         "markdown_extensions": ["tables", "fenced_code", "attr_list", "md_in_html", "toc", "pymdownx.highlight"],
         "extra_css": ["site.css"],
         "extra": {"generator": False},

@@ -16,7 +16,7 @@ CHOICES = (
     ("half the memory, results as good as the same", "w8a8", "recipe w8a8", None, "no data"),
     ("half the memory, weights alone", "raise,quantize{weights=int8},fuse", "int8", None, "no data"),
     ("a quarter of the memory", "w4a16", "recipe w4a16", None, "needs data: minutes of calibration"),
-    ("a quarter of the memory, at once", "raise,quantize{weights=int4:g64},fuse", "int4:g64", "fuseline-int4", "no data"),
+    ("a quarter, at once", "raise,quantize{weights=int4:g64},fuse", "int4:g64", "fuseline-int4", "no data"),
     ("4-bit weights, 8-bit activations", "w4a8", "recipe w4a8", None, "needs data"),
     ("float8", "fp8", "recipe fp8", None, "needs data"),
     ("float8, at once", "raise,quantize{weights=fp8,activations=fp8:token},fuse", "FP8 token", None, "no data"),
@@ -40,6 +40,7 @@ NOTES = """
   [schemes.md](schemes.md) has all schemes and how they were measured. Larger models lose less at the same bits.
 - *decode* is milliseconds a token at the Llama-3-8B shape, batch 1, where eager takes {eager}:
   {speed}; [benchmarks.md](benchmarks.md).
+  4 bits were measured there in groups of 128.
 
 Your own model says more than any table: this prints perplexity, KL and weights before and after.
 

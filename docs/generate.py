@@ -26,7 +26,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSES = ROOT / "docs" / "passes.md"
-SCRIPTS = ("choosing", "families", "papers", "rotations", "schemes")
+SCRIPTS = ("choosing", "families", "papers", "rotations", "schemes", "tools")
 MEASURED = {ROOT / "docs" / f"{name}.md": ROOT / "docs" / f"{name}.py" for name in SCRIPTS}
 """Pages of records, and the scripts that write them."""
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -1,4 +1,4 @@
-"""The page docs/papers.md: paper, pass, file, from the docstrings that cite, and docs/papers.json, which has the titles.
+"""The page docs/papers.md: paper, pass, file, from docstrings that cite, and docs/papers.json, which has the titles.
 
 A docstring cites as `AWQ (Lin et al., 2024)` or `Source: Lin et al., 2024`. A new one appears on the page by itself;
 its line in papers.json gives it a title.

@@ -58,8 +58,8 @@ def page(kind: type[fuseline.Pass]) -> str:
         f"# {facts['name']}\n\n{facts['summary']}. Tier: {facts['tier']}. Level: {facts['level']}. "
         f"Code: `{source}`.\n\n```text\n{facts['page']}\n```\n\n## Options\n\n{options}\n"
         f"## Before and after\n\n{graphs(facts['example'], facts['name'])}\n"
-        f"## Try it\n\n```text\nfuseline run demo:smollm2 -p \"{facts['example']}\"\n"
-        f"fuseline diff demo:tiny-llama -p \"{facts['example']}\"\nfuseline passes {facts['name']}\n```\n"
+        f'## Try it\n\n```text\nfuseline run demo:smollm2 -p "{facts["example"]}"\n'
+        f'fuseline diff demo:tiny-llama -p "{facts["example"]}"\nfuseline passes {facts["name"]}\n```\n'
     )
 
 
@@ -83,8 +83,8 @@ def graphs(example: str, name: str) -> str:
     gone = frozenset(known - {n.name for n in after.graph.nodes})
     rules = ", ".join(f"{count} {rule}" for rule, count in report[name].rules.items())
     return (
-        f"One decoder layer under `{fuseline.Pipeline(passes)}`: what reaches `{name}`, and what leaves it. `w` is a weight; outlined is "
-        f"what was taken, and what was made. Rewrites: {rules or report[name].matched}.\n\n"
+        f"One decoder layer under `{fuseline.Pipeline(passes)}`: what reaches `{name}`, and what leaves it. `w` is a "
+        f"weight; outlined is what was taken, and what was made. Rewrites: {rules or report[name].matched}.\n\n"
         f'<div class="graphs" markdown="0"><figure><figcaption>before</figcaption>{draw(before, gone)}</figure>'
         f"<figure><figcaption>after {name}</figcaption>{draw(after, made)}</figure></div>\n"
     )

@@ -18,9 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
-
-from error_pages import error_page
+from error_pages import error_page  # beside this script, whose folder Python looks in first
 from pass_pages import pass_pages, title
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -32,6 +32,8 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "fuseline.compiler.pattern": ("Either", "Match", "Scalar", "Through", "Var", "call", "maybe_cast", "mean", "rsqrt",
                                   "square"),
     "fuseline.compiler.rewriter": ("Builder", "Rewriter"),
+    "fuseline.doctor": ("Finding", "examine"),
+    "fuseline.integrations": None,
     "fuseline.models": None,
     "fuseline.qat": None,
     "fuseline.schemas": ("load", "names", "path"),

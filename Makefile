@@ -11,11 +11,14 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 # What the demo runs; `make demo PIPELINE=raise,fuse` tries another pipeline.
 PIPELINE ?= raise,quantize{weights=int8},fuse
 
+# What builds the site; nothing else needs them.
+SITE := mkdocs==1.6.1 mkdocs-material==9.8.2
+
 # What `make replay` compares the emitted kernels with, and for which models: tiny, families or a TOML file.
 REV ?= HEAD
 CORPUS ?= tiny
 
-.PHONY: setup demo test test-all lint format replay clean
+.PHONY: setup demo test test-all lint format docs replay clean
 .DEFAULT_GOAL := help
 .PHONY: help
 
@@ -25,6 +28,7 @@ help:
 	@echo "make test       the tests that need no GPU and little time"
 	@echo "make test-all   those and the long ones"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the documentation as a site, build/site/index.html"
 	@echo "make replay     what the changes since REV ($(REV)) do to the emitted kernels"
 
 setup: $(STAMP)
@@ -74,6 +78,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup
+	@$(BIN)/python -c "import mkdocs, material" 2>/dev/null || $(PIP) install -q $(SITE)
+	$(BIN)/python docs/site.py
 
 replay: setup
 	$(BIN)/python -m fuseline replay --against "$(REV)" --corpus "$(CORPUS)"

@@ -54,6 +54,7 @@ ELSEWHERE = {
     "fold-layer-scale": "tests/test_custom_pass.py::test_the_commands_of_the_tutorial_run",
     "test_fold_layer_scale.py": "tests/test_custom_pass.py::test_the_commands_of_the_tutorial_run",
     "examples/tools/": "tests/test_tools.py::test_example",
+    "python train.py": "tests/compiler/test_traces.py",
     "pytest -m quick": "tests/conftest.py",
 }
 #: What a page's Python finds before its first block.

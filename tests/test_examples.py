@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -88,3 +89,39 @@ def test_observe(run: Callable[..., str], tmp_path: Path) -> None:
     assert command[0] == sys.executable
     shown = float(re.search(r"error (\S+)", run(command[1]))[1])
     assert shown == pytest.approx(errors["quantize"], rel=0.1)  # against stage 000, which has rounding noise of its own
+
+
+def test_qat(run: Callable[..., str]) -> None:
+    printed = run("qat.py")
+    first, last, gap = re.search(r"loss (\S+) → (\S+); the codes compute what training saw, to (\S+)$", printed, re.M)[
+        1, 2, 3
+    ]
+    assert float(last) < 0.5 * float(first) and float(gap) < 1e-4
+    before, after = map(int, re.search(r"^weights (\d+) → (\d+) bytes$", printed, re.MULTILINE).groups())
+    assert after < before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("transformers") is None, reason="its model is a transformers model")
+def test_rsparse(run: Callable[..., str]) -> None:
+    printed = run("rsparse.py")
+    assert re.search(r"^rsparse: 14 products read 50% of their bytes; the logits are off by \S+$", printed, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("transformers") is None, reason="its model is a transformers model")
+def test_compress_and_serve(run: Callable[..., str]) -> None:
+    assert "the same tokens: True" in run("compress_and_serve.py")
+
+
+def test_the_notebook_shows_what_its_cells_print(tmp_path: Path) -> None:
+    """Each cell in turn, in one interpreter; no notebook server is needed."""
+    book = json.loads((ROOT / "examples" / "first_hour.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    script = tmp_path / "cells.py"
+    script.write_text("\nprint('--')\n".join("".join(cell["source"]) for cell in cells), encoding="utf-8")
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "FUSELINE_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = ["".join("".join(output["text"]) for output in cell["outputs"]) for cell in cells]
+    assert done.stdout.split("--\n") == shown

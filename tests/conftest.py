@@ -7,6 +7,8 @@ Fuseline works on a machine. With that expression the other files are not even i
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,39 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+#: Optional packages, and what installs them. A test that asks for one that is not there is skipped, whatever it is.
+EXTRAS = {
+    "transformers": "'fuseline[hf]'",
+    "gguf": "'fuseline[hf]'",
+    "accelerate": "'fuseline[hf]'",
+    "triton": "'triton>=3.6'",
+    "compressed_tensors": "compressed-tensors",
+    "peft": "peft",
+    "jsonschema": "jsonschema",
+}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    try:
+        return (yield)
+    except Exception as error:
+        if (reason := missing_extra(error)) is not None:
+            pytest.skip(reason)
+        raise
+
+
+def missing_extra(error: BaseException | None) -> str | None:
+    """Why a test that failed so is skipped: an optional package is not installed. None where all are."""
+    while error is not None:
+        for name, wanted in EXTRAS.items():
+            asked = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == name
+            if (asked or f"needs the package '{name}'" in str(error)) and find_spec(name) is None:
+                return f"{name} is not installed: pip install {wanted}"
+        error = error.__cause__ or getattr(error, "inner_exception", None) or error.__context__
+    return None
 
 
 @pytest.fixture

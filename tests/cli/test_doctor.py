@@ -34,7 +34,8 @@ def test_this_machine_works(cli: Callable) -> None:
     assert {"python", "fuseline", "torch", "triton", "C++ compiler", "passes", "cache", "trial"} <= {
         finding["name"] for finding in data["findings"]
     }
-    assert max(map(len, result.err.splitlines())) <= 80 and "Fuseline works here." in result.err
+    ours = [line for line in result.err.splitlines() if " torch/" not in line]  # PyTorch has warnings of its own
+    assert max(map(len, ours)) <= 80 and "Fuseline works here." in result.err
     assert "compiled and run on" in only([Finding(**f) for f in data["findings"]], "trial").value
 
 

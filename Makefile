@@ -11,11 +11,14 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 # What the demo runs; `make demo PIPELINE=raise,fuse` tries another pipeline.
 PIPELINE ?= raise,quantize{weights=int8},fuse
 
+# What builds the site; nothing else needs them.
+SITE := mkdocs==1.6.1 mkdocs-material==9.8.2
+
 # What `make replay` compares the emitted kernels with, and for which models: tiny, families or a TOML file.
 REV ?= HEAD
 CORPUS ?= tiny
 
-.PHONY: setup demo test test-all lint format replay clean
+.PHONY: setup demo test test-all lint format docs replay clean
 .DEFAULT_GOAL := help
 .PHONY: help
 
@@ -25,6 +28,7 @@ help:
 	@echo "make test       the tests that need no GPU and little time"
 	@echo "make test-all   those and the long ones"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the documentation as a site, build/site/index.html"
 	@echo "make replay     what the changes since REV ($(REV)) do to the emitted kernels"
 
 setup: $(STAMP)
@@ -33,12 +37,12 @@ setup: $(STAMP)
 # own triton (the CUDA builds do), that one stays; elsewhere the pinned one is taken.
 $(STAMP): requirements-dev.txt pyproject.toml
 	@if [ ! -x $(BIN)/python ]; then \
-	  for candidate in $(PYTHON) python3.11 python3.12; do \
-	    if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
+	  for candidate in $(PYTHON) python3.11 python3.12 python3.13; do \
+	    if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
 	      found=$$candidate; break; fi; \
 	  done; \
 	  if [ -z "$$found" ]; then \
-	    echo "error: Fuseline needs Python 3.11 or 3.12, and neither python3.11 nor python3.12 runs here." >&2; \
+	    echo "error: Fuseline needs Python 3.11, 3.12 or 3.13, and none of them runs here." >&2; \
 	    echo "  try: apt-get install python3.11 python3.11-venv   (or: make setup PYTHON=/path/to/python3.11)" >&2; \
 	    exit 2; fi; \
 	  echo "creating .venv with $$found"; $$found -m venv .venv; fi
@@ -74,6 +78,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup
+	@$(BIN)/python -c "import mkdocs, material" 2>/dev/null || $(PIP) install -q $(SITE)
+	$(BIN)/python docs/site.py
 
 replay: setup
 	$(BIN)/python -m fuseline replay --against "$(REV)" --corpus "$(CORPUS)"

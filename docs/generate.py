@@ -26,7 +26,8 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSES = ROOT / "docs" / "passes.md"
-MEASURED = {ROOT / "docs" / f"{name}.md": ROOT / "docs" / f"{name}.py" for name in ("families", "rotations", "schemes")}
+SCRIPTS = ("choosing", "families", "papers", "rotations", "schemes", "tools")
+MEASURED = {ROOT / "docs" / f"{name}.md": ROOT / "docs" / f"{name}.py" for name in SCRIPTS}
 """Pages of records, and the scripts that write them."""
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"```console\n\$ (?P<command>.+)\n(?P<output>(?:(?!```).*\n)*)```")

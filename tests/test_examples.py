@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -90,6 +91,7 @@ def test_observe(run: Callable[..., str], tmp_path: Path) -> None:
     assert shown == pytest.approx(errors["quantize"], rel=0.1)  # against stage 000, which has rounding noise of its own
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_sequence_parallel(run: Callable[..., str]) -> None:
     """Two processes print the losses of one."""
@@ -101,9 +103,46 @@ def test_sequence_parallel(run: Callable[..., str]) -> None:
     assert len(plain) == 3 and cut == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_train_tiny_moe(run: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "weights.safetensors"
     printed = run("train_tiny_moe.py", "--steps", "4", "--batch", "2", "--bytes", "300000", "--out", str(out))
     losses = [float(line.split("held-out loss ")[1].split()[0]) for line in printed.splitlines() if "held-out" in line]
     assert len(losses) == 4 and losses[-1] < losses[0] < 8
     assert "1,022,112 parameters, 2.0 MB in bfloat16" in printed and out.stat().st_size < 2_100_000
+
+
+def test_qat(run: Callable[..., str]) -> None:
+    printed = run("qat.py")
+    first, last, gap = re.search(r"loss (\S+) → (\S+); the codes compute what training saw, to (\S+)$", printed, re.M)[
+        1, 2, 3
+    ]
+    assert float(last) < 0.5 * float(first) and float(gap) < 1e-4
+    before, after = map(int, re.search(r"^weights (\d+) → (\d+) bytes$", printed, re.MULTILINE).groups())
+    assert after < before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("transformers") is None, reason="its model is a transformers model")
+def test_rsparse(run: Callable[..., str]) -> None:
+    printed = run("rsparse.py")
+    assert re.search(r"^rsparse: 14 products read 50% of their bytes; the logits are off by \S+$", printed, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("transformers") is None, reason="its model is a transformers model")
+def test_compress_and_serve(run: Callable[..., str]) -> None:
+    assert "the same tokens: True" in run("compress_and_serve.py")
+
+
+def test_the_notebook_shows_what_its_cells_print(tmp_path: Path) -> None:
+    """Each cell in turn, in one interpreter; no notebook server is needed."""
+    book = json.loads((ROOT / "examples" / "first_hour.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    script = tmp_path / "cells.py"
+    script.write_text("\nprint('--')\n".join("".join(cell["source"]) for cell in cells), encoding="utf-8")
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "FUSELINE_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = ["".join("".join(output["text"]) for output in cell["outputs"]) for cell in cells]
+    assert done.stdout.split("--\n") == shown

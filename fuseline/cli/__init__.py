@@ -16,6 +16,7 @@ from fuseline.cli.command import split_command
 from fuseline.cli.compare import compare
 from fuseline.cli.completion import completion
 from fuseline.cli.diff import diff
+from fuseline.cli.doctor import doctor
 from fuseline.cli.examine import examine
 from fuseline.cli.experts import experts
 from fuseline.cli.export import export
@@ -35,7 +36,7 @@ from fuseline.compiler.errors import FuselineError
 HELP = "A graph compiler for PyTorch models. VERB -h: options; --debug: tracebacks."
 VERBS = (
     run, passes, examine, analyze, sparsity, experts, opt, export, kernels, cache, compare, why, bisect, reduce, repro,
-    diff, view, replay, completion,
+    diff, view, replay, doctor, completion,
 )  # fmt: skip
 
 

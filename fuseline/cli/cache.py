@@ -1,9 +1,13 @@
-"""`fuseline cache`: where compiled code is kept, how much of it, and why something had to be compiled again."""
+"""`fuseline cache`: where compiled code is kept, how much of it, and why something had to be compiled again.
+
+`fuseline cache path|size|clear` are for scripts and for the disk: the folder, its bytes by kind, and removing it.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,18 +22,49 @@ from fuseline.runtime.housekeeping import folder_bytes, remove
 from fuseline.runtime.kernel_store import versions
 from fuseline.runtime.location import cache_root, modules_root
 
+ACTIONS = ("path", "size", "clear")
+FETCHED = "fetched models"
+
 
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Remove all of it (models that were fetched stay).")] = False,
+    action: Annotated[
+        str | None, typer.Argument(metavar="path|size|clear", help="Print the folder; its bytes; empty it.")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="The same as clear: fetched models stay.")] = False,
+    models: Annotated[bool, typer.Option("--models", help="clear fetched models, too.")] = False,
     why: Annotated[str | None, typer.Option(metavar="KERNEL", help="Why this kernel was compiled, each time.")] = None,
     json: options.Json = None,
 ) -> None:
     """Show, explain or clear what compiled code is kept."""
     output, store = Output(json), Cache()
-    if clear and why is not None:
-        raise UserError("--clear and --why cannot be given together")
-    data = explain(store, why, output) if why is not None else _clear(store, output) if clear else show(store, output)
+    if action is not None and action not in ACTIONS:
+        raise UserError(f"unknown action {action!r}{nearest(action, ACTIONS)}", remedy="fuseline cache size")
+    clear = clear or action == "clear"
+    if why is not None and (clear or action):
+        raise UserError(f"{action or '--clear'} and --why cannot be given together")
+    if models and not clear:
+        raise UserError("--models goes with clear", remedy="fuseline cache clear --models")
+    if why is not None:
+        data = explain(store, why, output)
+    elif clear:
+        data = _clear(store, output, models)
+    elif action == "path":
+        output.console.print(str(cache_root()), soft_wrap=True)
+        data = {"path": str(cache_root())}
+    else:
+        data = sizes(store, output) if action == "size" else show(store, output)
     output.write(data)
+
+
+def sizes(store: Cache, output: Output) -> dict[str, Any]:
+    """Bytes by kind, fetched models among them, and their sum; nothing is read but the folders."""
+    found = {kind.name: folder_bytes(kind) for kind in sorted(store.directory.glob("*")) if kind.is_dir()}
+    found["modules"] = sum(path.stat().st_size for path in _modules())
+    found[FETCHED] = sum(_bytes_of(path) for path in _fetched())
+    total = sum(found.values())
+    table(output, ["kind", "size"], [[kind, _bytes(count)] for kind, count in found.items()])
+    output.line(f"{_bytes(total)} in {cache_root()}")
+    return {"path": str(cache_root()), "bytes": found, "total": total}
 
 
 def show(store: Cache, output: Output) -> dict[str, Any]:
@@ -91,7 +126,7 @@ def explain(store: Cache, name: str, output: Output) -> dict[str, Any]:
     return {"name": name, "entries": data}
 
 
-def _clear(store: Cache, output: Output) -> dict[str, Any]:
+def _clear(store: Cache, output: Output, models: bool) -> dict[str, Any]:
     modules = _modules()
     count = sum(path.suffix == ".py" for path in modules)
     try:
@@ -102,7 +137,26 @@ def _clear(store: Cache, output: Output) -> dict[str, Any]:
     if left:
         raise FuselineError("the cache cannot be cleared", [f"{left[0]} cannot be removed"])
     output.line(f"removed {entries} binaries of kernels and {count} generated modules from {cache_root()}")
-    return {"path": str(cache_root()), "removed": {"entries": entries, "modules": count}}
+    removed = {"entries": entries, "modules": count}
+    if models:
+        fetched = _fetched()
+        freed = sum(_bytes_of(path) for path in fetched)
+        left = [path for path in fetched if not remove(path)]
+        if left:
+            raise FuselineError("the cache cannot be cleared", [f"{left[0]} cannot be removed"])
+        output.line(f"removed {len(fetched)} files and folders of fetched models, {_bytes(freed)}")
+        removed["models"] = len(fetched)
+    return {"path": str(cache_root()), "removed": removed}
+
+
+def _fetched() -> list[Path]:
+    """What lies in the cache beside compiled code: models that were fetched or converted."""
+    root = cache_root()
+    return sorted(path for path in root.glob("*") if path not in (Cache().directory, modules_root()))
+
+
+def _bytes_of(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
 
 
 def _modules() -> list[Any]:

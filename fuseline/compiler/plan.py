@@ -151,13 +151,18 @@ class Plan:
         if not isinstance(record, dict) or record.get("version") != VERSION:
             found = record.get("version") if isinstance(record, dict) else None
             raise UserError(f"{path} is a plan of version {found}, and this release reads version {VERSION}")
-        sites = {
-            site: {
-                step: SitePlan(d["structure"], {name: tensors[key] for name, key in d["tensors"].items()})
-                for step, d in passes.items()
+        try:
+            sites = {
+                site: {
+                    step: SitePlan(d["structure"], {name: tensors[key] for name, key in d["tensors"].items()})
+                    for step, d in passes.items()
+                }
+                for site, passes in record["sites"].items()
             }
-            for site, passes in record["sites"].items()
-        }
+            pipeline, model, made_by = str(record["pipeline"]), dict(record["model"]), dict(record.get("passes", {}))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path} is a damaged plan: {reason}", remedy=f"analyse again: {AGAIN}") from None
         for tensor in tensors.values():
             keep(tensor)  # for weight expressions in files of graphs, which name them
-        return Plan(record["pipeline"], record["model"], sites, record.get("passes", {}))
+        return Plan(pipeline, model, sites, made_by)

@@ -10,7 +10,7 @@ from typing import Any
 from ..compiler.debug.dry_run import Break
 from ..compiler.debug.signature import Fixed, Input
 from ..compiler.debug.takes import Takes
-from ..compiler.pipeline import DEFAULT, Pipeline
+from ..compiler.pipeline import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _findings(e: Examination) -> Iterable[Finding]:
             yield finding
 
 
-MARK = f'"…,{Pipeline(DEFAULT).passes[-1].name}"'
+MARK = f'"…,{DEFAULT.rpartition(",")[2].partition("{")[0]}"'  # the pass that marks, by name: none is looked up here
 UNCAPTURED = "torch.compile(model) and TORCH_LOGS=dynamo show whether PyTorch alone has the same trouble"
 SEVERAL = "call the functions from a forward that is traced: no torch.compiler.disable around them"
 LEAVE_OUT = "leave it out of the pipeline"

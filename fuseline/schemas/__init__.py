@@ -1,7 +1,11 @@
 """The published JSON Schemas (draft 2020-12) of the files that Fuseline writes.
 
+fuseline.schemas.names()               "artifact-1", "manifest-1", "plan-1", "record-1"
 fuseline.schemas.load("manifest-1")    the schema as data
 fuseline.schemas.path("manifest-1")    its file
+
+A form keeps its number for as long as what reads it can read what was written with it: fields may be added. What every
+version of a form looks like is kept in tests/formats, and read by each release's tests.
 """
 
 from __future__ import annotations

@@ -132,3 +132,26 @@ def test_a_cache_that_cannot_be_written(cli: Callable, tmp_path: Path, monkeypat
     assert all(set(k["targets"].values()) == {"ok"} for k in json.loads(result.out)["kernels"])
     assert json.loads(cli("cache", "--json", "-").out)["kinds"]["kernels"]["entries"] == 0
     assert cli("cache", "--clear").code == 0
+
+
+def test_path_size_and_clear(cli: Callable, tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    assert cli("cache", "path").out == f"{root}\n"
+    compile_kernel(COPY, "sm_90", KernelStore())
+    (root / "smollm2").mkdir()
+    (root / "smollm2" / "model.safetensors").write_bytes(b"x" * 1000)
+    (root / "model.gguf").write_bytes(b"x" * 234)
+    sizes = data_of(cli("cache", "size", "--json", "-"))
+    assert sizes["bytes"]["fetched models"] == 1234 and sizes["bytes"]["kernels"] > 1000
+    assert sizes["total"] == sum(sizes["bytes"].values())
+    assert data_of(cli("cache", "clear", "--json", "-"))["removed"] == {"entries": 1, "modules": 0}
+    assert data_of(cli("cache", "size", "--json", "-"))["total"] == 1234
+    assert data_of(cli("cache", "clear", "--models", "--json", "-"))["removed"]["models"] == 2
+    assert data_of(cli("cache", "size", "--json", "-"))["total"] == 0
+
+
+def test_mistakes_with_actions(cli: Callable) -> None:
+    result = cli("cache", "clea")
+    assert result.code == 2 and "unknown action 'clea'; did you mean 'clear'?" in result.err
+    result = cli("cache", "--models")
+    assert result.code == 2 and "--models goes with clear" in result.err

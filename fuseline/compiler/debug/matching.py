@@ -6,7 +6,7 @@ neighbours of both learn a key. Strong keys go first; a weaker one is asked only
 of one key that nothing tells apart are told apart by what follows from them, then by module path and line, then by
 their order. The work is linear in the edges, but for such groups.
 
-Source: anchors and propagation as in patience diff and in GumTree (Falleti et al., 2014, "Fine-grained and accurate
+Source: anchors and propagation as in patience diff and in GumTree (Falleri et al., 2014, "Fine-grained and accurate
 source code differencing"), carried from trees to graphs with values of several users.
 """
 

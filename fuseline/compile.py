@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from .codegen.kernel import Kernel
-from .compiler import compat
+from .compiler import compat, compat_joint
 from .compiler.action import Observer
 from .compiler.errors import FuselineError, UserError, nearest
 from .compiler.expand import expand_at_use, expand_weights
 from .compiler.flatten import anchors_only, flatten
+from .compiler.joint import Joint
 from .compiler.observe.structured import trace_module
 from .compiler.outline import inline
 from .compiler.pipeline import Pipeline
@@ -117,7 +118,9 @@ def compile_program(
     refuse_derived(after)
     result = Compilation(program, after, report, chosen, _unbuilt)
     if after.training:
-        result.executable = _training(after, inputs, chosen)
+        joint = Joint(pipeline, chosen == "inductor", observers, verification, report)
+        result.executable = _training(after, inputs, chosen, joint if joint.wanted(after) else None)
+        joint.check()
         return result
     targets: dict[str, Callable[..., Executable]] = {
         "eager": _eager if keep_originals else _packed,
@@ -201,9 +204,15 @@ def _kernels(program: Program, inputs: Sequence[Any], result: Compilation, lefto
     return Executable(module.call, program.arguments, program.binder(lowered.weights))
 
 
-def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def _inductor(
+    module: torch.fx.GraphModule, inputs: Sequence[Any], partition: Joint | None = None
+) -> Callable[..., Any]:
     try:
+        if partition is not None:
+            return compat_joint.inductor_through(module, inputs, partition.split, partition.key)
         return compat.inductor(module, inputs)
+    except FuselineError:
+        raise
     except Exception as error:
         text = str(error)
         if "compiler" in text.lower() and ("c++" in text.lower() or "gcc" in text.lower() or "cl is not" in text):
@@ -217,13 +226,16 @@ def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[.
         ) from error
 
 
-def _training(program: Program, inputs: Sequence[Any], target: str) -> Callable[..., Any]:
+def _training(
+    program: Program, inputs: Sequence[Any], target: str, partition: Joint | None = None
+) -> Callable[..., Any]:
     """Forward and backward through AOTAutograd, parameters as ordinary inputs so that gradients reach them."""
     module, weights = program.lift()
     binder = program.binder(weights)
     plain = flatten(program, module, anchors_only if target == "eager" else lambda op: True)
     bound = [*(inputs[i] for i in program.arguments), *binder(inputs)]
     if target == "inductor":
-        return Executable(_inductor(plain, bound), program.arguments, binder)
-    as_it_is = lambda graph_module, fakes: graph_module.forward
-    return Executable(compat.aot_autograd(plain, bound, as_it_is, as_it_is), program.arguments, binder)
+        return Executable(_inductor(plain, bound, partition), program.arguments, binder)
+    as_it_is = lambda graph_module, fakes: graph_module
+    split = partition.split if partition is not None else None
+    return Executable(compat.aot_autograd(plain, bound, as_it_is, as_it_is, split), program.arguments, binder)

@@ -48,6 +48,7 @@ from .compat_debug import (
 from .compat_debug import (
     trace_artifact as trace_artifact,
 )
+from .compat_joint import boxed
 
 CHECKED_VERSIONS = ("2.11.0", "2.13.0")
 
@@ -286,16 +287,20 @@ def trace_below_transforms(
 
 
 def aot_autograd(
-    module: Callable[..., Any], inputs: Sequence[Any], forward: Callable[..., Any], backward: Callable[..., Any]
+    module: Callable[..., Any],
+    inputs: Sequence[Any],
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    partition: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """AOTAutograd over a module whose parameters are ordinary inputs; compilers get (graph module, fake inputs)."""
+    """AOTAutograd over a module whose parameters are ordinary inputs; compilers get (graph module, fake inputs).
+
+    partition: what splits the joint graph (`compat_joint.Partition`); without it the graph is split as eager would run.
+    """
     from torch._dynamo.backends.common import aot_autograd as dynamo_aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_func
 
-    def boxed(compiler: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda graph_module, fakes: make_boxed_func(compiler(graph_module, fakes))
-
-    compiler = dynamo_aot_autograd(fw_compiler=boxed(forward), bw_compiler=boxed(backward))
+    given = {} if partition is None else {"partition_fn": partition}
+    compiler = dynamo_aot_autograd(fw_compiler=boxed(forward), bw_compiler=boxed(backward), **given)
     return compiler(module, [_of_known_size(value) for value in inputs])
 
 

@@ -21,10 +21,39 @@ from .rotary import rotary
 from .round_through import round_through
 from .sparse_linear import sparse_linear
 from .staircase import fake_staircase, staircase
+from .to_host import arrived, from_host, to_host
 
 __all__ = [
-    "REGISTRY", "Kind", "Op", "attention", "cache_attention", "cache_read", "cache_write", "decode", "decode_words",
-    "dequantize", "encode", "encode_at", "fake_quantize", "fake_quantize_backward", "fake_staircase", "find", "glu",
-    "hadamard", "layer_norm", "op", "pack_nibbles", "quantize", "quantize_affine", "rms_norm", "rotary",
-    "round_through", "sparse_linear", "staircase", "unpack_nibbles",
-]  # fmt: skip
+    "REGISTRY",
+    "Kind",
+    "Op",
+    "arrived",
+    "attention",
+    "cache_attention",
+    "cache_read",
+    "cache_write",
+    "decode",
+    "decode_words",
+    "dequantize",
+    "encode",
+    "encode_at",
+    "fake_quantize",
+    "fake_quantize_backward",
+    "fake_staircase",
+    "find",
+    "from_host",
+    "glu",
+    "hadamard",
+    "layer_norm",
+    "op",
+    "pack_nibbles",
+    "quantize",
+    "quantize_affine",
+    "rms_norm",
+    "rotary",
+    "round_through",
+    "sparse_linear",
+    "staircase",
+    "to_host",
+    "unpack_nibbles",
+]

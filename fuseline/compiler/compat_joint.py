@@ -133,12 +133,30 @@ def group_size(name: Any) -> int:
 
 
 def joint_graph(function: Callable[..., Any], inputs: Sequence[Any]) -> GraphModule:
-    """Forward and backward of a function of tensors in one graph, as AOTAutograd traces it; fake inputs will do.
+    """Forward and backward of a function of tensors in one graph, as a backend is given it; fake inputs will do.
 
     Its placeholders are the inputs, then a gradient for each result; its results those of the function, then the
     inputs' gradients.
     """
-    from torch._functorch.aot_autograd import aot_export_joint_simple
+    from torch._functorch.aot_autograd import aot_module_simplified
 
-    with torch.fx.traceback.preserve_node_meta():
-        return aot_export_joint_simple(function, tuple(inputs), trace_joint=True)
+    class Module(torch.nn.Module):
+        def forward(self, *values: Any) -> Any:
+            return function(*values)
+
+    class Found(Exception):
+        pass
+
+    found: list[GraphModule] = []
+
+    def take(joint: GraphModule, *_: Any, **__: Any) -> Any:
+        found.append(joint)
+        raise Found
+
+    unused = boxed(lambda graph_module, fakes: graph_module)
+    try:
+        with torch.fx.traceback.preserve_node_meta():
+            aot_module_simplified(Module(), tuple(inputs), fw_compiler=unused, bw_compiler=unused, partition_fn=take)
+    except Found:
+        pass
+    return found[0]

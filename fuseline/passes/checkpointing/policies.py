@@ -189,7 +189,8 @@ def _long_context(problem: Problem, why: dict[int, str]) -> Choice:
     stay = {s for i in problem.never for s in problem.tape.allocates[i]}
     kept = inputs | attention | stay
     blocks = [s for s in problem.sections.sections if s.copies > 1] or problem.sections.sections
-    again = {s for section in blocks for s in section.values} - kept
+    kept |= {s for s, kind in problem.sections.like.items() if kind in kept}
+    again = ({s for section in blocks for s in section.values} | set(problem.sections.like)) - kept
     if len(problem.sections.sections) == 1:
         return _choice(problem, Policy.LONG_CONTEXT, (kept | problem.kept) - problem.again, why, "runs again")
     least = _solve(problem, problem.limits(kept=kept - problem.again, again=again))

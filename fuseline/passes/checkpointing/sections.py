@@ -13,8 +13,13 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from ...compiler.costs import is_attention
 from ...compiler.structure import describe_value
-from ...compiler.tape import Tape
+from ...compiler.tape import Tape, execute, peak
+
+
+CUTS = 6
+"""How many places to cut the blocks at are tried."""
 
 
 @dataclass
@@ -39,12 +44,14 @@ class Section:
 
 @dataclass
 class Sections:
-    """sections: in the forward's order; instances: for each storage that stands for others, all of them, itself too."""
+    """sections: in the forward's order; instances: for each storage that stands for others, all of them, itself too;
+    like: for storages of a part of a block, before the first whole one or after the last, what stands for their kind."""
 
     tape: Tape
     sections: list[Section]
     instances: dict[int, list[int]]
     stands_for: dict[int, int]
+    like: dict[int, int]
     gradients: np.ndarray  # [backward calls, distinct sizes]: what the backward itself allocates
 
     @property
@@ -60,15 +67,22 @@ class Sections:
 def find_sections(tape: Tape, sizes: np.ndarray) -> Sections:
     """The sections of a tape; one alone where no block repeats three times or more."""
     gradients = gradient_profile(tape)
-    found = _blocks(tape, sizes)
-    if found is not None:
-        start, period, copies = found
-        sections = _cut(tape, gradients, start, period, copies)
-        if sections is not None:
-            return sections
+    cuts = [c for found in _blocks(tape, sizes) if (c := _cut(tape, gradients, *found)) is not None]
+    if cuts:
+        return min(cuts, key=lambda c: _tightness(c, sizes))
     whole = Section("graph", 1, list(tape.forward), range(len(tape.backward)), np.zeros(len(tape.sizes)))
     whole.values = [s for i in tape.forward for s in tape.allocates[i]]
-    return Sections(tape, [whole], {}, {}, gradients)
+    return Sections(tape, [whole], {}, {}, {}, gradients)
+
+
+def _tightness(found: Sections, sizes: np.ndarray) -> float:
+    """The peak where only what crosses the cuts and attention's results are kept: less where the cuts are better."""
+    tape = found.tape
+    crossing = {p for section in found.sections for ps in section.imports.values() for p in ps}
+    kept = found.spread(crossing)
+    kept |= {s for s, one in enumerate(tape.storages) if is_attention(tape.nodes[one.owner])}
+    kept |= {s for s, kind in found.like.items() if kind in crossing}
+    return max(peak(execute(tape, kept), sizes))
 
 
 def gradient_profile(tape: Tape) -> np.ndarray:
@@ -98,16 +112,17 @@ def _fingerprints(tape: Tape) -> np.ndarray:
     return np.array(found, dtype=np.int32)
 
 
-def _blocks(tape: Tape, sizes: np.ndarray) -> tuple[int, int, int] | None:
-    """(first call, calls of a block, blocks) as indices into `tape.forward`; None where nothing repeats enough."""
+def _blocks(tape: Tape, sizes: np.ndarray) -> list[tuple[int, int, int, range]]:
+    """(first call, calls of a block, blocks, all that repeats) as indices into `tape.forward`, for each place in a
+    block where the fewest bytes cross; none where nothing repeats enough."""
     marks = _fingerprints(tape)
     n = len(marks)
     if n < 6:
-        return None
+        return []
     periods = np.arange(2, n // 3 + 1)
     equal = np.array([np.count_nonzero(marks[:-p] == marks[p:]) for p in periods])
     if not len(equal) or equal.max() < n // 3:
-        return None
+        return []
     best = (0, 0, 0)
     for p in periods[equal >= 0.8 * equal.max()]:
         begin, length = _longest_run(marks[:-p] == marks[p:])
@@ -115,11 +130,16 @@ def _blocks(tape: Tape, sizes: np.ndarray) -> tuple[int, int, int] | None:
             best = (begin, int(p), length + int(p))
     begin, period, covered = best
     if not period:
-        return None
+        return []
     crossing = _crossing(tape, sizes, begin, period, covered)
-    start = begin + int(np.argmin(crossing))
-    copies = (begin + covered - start) // period
-    return (start, period, copies) if copies >= 3 else None
+    least = np.flatnonzero(crossing <= crossing.min())
+    ends = [int(c) for c in least if c - 1 not in least or c + 1 not in least]
+    found = []
+    for cut in ends[:CUTS]:
+        copies = (covered - cut) // period
+        if copies >= 3:
+            found.append((begin + cut, period, copies, range(begin, begin + covered)))
+    return found
 
 
 def _longest_run(mask: np.ndarray) -> tuple[int, int]:
@@ -146,7 +166,7 @@ def _crossing(tape: Tape, sizes: np.ndarray, begin: int, period: int, covered: i
     return crossing
 
 
-def _cut(tape: Tape, gradients: np.ndarray, start: int, period: int, copies: int) -> Sections | None:
+def _cut(tape: Tape, gradients: np.ndarray, start: int, period: int, copies: int, alike: range) -> Sections | None:
     forward, backward = tape.forward, tape.backward
     block_of: dict[int, int] = {}
     for k in range(copies):
@@ -187,6 +207,10 @@ def _cut(tape: Tape, gradients: np.ndarray, start: int, period: int, copies: int
                 return None
             instances[s] = [one[which] for one in every]
             stands_for.update({one[which]: s for one in every})
+    like: dict[int, int] = {}
+    for at in (*range(alike.start, start), *range(start + copies * period, alike.stop)):
+        kind = block.forward[(at - start) % period]
+        like.update(zip(tape.allocates[forward[at]], tape.allocates[kind]))
     sections = [before, block, after]
     for section in sections:
         section.values = [s for i in section.forward for s in tape.allocates[i]]
@@ -202,4 +226,4 @@ def _cut(tape: Tape, gradients: np.ndarray, start: int, period: int, copies: int
             provider = stands_for.get(other, other)
             if s in block.imports and tape.storages[other].owner in index and provider not in block.imports[s]:
                 block.imports[s] = (*block.imports[s], provider)
-    return Sections(tape, [s for s in sections if s.forward or len(s.backward)], instances, stands_for, gradients)
+    return Sections(tape, [s for s in sections if s.forward or len(s.backward)], instances, stands_for, like, gradients)

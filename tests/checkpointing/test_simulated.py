@@ -1,12 +1,10 @@
-"""Twelve Llama-like blocks of width 256 at 4096 local tokens in float32, in a group of four: what each choice keeps, its
-peak, and what runs again. Bounds are those of hand-made tags on the same blocks; others' rows are computed beside ours.
+"""Twelve Llama-like blocks of width 256 at 4096 local tokens in float32, in a group of four: what each choice keeps,
+its peak, and what runs again. Bounds are those of hand-made tags on the same blocks; others' rows are computed beside.
 """
 
 import numpy as np
 import pytest
 import torch
-from tests.helpers.exchanging import Blocks, fake_group
-from tests.helpers.joint import Traced, count, kept
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from fuseline.compiler.costs import is_collective
@@ -14,6 +12,8 @@ from fuseline.compiler.machine import MACHINES
 from fuseline.compiler.tape import FREE, execute, peak, saved_bytes, tape
 from fuseline.passes.checkpointing.policies import Collectives, Policy, Problem, choose, smallest
 from fuseline.passes.checkpointing.program import solve
+from tests.helpers.exchanging import Blocks, fake_group
+from tests.helpers.joint import Traced, count, kept
 
 MB = 2**20
 BLOCKS = 12

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._functorch import config
+from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
 from fuseline.compiler.action import Observer
@@ -41,7 +43,9 @@ class Traced:
     def split(self, pipeline: str, observers: tuple[Observer, ...] = ()) -> tuple[GraphModule, GraphModule, Joint]:
         """Forward and backward as a pipeline of joint passes decides."""
         joint = Joint(Pipeline(pipeline), self.fused, observers, "quick", Report(pipeline))
-        forward, backward = joint.split(self.program().module, [], num_fwd_outputs=self.results)
+        program = self.program()
+        with tracing(TracingContext(program.fake_mode)), config.patch(cse=False):  # CSE would rename and reorder
+            forward, backward = joint.split(program.module, [], num_fwd_outputs=self.results)
         return forward, backward, joint
 
     def step(self, forward: GraphModule, backward: GraphModule, seed: int = 0) -> list[torch.Tensor]:

@@ -27,6 +27,7 @@ rule, which `long-context` follows with prices instead of a fixed list; docs/che
 from __future__ import annotations
 
 import enum
+import operator
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -124,16 +125,20 @@ class Checkpoint(Pass):
         saved = choice.execution.saved
         again = {i for i in choice.execution.backward.steps if found.is_forward[i]}
         stands_for = problem.sections.stands_for
+        stays: set[int] = set()  # calls whose decision an observer skipped: their results are kept
         for i in found.forward:
             node = found.nodes[i]
             if found.is_size[i]:
                 continue
             if not found.allocates[i]:
-                tag(node, i not in again)
+                tag(node, i not in again or (node.target is operator.getitem and found.inputs[i][0] in stays))
                 continue
             why = choice.why.get(stands_for.get(found.allocates[i][0], found.allocates[i][0]), "not read again")
             if i in again:
-                tag(node, not rewriter.decide(node, "recompute", why))
+                done = rewriter.decide(node, "recompute", why)
+                tag(node, not done)
+                if not done:
+                    stays.add(i)
             else:
                 tag(node, True)
                 if any(s in saved for s in found.allocates[i]):

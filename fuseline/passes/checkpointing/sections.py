@@ -14,9 +14,9 @@ import torch
 from torch.fx import Node
 
 from ...compiler.costs import is_attention
+from ...compiler.regions import region_of, region_saves
 from ...compiler.structure import describe_value
 from ...compiler.tape import Tape, execute, peak
-
 
 CUTS = 6
 """How many places to cut the blocks at are tried."""
@@ -45,7 +45,7 @@ class Section:
 @dataclass
 class Sections:
     """sections: in the forward's order; instances: for each storage that stands for others, all of them, itself too;
-    like: for storages of a part of a block, before the first whole one or after the last, what stands for their kind."""
+    like: for storages of a part of a block, before the first whole one or after the last, what stands for such."""
 
     tape: Tape
     sections: list[Section]
@@ -107,7 +107,8 @@ def _fingerprints(tape: Tape) -> np.ndarray:
         node = tape.nodes[i]
         plain = lambda a: "%" if isinstance(a, Node) else a
         args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: None)
-        key = (node.target, str(args), describe_value(plain(node.meta.get("val"))))
+        region = region_of(node) is not None and (bool(region_saves(node)) + 1)  # the user's wishes are part of a block
+        key = (node.target, str(args), describe_value(plain(node.meta.get("val"))), region)
         found.append(numbers.setdefault(key, len(numbers)))
     return np.array(found, dtype=np.int32)
 

@@ -19,8 +19,10 @@ from fuseline.cli.diff import diff
 from fuseline.cli.examine import examine
 from fuseline.cli.export import export
 from fuseline.cli.kernels import kernels
+from fuseline.cli.memory import memory
 from fuseline.cli.opt import opt
 from fuseline.cli.passes import passes
+from fuseline.cli.plan import plan
 from fuseline.cli.reduce import reduce
 from fuseline.cli.replay import replay
 from fuseline.cli.repro import repro
@@ -33,8 +35,8 @@ from fuseline.compiler.errors import FuselineError
 
 HELP = "A graph compiler for PyTorch models. VERB -h: options; --debug: tracebacks."
 VERBS = (
-    run, passes, examine, analyze, sparsity, opt, export, kernels, cache, compare, why, bisect, reduce, repro, diff,
-    view, replay, completion,
+    run, passes, examine, analyze, sparsity, plan, memory, opt, export, kernels, cache, compare, why, bisect, reduce,
+    repro, diff, view, replay, completion,
 )  # fmt: skip
 
 

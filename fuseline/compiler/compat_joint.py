@@ -160,3 +160,13 @@ def joint_graph(function: Callable[..., Any], inputs: Sequence[Any]) -> GraphMod
     except Found:
         pass
     return found[0]
+
+
+def symbolic_length(hint: int) -> tuple[Any, Any]:
+    """A fake mode, and a symbol for a length in it; hint: what it is where a number is needed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    return mode, mode.from_tensor(torch.empty(hint, device="meta"), symbolic_context=context).shape[0]

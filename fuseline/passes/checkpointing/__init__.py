@@ -86,8 +86,8 @@ class Checkpoint(Pass):
             moved = problem.sections.spread(choice.offloaded) & choice.execution.saved
             after_split(program, move_to_host([problem.tape.storages[s].node.name for s in moved]))
 
-    def problem(self, program: Program) -> Problem:
-        """The program's storages, sizes and costs.
+    def problem(self, program: Program, layers: int | None = None) -> Problem:
+        """The program's storages, sizes and costs. layers: blocks to decide for, where fewer were traced.
 
         Raises:
             UserError: `target_seq` and a length that is no symbol.
@@ -95,7 +95,7 @@ class Checkpoint(Pass):
         found = tape(program)
         machine = find_machine(self.device) if self.device else machine_of(_device(program))
         at = _sizes(program, found, self.target_seq)
-        return Problem(found, machine, at, self.collectives, self.offload is Offload.CPU)
+        return Problem(found, machine, at, self.collectives, self.offload is Offload.CPU, layers)
 
     def limit(self, problem: Problem) -> float | None:
         """Bytes for activations and gradients.

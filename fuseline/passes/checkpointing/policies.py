@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -16,7 +17,11 @@ from ...compiler.sites import sites
 from ...compiler.tape import FREE, At, Execution, Tape, execute, peak
 from .min_cut import cut
 from .program import Limits, Solution, relevant, solve
+from .scaling import for_layers, rows_of, traced_blocks
 from .sections import Sections, find_sections
+
+SECONDS = 1.5
+"""What the solver may take for one choice; the best so far is taken then, and its gap reported."""
 
 
 class Policy(enum.Enum):
@@ -46,6 +51,8 @@ class Problem:
     at: At
     collectives: Collectives = Collectives.AUTO
     offload: bool = False
+    layers: int | None = None  # blocks to decide for, where fewer were traced
+    sharded: bool = False  # gradients of parameters leave the device as they come, and take no memory
     sizes: np.ndarray = field(init=False)
     seconds: np.ndarray = field(init=False)
     sections: Sections = field(init=False)
@@ -56,9 +63,14 @@ class Problem:
 
     def __post_init__(self) -> None:
         self.sizes = self.tape.size_values(self.at)
+        if self.sharded:  # what does not grow with the sequence is the parameters'
+            self.sizes = self.sizes * [bool(getattr(s, "free_symbols", False)) for s in self.tape.sizes]
         self.seconds = self.tape.seconds(self.machine, self.at)
         self.sections = find_sections(self.tape, self.sizes)
         self._fix()
+        self.traced = traced_blocks(self.sections)
+        if self.layers is not None:
+            for_layers(self.sections, self.layers)
 
     def _fix(self) -> None:
         """What the policy has no say in."""
@@ -109,11 +121,18 @@ class Problem:
 
     def peak(self, execution: Execution) -> float:
         """Bytes at the fullest step."""
-        return max(peak(execution, self.sizes))
+        if self.sections.blocks == self.traced:
+            return max(peak(execution, self.sizes))
+        return float((rows_of(self.sections, execution, self.sections.blocks) @ self.sizes).max())
 
     def time(self, execution: Execution) -> float:
         """Seconds of what runs again."""
-        return float(sum(self.seconds[i] for i in execution.recomputed))
+        return float(sum(self.seconds[i] * self.times(i) for i in execution.recomputed))
+
+    def times(self, i: int) -> float:
+        """How many calls one of the traced ones stands for."""
+        owned = self.tape.allocates[i]
+        return self.sections.blocks / self.traced if owned and owned[0] in self.sections.stands_for else 1.0
 
     @property
     def everything(self) -> set[int]:
@@ -123,7 +142,11 @@ class Problem:
     @property
     def step_seconds(self) -> float:
         """Seconds of forward and backward where nothing runs again."""
-        return float(self.seconds.sum())
+        total = 0.0
+        for section in self.sections.sections:
+            calls = [*section.forward, *(self.tape.backward[p] for p in section.backward)]
+            total += section.copies * float(sum(self.seconds[i] for i in calls))
+        return total
 
 
 def node_readers(tape: Tape, i: int) -> list[int]:
@@ -200,7 +223,7 @@ def _long_context(problem: Problem, why: dict[int, str]) -> Choice:
     return _labelled(problem, Policy.LONG_CONTEXT, best, found, why)
 
 
-def _solve(problem: Problem, limits: Limits, time: float = 2.0) -> Solution | None:
+def _solve(problem: Problem, limits: Limits, time: float = SECONDS) -> Solution | None:
     if problem.offload:
         values = {s for section in problem.sections.sections if section.copies > 1 for s in section.values}
         large = {s for s in values if problem.sizes[problem.tape.storages[s].size] >= 2**20 or _on_cpu(problem)}
@@ -224,8 +247,12 @@ def _budget(problem: Problem, limit: float, why: dict[int, str]) -> Choice:
     """The least time within a limit on the schedule's peak."""
     best: tuple[float, Solution, Execution] | None = None
     allowed = limit
+    started = time.monotonic()
     for _ in range(3):  # the program's peak is a bound: what it is too high by may be given back
-        solution = _solve(problem, problem.limits(memory=allowed))
+        left = SECONDS - (time.monotonic() - started)
+        if best is not None and left < SECONDS / 2:
+            break
+        solution = _solve(problem, problem.limits(memory=allowed), max(left, SECONDS / 4))
         if solution is None:
             break
         execution = problem.run(solution.saved, solution.offloaded)

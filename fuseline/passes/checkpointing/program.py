@@ -18,7 +18,7 @@ the order of PyTorch's partition instead of a free one: that leaves a block's pr
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -124,6 +124,8 @@ def solve(
             if s not in wanted:
                 continue
             low, high = float(s in limits.kept), float(s not in limits.again or s in limits.kept)
+            if not low and _is_dominated(tape, s, bytes_, wanted):
+                high = 0.0
             # kept for nothing is not wanted: a billionth of all time for a byte in a million
             saves[s] = system.column(1e-6 * section.copies * bytes_[s] / unit, True, low, high)
             if limits.host and s in limits.offloadable and s not in limits.again:
@@ -167,6 +169,15 @@ def solve(
         chosen | outside, outside, float(answer.fun) * slowest, float(answer.x[top]) * unit,
         float(getattr(answer, "mip_gap", 0.0) or 0.0),
     )  # fmt: skip
+
+
+def _is_dominated(tape: Tape, s: int, bytes_: np.ndarray, wanted: Collection[int]) -> bool:
+    """Whether keeping what a value's only reader makes of it is better: no more bytes, and less that runs again."""
+    readers = set(tape.storages[s].reads)
+    if len(readers) != 1 or s in tape.results:
+        return False
+    made = tape.allocates[reader] if tape.is_forward[reader := next(iter(readers))] else []
+    return len(made) == 1 and made[0] in wanted and bytes_[made[0]] <= bytes_[s]
 
 
 def _section(

@@ -37,6 +37,7 @@ def memory(
     """Show a training step's activations, its peak, and what it could be."""
     logging.getLogger("torch").setLevel(logging.ERROR)
     from fuseline.compiler.pipeline import Pipeline
+    from fuseline.models.shapes import find_shape
     from fuseline.passes.checkpointing import Checkpoint, input_bytes, read_memory, sequence_symbol
     from fuseline.passes.checkpointing.policies import Policy, at_peak, choose
     from fuseline.planning.formulas import closed_text, longest, size_text, step_formula
@@ -53,7 +54,7 @@ def memory(
     announce("solving")
     choice = choose(problem, step.policy, step.limit(problem))
     everything = choose(problem, Policy.NONE)
-    owned = input_bytes(problem.tape, problem.at)
+    owned = 2.0 * find_shape(model).parameters if layers else input_bytes(problem.tape, problem.at)
     peak, most = problem.peak(choice.execution), problem.peak(everything.execution)
     of = f", {layers} layers by {problem.traced} traced" if layers else ""
     output.line(f"{model}: a step on {seq:,} tokens{of}, rates of {device}")
@@ -86,7 +87,7 @@ def memory(
         reach, closed = longest(formula, room)
         output.line(f"\nby the length S: {formula}")
         output.line(f"longest S in {limit} less {size_text(owned)} of parameters and inputs: {reach:,}")
-        output.line(f"  = {closed_text(closed)} of what is left, M")
+        output.line(f"  = {closed_text(closed)}, where M is what is left")
     if plot is not None:
         Path(plot).write_text(_svg(lines), encoding="utf-8")
         output.line(f"\nwrote {plot}")

@@ -17,8 +17,8 @@ import sympy
 from ..passes.checkpointing.policies import Choice, Problem
 from ..passes.checkpointing.scaling import rows_of
 
-GRID = tuple(2**k for k in range(8, 25))
-"""Lengths at which steps are compared: 256 to 16M tokens."""
+GRID = tuple(sorted({round(2 ** (k / 2)) for k in range(51)}))
+"""Lengths at which steps are compared that are no straight lines in the length: 1 to 32M tokens."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,31 @@ def step_formula(
     rows = rows_of(problem.sections, choice.execution, layers)
     if sharded:
         rows = np.unique(rows * [bool(getattr(s, "free_symbols", False)) for s in tape.sizes], axis=0)
-    best: list[int] = []
     values = np.array([tape.size_values({**problem.at, symbol: length}) for length in GRID])
-    for at in (rows @ values.T).T:
-        best.append(int(np.argmax(at)))
     terms = []
-    for r in dict.fromkeys(best):
+    for r in _largest(rows @ values.T):
         sizes = (int(c) * sympy.sympify(s) for c, s in zip(rows[r], tape.sizes) if c)
         terms.append(sympy.expand(sum(sizes, sympy.S(0))))
     fixed = {s: v for s, v in problem.at.items() if s != symbol}
     return Formula(symbol, tuple(dict.fromkeys(t.subs(fixed) for t in terms)))
+
+
+def _largest(steps: np.ndarray) -> list[int]:
+    """Which steps [steps, lengths of GRID] are the largest at some length: exactly so where all are straight lines."""
+    slopes = steps[:, 1] - steps[:, 0]
+    offsets = steps[:, 0] - slopes * GRID[0]
+    if not np.allclose(steps, offsets[:, None] + slopes[:, None] * np.array(GRID), rtol=1e-9, atol=0.5):
+        return list(dict.fromkeys(int(r) for r in np.argmax(steps, 0)))
+    found, length = [], float(GRID[0])
+    current = max(range(len(steps)), key=lambda r: (offsets[r] + slopes[r] * length, slopes[r]))
+    while True:
+        found.append(current)
+        steeper = np.flatnonzero(slopes > slopes[current])
+        if not len(steeper):
+            return found
+        meets = (offsets[current] - offsets[steeper]) / (slopes[steeper] - slopes[current])
+        nearest = meets.min()
+        current = int(max(steeper[meets <= nearest * (1 + 1e-12)], key=lambda r: slopes[r]))
 
 
 def closed_text(closed: Any) -> str:
@@ -79,7 +94,8 @@ def closed_text(closed: Any) -> str:
     if poly is None or poly.degree() != 1:
         return str(closed).replace("**", "^")
     slope, offset = (float(c) for c in poly.all_coeffs())
-    return f"(M - {size_text(-offset / slope)}) / {size_text(1 / slope)}"
+    room = "M" if abs(offset / slope) < 1 else f"(M - {size_text(-offset / slope)})"
+    return f"{room} / {size_text(1 / slope)}"
 
 
 def longest(formula: Formula, limit: float) -> tuple[int, Any]:

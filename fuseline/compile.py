@@ -41,7 +41,8 @@ TARGETS = ("auto", "eager", "inductor", "triton")
 
 @dataclass
 class Compilation:
-    """One graph that was compiled: before, after, what the passes did, and how it runs."""
+    """One graph that was compiled: before, after, what the passes did, and how it runs; joint: forward and backward in
+    one graph, after the passes of that level."""
 
     captured: Program
     program: Program
@@ -52,6 +53,7 @@ class Compilation:
     refusals: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
     leftovers: dict[str, Leftover] = field(default_factory=dict, repr=False)
+    joint: Program | None = None
 
 
 def choose_target(target: str | None, program: Program) -> str:
@@ -121,6 +123,7 @@ def compile_program(
         joint = Joint(pipeline, chosen == "inductor", observers, verification, report)
         result.executable = _training(after, inputs, chosen, joint if joint.wanted(after) else None)
         joint.check()
+        result.joint = joint.program
         return result
     targets: dict[str, Callable[..., Executable]] = {
         "eager": _eager if keep_originals else _packed,

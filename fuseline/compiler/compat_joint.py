@@ -96,6 +96,9 @@ def inductor_through(module: GraphModule, inputs: Sequence[Any], partition: Part
         def uuid(self) -> str:
             return key
 
+        def __reduce__(self) -> Any:  # Inductor's cache hashes what its settings pickle to
+            return str, (key,)
+
     with config.patch(custom_partitioner_fn=Ours()):
         return compile_fx(module, list(inputs))
 

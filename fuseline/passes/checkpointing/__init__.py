@@ -44,7 +44,7 @@ from ...compiler.machine import find_machine, machine_of
 from ...compiler.program import Program
 from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
-from ...compiler.tape import At, Tape, tape, value_at
+from ...compiler.tape import At, Tape, saved_bytes, tape, value_at
 from .offload import move_to_host
 from .policies import Choice, Collectives, Policy, Problem, choose
 
@@ -82,9 +82,23 @@ class Checkpoint(Pass):
         problem = self.problem(program)
         choice = choose(problem, self.policy, self.limit(problem))
         self._tag(problem, choice, rewriter)
+        program.module.meta["checkpoint"] = self._predicted(problem, choice)
         if choice.offloaded:
             moved = problem.sections.spread(choice.offloaded) & choice.execution.saved
             after_split(program, move_to_host([problem.tape.storages[s].node.name for s in moved]))
+
+    def _predicted(self, problem: Problem, choice: Choice) -> dict[str, float]:
+        """Bytes and seconds of the step: its peak apart from parameters and inputs, what is kept between forward and
+        backward on the device, what is on the host, and the time that is computed again."""
+        outside = problem.sections.spread(choice.offloaded) & choice.execution.saved
+        kept = choice.execution.saved - outside
+        return {
+            "peak": problem.peak(choice.execution),
+            "kept": saved_bytes(problem.tape, kept, problem.sizes),
+            "host": saved_bytes(problem.tape, outside, problem.sizes),
+            "seconds": problem.time(choice.execution),
+            "step_seconds": problem.step_seconds,
+        }
 
     def problem(self, program: Program, layers: int | None = None) -> Problem:
         """The program's storages, sizes and costs. layers: blocks to decide for, where fewer were traced.

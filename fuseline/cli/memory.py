@@ -69,7 +69,8 @@ def memory(
     if len(found) > rows:
         output.line(f"… and {len(found) - rows} more: --rows {len(found)}")
     lines = [p.at(problem.sizes) for p in (choice.execution.forward, choice.execution.backward)]
-    output.line(f"\nmemory over the step, up to {size_text(max(line.max(initial=0) for line in lines))}:")
+    traced = f" of the {problem.traced} blocks that were traced" if layers else ""
+    output.line(f"\nmemory over the step{traced}, up to {size_text(max(line.max(initial=0) for line in lines))}:")
     for name, line in zip(("forward ", "backward"), _bars(lines)):
         output.line(f"  {name} {line}")
     output.line("at its fullest:")

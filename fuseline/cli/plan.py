@@ -59,16 +59,17 @@ def plan(
             r.policy,
             f"{r.longest:,}" if r.longest else "-",
             size_text(r.peak) if r.peak is not None else "-",
-            f"{r.seconds:.3g}" if r.seconds is not None else "does not fit",
+            f"{r.seconds:.3g}" if r.seconds is not None else "-",
+            f"{r.tokens:,.0f}" if r.tokens is not None else "does not fit",
         ]
         for r in shown
     ]
-    table(output, ["degree", "policy", "longest S", f"peak at {seq:,}", "seconds"], cells)
+    table(output, ["degree", "policy", "longest S", f"peak at {seq:,}", "seconds", "tokens/s"], cells)
     output.line("\nbytes on a GPU by the length S, and the longest S by its memory M:")
     for r in shown:
         output.line(f"  degree {r.degree}, {r.policy}: {r.formula}")
         output.line(f"    S = {closed_text(r.closed)}")
-    fastest = min((r for r in rows if r.seconds is not None), key=lambda r: (r.seconds, r.degree), default=None)
+    fastest = max((r for r in rows if r.tokens is not None), key=lambda r: (r.tokens, -r.degree), default=None)
     if fastest is None:
         output.line(f"\nno row fits {seq:,} tokens")
         following(output, f"fuseline plan {model} --gpus {2 * gpus} --memory {memory} --seq {seq}", "more GPUs")
@@ -95,5 +96,6 @@ def _best(rows: list[Any]) -> list[Any]:
 def _data(row: Any) -> dict[str, Any]:
     return {
         "degree": row.degree, "policy": row.policy, "longest": row.longest, "peak": row.peak, "seconds": row.seconds,
+        "tokens_a_second": row.tokens,
         "bytes": [str(t) for t in row.formula.terms], "longest_by_memory": str(row.closed),
     }  # fmt: skip

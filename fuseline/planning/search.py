@@ -39,6 +39,7 @@ class Row:
     closed: Any
     peak: float | None = None
     seconds: float | None = None
+    tokens: float | None = None
 
 
 @dataclass
@@ -99,7 +100,8 @@ class Planner:
         most, closed = longest(formula, self.memory)
         peak = formula.at(self.length)
         seconds = self.seconds(degree, problem, choice) if peak <= self.memory else None
-        return Row(degree, name, formula, most, closed, peak, seconds)
+        tokens = self.gpus / degree * self.length / seconds if seconds is not None else None
+        return Row(degree, name, formula, most, closed, peak, seconds, tokens)
 
     def _unsharded(self) -> float:
         """One GPU: all states but the gradients, which the schedule holds."""

@@ -191,6 +191,14 @@ def test_offloaded_values_go_to_the_host_and_come_back_before_their_readers():
     assert agree(traced.step(forward, backward), uncheckpointed(traced))
 
 
+def test_without_gradients_the_pass_is_left_out():
+    model, x = Dropping(rate=0.0), torch.randn(2, 12, 16)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="fuseline", options={"pipeline": "raise{allow_empty},checkpoint"})
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x))
+
+
 # users' own regions
 
 

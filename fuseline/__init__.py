@@ -2,8 +2,10 @@
 
 from typing import Any as _Any
 
-from . import hooks as _hooks  # what capture does to models of other libraries
-from . import passes as _passes  # registers the passes of this package
+from . import (
+    hooks as _hooks,  # what capture does to models of other libraries
+    passes as _passes,  # registers the passes of this package
+)
 from .artifact import load, save
 from .calibrate import analyze
 from .compiler.capture import capture

@@ -90,6 +90,7 @@ def compile(
         return captured
     refuse_streams(module)
     if not is_training(inputs):
+        pipeline = Pipeline(p for p in pipeline.passes if p not in pipeline.joint)  # there is no backward
         ask_for_symbols(module, inputs)
     program = from_dynamo(module, inputs)
     if program.training and break_after(module) is None:

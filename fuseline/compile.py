@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from .codegen.kernel import Kernel
-from .compiler import compat
+from .compiler import compat, compat_joint
 from .compiler.action import Observer
 from .compiler.deferred import cut, positions
 from .compiler.errors import FuselineError, UserError, nearest
 from .compiler.expand import expand_at_use, expand_weights
 from .compiler.flatten import anchors_only, flatten
+from .compiler.joint import Joint
 from .compiler.observe.structured import trace_module
 from .compiler.outline import inline
 from .compiler.pipeline import Pipeline
@@ -43,7 +44,8 @@ TARGETS = ("auto", "eager", "inductor", "triton")
 
 @dataclass
 class Compilation:
-    """One graph that was compiled: before, after, what the passes did, and how it runs."""
+    """One graph that was compiled: before, after, what the passes did, and how it runs; joint: forward and backward in
+    one graph, after the passes of that level."""
 
     captured: Program
     program: Program
@@ -54,6 +56,7 @@ class Compilation:
     refusals: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
     leftovers: dict[str, Leftover] = field(default_factory=dict, repr=False)
+    joint: Program | None = None
 
 
 def choose_target(target: str | None, program: Program) -> str:
@@ -124,7 +127,10 @@ def compile_program(
     refuse_derived(after)
     result = Compilation(program, after, report, chosen, _unbuilt)
     if after.training:
-        result.executable = _training(after, inputs, chosen, recompute)
+        joint = Joint(pipeline, chosen == "inductor", observers, verification, report)
+        result.executable = _training(after, inputs, chosen, recompute, joint if joint.wanted(after) else None)
+        joint.check()
+        result.joint = joint.program
         return result
     targets: dict[str, Callable[..., Executable]] = {
         "eager": _eager if keep_originals else _packed,
@@ -208,9 +214,15 @@ def _kernels(program: Program, inputs: Sequence[Any], result: Compilation, lefto
     return Executable(module.call, program.arguments, program.binder(lowered.weights))
 
 
-def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any], recompute: bool = False) -> Callable[..., Any]:
+def _inductor(
+    module: torch.fx.GraphModule, inputs: Sequence[Any], recompute: bool = False, partition: Joint | None = None
+) -> Callable[..., Any]:
     try:
+        if partition is not None:
+            return compat_joint.inductor_through(module, inputs, partition.split, partition.key)
         return compat.inductor(module, inputs, recompute)
+    except FuselineError:
+        raise
     except Exception as error:
         text = str(error)
         if "compiler" in text.lower() and ("c++" in text.lower() or "gcc" in text.lower() or "cl is not" in text):
@@ -224,7 +236,9 @@ def _inductor(module: torch.fx.GraphModule, inputs: Sequence[Any], recompute: bo
         ) from error
 
 
-def _training(program: Program, inputs: Sequence[Any], target: str, recompute: bool) -> Callable[..., Any]:
+def _training(
+    program: Program, inputs: Sequence[Any], target: str, recompute: bool, partition: Joint | None = None
+) -> Callable[..., Any]:
     """Forward and backward through AOTAutograd, parameters as ordinary inputs so that gradients reach them."""
     module, weights = program.lift()
     binder = program.binder(weights)
@@ -235,8 +249,9 @@ def _training(program: Program, inputs: Sequence[Any], target: str, recompute: b
     deferred = {place: (tail, *positions(tail, order)) for place, tail in tails.items()}
     bound = [*(inputs[i] for i in program.arguments), *binder(inputs)]
     if target == "inductor":
-        run = _inductor(plain, bound, recompute)
+        run = _inductor(plain, bound, recompute, partition)
     else:
-        as_it_is = lambda graph_module, fakes: graph_module.forward
-        run = compat.aot_autograd(plain, bound, as_it_is, as_it_is)
+        as_it_is = lambda graph_module, fakes: graph_module
+        split = partition.split if partition is not None else None
+        run = compat.aot_autograd(plain, bound, as_it_is, as_it_is, split)
     return Executable(WithTails(run, deferred) if deferred else run, program.arguments, binder)

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hypothesis import reject, settings
-from hypothesis import strategies as st
+from hypothesis import reject, settings, strategies as st
 
 from fuseline.compiler.compensated import Compensated
 from fuseline.compiler.errors import UserError

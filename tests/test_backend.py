@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import fuseline
-from fuseline import backend
-from fuseline import compile as compilation
+from fuseline import backend, compile as compilation
 from fuseline.compiler.weights import STORE
 from tests.helpers.models import Mlp, Tied, error, ops, tiny_llama
 

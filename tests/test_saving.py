@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import fuseline
 from fuseline import UserError
-from fuseline.artifact import manifest as manifests
-from fuseline.artifact import tensors
+from fuseline.artifact import manifest as manifests, tensors
 from fuseline.artifact.tensors import Kind
 from fuseline.compiler.plan import Plan
 from fuseline.originals import dropped

@@ -11,8 +11,7 @@ import torch
 from ..compiler.errors import UserError
 from ..models import stored
 from ..models.checks import require
-from ..models.experts import NAME as EXPERTS
-from ..models.experts import register
+from ..models.experts import NAME as EXPERTS, register
 
 Builder: TypeAlias = Callable[[], torch.nn.Module] | torch.nn.Module | None
 

@@ -21,8 +21,10 @@ from fuseline.cli.examine import examine
 from fuseline.cli.experts import experts
 from fuseline.cli.export import export
 from fuseline.cli.kernels import kernels
+from fuseline.cli.memory import memory
 from fuseline.cli.opt import opt
 from fuseline.cli.passes import passes
+from fuseline.cli.plan import plan
 from fuseline.cli.reduce import reduce
 from fuseline.cli.replay import replay
 from fuseline.cli.repro import repro
@@ -35,8 +37,8 @@ from fuseline.compiler.errors import FuselineError
 
 HELP = "A graph compiler for PyTorch models. VERB -h: options; --debug: tracebacks."
 VERBS = (
-    run, passes, examine, analyze, sparsity, experts, opt, export, kernels, cache, compare, why, bisect, reduce, repro,
-    diff, view, replay, doctor, completion,
+    run, passes, examine, analyze, sparsity, experts, plan, memory, opt, export, kernels, cache, compare, why, bisect,
+    reduce, repro, diff, view, replay, doctor, completion,
 )  # fmt: skip
 
 

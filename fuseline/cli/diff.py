@@ -39,8 +39,7 @@ def diff(
     """
     from fuseline.compiler.debug.diff import diff as compare
     from fuseline.compiler.debug.diff_html import page
-    from fuseline.compiler.debug.diff_text import lines, region_lines, summary
-    from fuseline.compiler.debug.diff_text import stat as counted
+    from fuseline.compiler.debug.diff_text import lines, region_lines, stat as counted, summary
 
     rewrites = pipeline is not None or plan is not None
     if (after is None) != rewrites:

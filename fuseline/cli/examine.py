@@ -68,8 +68,7 @@ def examine(
 def _examine(loaded: LoadedModel, passes: Pipeline | None) -> Examination:
     """A model's call on its example inputs, its dynamic sizes free; what it prints goes to standard error."""
     from fuseline.cli.compiling import capture_model
-    from fuseline.examination import examine as examine_call
-    from fuseline.examination import examine_program
+    from fuseline.examination import examine as examine_call, examine_program
 
     if loaded.exported is not None:
         return examine_program(loaded.model, lambda: capture_model(loaded), passes)

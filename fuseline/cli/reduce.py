@@ -16,8 +16,7 @@ from fuseline.cli.render import following, table
 from fuseline.cli.repro import SOURCES, proved, writable
 from fuseline.compiler.debug.check import Verdict
 from fuseline.compiler.debug.command_judge import PLACE, CommandJudge
-from fuseline.compiler.debug.reduce import Reduction, run
-from fuseline.compiler.debug.reduce import reduce as smallest
+from fuseline.compiler.debug.reduce import Reduction, reduce as smallest, run
 from fuseline.compiler.debug.reproducer import describe
 from fuseline.compiler.debug.search import Case, Search
 from fuseline.compiler.debug.settle import settle, write_case

@@ -23,52 +23,25 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .compat_debug import (
     bisector_disables as bisector_disables,
-)
-from .compat_debug import (
     bisector_is_running as bisector_is_running,
-)
-from .compat_debug import (
     capture_id as capture_id,
-)
-from .compat_debug import (
     join_bisector as join_bisector,
-)
-from .compat_debug import (
     new_symbols as new_symbols,
-)
-from .compat_debug import (
     structured_tracing as structured_tracing,
-)
-from .compat_debug import (
     symbol_bounds as symbol_bounds,
-)
-from .compat_debug import (
     symbols_in as symbols_in,
-)
-from .compat_debug import (
     trace_artifact as trace_artifact,
 )
 from .compat_distributed import (
     collectives as collectives,
-)
-from .compat_distributed import (
     gathered as gathered,
-)
-from .compat_distributed import (
     gradients_are_averaged as gradients_are_averaged,
-)
-from .compat_distributed import (
     group_name as group_name,
-)
-from .compat_distributed import (
     is_wrapper as is_wrapper,
-)
-from .compat_distributed import (
     mesh_groups as mesh_groups,
-)
-from .compat_distributed import (
     shared_store as shared_store,
 )
+from .compat_joint import boxed
 
 CHECKED_VERSIONS = ("2.11.0", "2.13.0")
 
@@ -307,20 +280,25 @@ def trace_below_transforms(
 
 
 def aot_autograd(
-    module: Callable[..., Any], inputs: Sequence[Any], forward: Callable[..., Any], backward: Callable[..., Any]
+    module: Callable[..., Any],
+    inputs: Sequence[Any],
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    partition: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """AOTAutograd over a module whose parameters are ordinary inputs; compilers get (graph module, fake inputs)."""
-    from torch._dynamo.backends.common import aot_autograd as dynamo_aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_func
+    """AOTAutograd over a module whose parameters are ordinary inputs; compilers get (graph module, fake inputs).
 
-    def boxed(compiler: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda graph_module, fakes: make_boxed_func(compiler(graph_module, fakes))
+    partition: what splits the joint graph (`compat_joint.Partition`); without it the graph is split as eager would run.
+    """
+    from torch._dynamo.backends.common import aot_autograd as dynamo_aot_autograd
+
+    given = {} if partition is None else {"partition_fn": partition}
 
     def without_leftovers(graph_module: torch.fx.GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
         drop_unused(graph_module)
         return backward(graph_module, fakes)
 
-    compiler = dynamo_aot_autograd(fw_compiler=boxed(forward), bw_compiler=boxed(without_leftovers))
+    compiler = dynamo_aot_autograd(fw_compiler=boxed(forward), bw_compiler=boxed(without_leftovers), **given)
     return compiler(module, [_of_known_size(value) for value in inputs])
 
 

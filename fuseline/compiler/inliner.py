@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Interpreter
 
 from .errors import CaptureError
 from .fast_paths import written_out
+from .regions import mark_region
 
 
 class Inliner(Interpreter):
@@ -51,7 +52,10 @@ class Inliner(Interpreter):
                 return body(*rest)
         if name == "tag_activation_checkpoint":
             body, *rest = args
-            return Inliner(body).run(*rest) if isinstance(body, GraphModule) else body(*rest)
+            if isinstance(body, GraphModule):
+                mark_region(body)
+                return Inliner(body).run(*rest)
+            return body(*rest)
         if name == "autograd_function_apply":
             forward, _, *rest = args
             if not _wants_gradient(rest):

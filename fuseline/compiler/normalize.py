@@ -89,7 +89,7 @@ def normalize(
             }
             node.replace_all_uses_with(weight)
         graph.erase_node(node)
-    _write_constants_down(traced)
+    write_constants_down(traced)
     functionalize(graph)
     _share_constants(graph)
     clean(graph, training)
@@ -177,7 +177,7 @@ def _share_constants(graph: torch.fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def _write_constants_down(module: GraphModule) -> None:
+def write_constants_down(module: GraphModule) -> None:
     """Tensors that tracing left as attributes become constants of the weight grammar."""
     for node in module.graph.nodes:
         if node.op != "get_attr" or "weight" in node.meta:

@@ -24,7 +24,7 @@ from .expectations import check_expectations, parse_expectations
 from .framework import Level, Pass, Study, Tier, build
 from .observe.ambient import ambient
 from .plan import Plan
-from .program import TRAINS, Program
+from .program import JOINT, TRAINS, Program
 from .recipes import recipes
 from .report import PassReport, Report
 from .rewriter import Rewriter
@@ -68,6 +68,11 @@ class Pipeline:
         return tuple(p for p in self.passes if p.tier is Tier.LOSSY)
 
     @property
+    def joint(self) -> tuple[Pass, ...]:
+        """The passes that work on forward and backward in one graph."""
+        return tuple(p for p in self.passes if p.level is Level.JOINT)
+
+    @property
     def needs_data(self) -> bool:
         """Whether some pass analyses data before it rewrites."""
         return any(p.needs_data for p in self.passes)
@@ -95,13 +100,16 @@ class Pipeline:
         observers: Sequence[Observer] = (),
         verification: str = "quick",
         plan: Plan | None = None,
+        report: Report | None = None,
     ) -> tuple[Program, Report]:
-        """Runs the passes over a copy of `program`.
+        """Runs the passes of the program's level over a copy of it. Of a program that trains, the joint passes run
+        later, on the joint graph that AOTAutograd makes of it (`joint.py`).
 
         Args:
             observers: watch passes and rewrites, and may skip rewrites.
             verification: "off", "quick" (structure, types, the modified flag) or "full" (fake values recomputed too).
             plan: the decisions of `analyze`, where a pass needs data.
+            report: the report that is gone on with.
 
         Raises:
             EmptyPassError: a pass matched nothing and does not allow that.
@@ -109,20 +117,22 @@ class Pipeline:
             PassError, VerificationError: a pass refused the program, or broke it.
             UserError: a pass needs data and there is no plan, or it was made for something else.
         """
-        if plan is not None:
+        joint = JOINT in program.state
+        if plan is not None and not joint:
             plan.check(self, program)
-        elif self.needs_data and TRAINS not in program.state:
+        elif self.needs_data and not joint and TRAINS not in program.state:
             raise needs_calibration(self)
         watching: list[Observer] = [*observers, *ambient()]
         if verification != "off":
             watching.append(Verify(verification))
         program = program.copy()
-        report = Report(str(self))
+        report = report or Report(str(self))
         for observer in watching:
             observer.pipeline_starts(self, program)
         try:
             for step in self.passes:
-                self._run_pass(step, program, watching, report, plan)
+                if joint == (step.level is Level.JOINT) or not (joint or program.training):
+                    self._run_pass(step, program, watching, report, plan)
         except Exception as error:
             for observer in watching:
                 observer.stopped(error)
@@ -135,7 +145,7 @@ class Pipeline:
     def _run_pass(
         self, step: Pass, program: Program, observers: list[Observer], report: Report, plan: Plan | None
     ) -> None:
-        if step.level is not Level.NORMAL:
+        if step.level is Level.JOINT and JOINT not in program.state:
             raise UserError(
                 f"pass '{step.name}' works at the {step.level.value} level, on forward and backward in one graph",
                 ["this program was captured before autograd"],

@@ -23,6 +23,9 @@ from .weights import STORE, WeightStore
 TRAINS = "quantization-aware"
 """In `Program.state`: what approximates is to be put in with a gradient, for training (`fuseline.prepare_qat`)."""
 
+JOINT = "joint"
+"""In `Program.state`: the graph is a forward and its backward (`joint.py`)."""
+
 
 @dataclass(frozen=True)
 class Source:

@@ -72,12 +72,12 @@ def clean_path(path: str) -> str:
 
 def makers(node: Node) -> tuple[str, ...]:
     """The passes and rules that made the node, oldest first, e.g. ("raise/RmsNorm", "fuse/linear")."""
-    return tuple(node.meta.get("custom", {}).get("fuseline", ()))
+    return tuple((node.meta.get("custom") or {}).get("fuseline", ()))
 
 
 def add_maker(node: Node, maker: str) -> None:
     """Records one more pass and rule on a node that stays as it is."""
-    node.meta["custom"] = {**node.meta.get("custom", {}), "fuseline": (*makers(node), maker)}
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), "fuseline": (*makers(node), maker)}
 
 
 def inherit(node: Node, origins: Sequence[Node], maker: str) -> None:

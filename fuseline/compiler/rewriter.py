@@ -224,6 +224,21 @@ class Rewriter:
             observer.rewritten(action, self.program)
         return True
 
+    def decide(self, node: Node, rule: str, why: str = "") -> bool:
+        """An action that leaves the graph as it is and says something of a node (a tag); False where an observer
+        skipped it. `why` is kept among the node's makers."""
+        number, self.next_number = self.next_number, self.next_number + 1
+        action = Action(number, self.pass_name, rule, self.site(node), (node,), node, self.decide)
+        if not self._allowed(action):
+            return False
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), "fuseline_why": why}
+        add_maker(node, f"{self.pass_name}/{rule}")
+        action.replaced = {node: node}
+        self.matched[rule] = self.matched.get(rule, 0) + 1
+        for observer in self.observers:
+            observer.rewritten(action, self.program)
+        return True
+
     def _allowed(self, action: Action) -> bool:
         try:
             if all(observer.allows(action) for observer in self.observers):

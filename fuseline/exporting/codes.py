@@ -9,8 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from ..compiler import ops
-from ..compiler.expressions import Decode, Dequantize, Expression, rounding_in
-from ..compiler.expressions import Quantize as QuantizeExpression
+from ..compiler.expressions import Decode, Dequantize, Expression, Quantize as QuantizeExpression, rounding_in
 from ..compiler.program import Program
 from ..compiler.schemes import Scheme
 from ..compiler.traits import arguments

@@ -28,8 +28,7 @@ from ..optimize import Passes, optimized
 from ..originals import dropped
 from . import experts, loaded_codes
 from .huggingface import Progress, refuse_other_models, reload, silent, write
-from .planning import Planned
-from .planning import plan as solve
+from .planning import Planned, plan as solve
 from .rotations import Matrix, folded
 from .transforms import MissingPackage
 

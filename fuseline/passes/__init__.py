@@ -1,6 +1,7 @@
 """The passes of this package; importing it registers them."""
 
 from . import recipes
+from .checkpointing import Checkpoint
 from .fusing import Fuse
 from .losses import FuseLoss
 from .merging import MergeExperts
@@ -11,5 +12,6 @@ from .sequence import SequenceParallel
 from .sparsity import RSparse
 
 __all__ = [
-    "Fuse", "FuseLoss", "MergeExperts", "Quantize", "RSparse", "Raise", "Rotate", "SequenceParallel", "recipes",
+    "Checkpoint", "Fuse", "FuseLoss", "MergeExperts", "Quantize", "RSparse", "Raise", "Rotate", "SequenceParallel",
+    "recipes",
 ]  # fmt: skip

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..compiler.expressions import Decided, Expression, HalfQuadratic, Planned, Scale
-from ..compiler.expressions import Quantize as QuantizeExpression
+from ..compiler.expressions import Decided, Expression, HalfQuadratic, Planned, Quantize as QuantizeExpression, Scale
 from ..compiler.plan import SitePlan
 from ..compiler.program import TRAINS
 from ..compiler.rewriter import Rewriter

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from ..compiler.expressions import Param
-from ..compiler.expressions import Quantize as QuantizeExpression
+from ..compiler.expressions import Param, Quantize as QuantizeExpression
 from ..compiler.program import Program
 from ..compiler.rewriter import Builder, Rewriter
 from ..compiler.schemes import Scheme

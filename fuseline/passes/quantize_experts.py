@@ -8,8 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..compiler import ops
-from ..compiler.expressions import Expression, HalfQuadratic, Reshape, Transpose
-from ..compiler.expressions import Quantize as QuantizeExpression
+from ..compiler.expressions import Expression, HalfQuadratic, Quantize as QuantizeExpression, Reshape, Transpose
 from ..compiler.program import TRAINS, Program
 from ..compiler.rewriter import Builder, Rewriter
 from ..compiler.schemes import Scheme

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import sympy
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from sympy.core.function import AppliedUndef
 
 import fuseline

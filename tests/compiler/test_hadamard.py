@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from fuseline.compiler import ops
 from fuseline.compiler.hadamard import ORDERS, core, core_signs, factor, hadamard_matrix, random_signs

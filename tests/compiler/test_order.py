@@ -6,8 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from fuseline.compiler.order import Partition, Reachability, sort, touches_written, writes
 from fuseline.compiler.program import Program

@@ -31,8 +31,7 @@ def measured(row: Row, before: dict[str, Any]) -> dict[str, Any]:
     record: dict[str, Any] = {"kind": row.kind, "traits": row.traits, "passes": passes}
     if outcomes["int8"].outcome == "lossy":
         if find_spec("torchao"):
-            from .peer import compare
-            from .peer import record as compared
+            from .peer import compare, record as compared
 
             record["torchao"] = compared(compare(row))
         elif "torchao" in before:

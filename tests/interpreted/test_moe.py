@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fuseline.codegen.kernel import Launcher
 from fuseline.codegen.templates.experts.config import RowConfig, Stage, TileConfig, Tiling

@@ -11,8 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fuseline import backend
 from fuseline.compiler.deferred import cut

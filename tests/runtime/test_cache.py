@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from fuseline.compiler.errors import UserError
-from fuseline.runtime import cache as cache_module
-from fuseline.runtime import location
+from fuseline.runtime import cache as cache_module, location
 from fuseline.runtime.cache import Cache
 from fuseline.runtime.entry import Entry, Miss
 from fuseline.runtime.housekeeping import tidy_modules

@@ -17,8 +17,7 @@ pytest.importorskip("triton")
 
 from fuseline.codegen.kernel import Kernel
 from fuseline.codegen.offline import compile_kernel
-from fuseline.runtime import kernels as kernels_module
-from fuseline.runtime import triton_api
+from fuseline.runtime import kernels as kernels_module, triton_api
 from fuseline.runtime.cache import Cache
 from fuseline.runtime.kernel_store import KernelStore, fields
 from fuseline.runtime.kernels import KernelLauncher, wrap

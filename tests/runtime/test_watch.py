@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from fuseline.runtime import native
-from fuseline.runtime import watch as module
+from fuseline.runtime import native, watch as module
 from fuseline.runtime.watch import Watch, in_cpp, in_python, watch
 
 LOOPS = {"C++": in_cpp, "Python": in_python}

@@ -11,8 +11,7 @@ from sympy.core.function import AppliedUndef
 from ..program import Program
 from . import numeric
 from .axioms import Algebra
-from .functions import MEANING as FUNCTIONS
-from .functions import Meaning
+from .functions import MEANING as FUNCTIONS, Meaning
 from .heads import cut_of
 from .letters import MEANING, Rotation
 from .matrices import Matrices

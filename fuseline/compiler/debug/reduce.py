@@ -16,8 +16,7 @@ from ..observe.repro import reproducing
 from ..pipeline import Pipeline
 from ..program import Program
 from .check import Check, Verdict
-from .culprit import Culprit, Without, find_culprit, narrowed, renewed
-from .culprit import Judge as Checker
+from .culprit import Culprit, Judge as Checker, Without, find_culprit, narrowed, renewed
 from .reductions import FIRST, REPEATED
 from .reproducer import alike
 from .search import Case, Enough, Search

@@ -9,8 +9,7 @@ from ..errors import UserError, nearest
 from ..stage import Recipe
 from ..stage.tensors import EMBEDDED_BYTES, example_bytes
 from .check import Verdict
-from .culprit import Judge as Checker
-from .culprit import renewed
+from .culprit import Judge as Checker, renewed
 from .reduce import failing
 from .reproducer import load_reproducer, write_reproducer
 from .search import Case

@@ -29,12 +29,13 @@ from .rotary import rotary
 from .round_through import round_through
 from .sparse_linear import sparse_linear
 from .staircase import fake_staircase, staircase
+from .to_host import arrived, from_host, to_host
 
 __all__ = [
-    "REGISTRY", "Kind", "Op", "attention", "cache_attention", "cache_read", "cache_write", "decode", "decode_pairs",
-    "decode_words", "dequantize", "encode", "encode_at", "fake_quantize", "fake_quantize_backward", "fake_staircase",
-    "find", "glu", "hadamard", "layer_norm", "linear_cross_entropy", "linear_cross_entropy_gradients", "lowrank_add",
-    "moe", "moe_backward", "moe_pairs", "op", "pack_nibbles", "quantize", "quantize_affine", "ring_attention",
-    "rms_norm", "rotary", "round_through", "scale_gradient", "sparse_linear", "staircase", "sum_gradient",
-    "unpack_nibbles",
+    "REGISTRY", "Kind", "Op", "arrived", "attention", "cache_attention", "cache_read", "cache_write", "decode",
+    "decode_pairs", "decode_words", "dequantize", "encode", "encode_at", "fake_quantize", "fake_quantize_backward",
+    "fake_staircase", "find", "from_host", "glu", "hadamard", "layer_norm", "linear_cross_entropy",
+    "linear_cross_entropy_gradients", "lowrank_add", "moe", "moe_backward", "moe_pairs", "op", "pack_nibbles",
+    "quantize", "quantize_affine", "ring_attention", "rms_norm", "rotary", "round_through", "scale_gradient",
+    "sparse_linear", "staircase", "sum_gradient", "to_host", "unpack_nibbles",
 ]  # fmt: skip

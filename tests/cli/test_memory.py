@@ -1,0 +1,59 @@
+"""`fuseline memory` and `fuseline plan`."""
+
+import json
+
+import pytest
+
+from fuseline.cli import main
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return ended.value.code, capsys.readouterr()
+
+
+def test_memory_of_a_shape(capsys, tmp_path):
+    data, plot = tmp_path / "memory.json", tmp_path / "memory.svg"
+    code, said = run(
+        capsys, "memory", "shape:smollm2-135m", "--seq", "4096", "--points", "1", "--json", str(data), "--plot",
+        str(plot),
+    )  # fmt: skip
+    assert code == 0, said.err
+    assert "peak of activations and gradients" in said.out and "attention" in said.out and "next: " in said.out
+    found = json.loads(data.read_text())
+    assert found["peak"] < found["peak_kept"]
+    kept = {row["why"] for row in found["activations"] if row["decision"] == "kept"}
+    assert {"a block's input", "attention's result"} <= kept
+    assert found["longest"] > 4096 and "polygon" in plot.read_text()
+    names = [row["name"] for row in found["curve"]]
+    assert names[0] == "smallest" and names[-1] == "none"
+    times = {row["name"]: row["seconds"] for row in found["curve"]}
+    assert times["none"] == 0 < times["budget"] < times["full"]
+
+
+def test_plan_of_a_shape(capsys, tmp_path):
+    data = tmp_path / "plan.json"
+    code, said = run(
+        capsys, "plan", "shape:smollm2-135m", "--gpus", "3", "--memory", "24GB", "--seq", "65536", "--json", str(data)
+    )
+    assert code == 0, said.err
+    assert "·S" in said.out and "S = (M - " in said.out and "the fastest that fits" in said.out
+    found = json.loads(data.read_text())
+    assert {row["degree"] for row in found["rows"]} == {1, 3}
+    assert found["fastest"]["peak"] <= 24e9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "shape:llama-3.1-7b"], "did you mean 'llama-3.1-70b'"),
+        (["plan", "shape:llama-3.1-8b", "--memory", "much"], "memory is a size"),
+        (["plan", "shape:llama-3.1-8b", "--device", "h300"], "unknown device 'h300'"),
+        (["memory", "shape:llama-3.1-8b", "-p", "raise"], "has no checkpoint pass"),
+        (["memory", "shape:llama-3.1-8b", "-p", "checkpoint{memory=3GB}"], "takes no memory"),
+    ],
+)
+def test_mistakes_are_explained(capsys, arguments, message):
+    code, said = run(capsys, *arguments)
+    assert code == 2 and message in said.err

@@ -1,0 +1,77 @@
+"""A model's joint graph, and a step of training by a split of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._functorch import config
+from torch._guards import TracingContext, tracing
+from torch.fx import GraphModule
+
+from fuseline.compiler.action import Observer
+from fuseline.compiler.compat_joint import joint_graph
+from fuseline.compiler.joint import Joint, joint_program
+from fuseline.compiler.pipeline import Pipeline
+from fuseline.compiler.program import Program
+from fuseline.compiler.report import Report
+
+
+class Traced:
+    """A model's joint graph, with its parameters and inputs in the graph's order."""
+
+    def __init__(self, model: torch.nn.Module, *inputs: torch.Tensor, fused: bool = False):
+        self.names = [n for n, _ in model.named_parameters()]
+        self.values = [*(p for _, p in model.named_parameters()), *inputs]
+        count = len(self.names)
+
+        def function(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            state = dict(zip(self.names, values[:count], strict=True))
+            out = torch.func.functional_call(model, state, values[count:])
+            return out if isinstance(out, tuple) else (out,)
+
+        torch.manual_seed(0)
+        self.graph = joint_graph(function, self.values)
+        self.results = len([n for n in self.graph.graph.nodes if "tangents" in str(n.target)])
+        self.fused = fused
+
+    def program(self) -> Program:
+        """The joint graph as a program of its own."""
+        return joint_program(self.graph, self.fused, self.results).copy()
+
+    def split(self, pipeline: str, observers: tuple[Observer, ...] = ()) -> tuple[GraphModule, GraphModule, Joint]:
+        """Forward and backward as a pipeline of joint passes decides."""
+        joint = Joint(Pipeline(pipeline), self.fused, observers, "quick", Report(pipeline))
+        program = self.program()
+        with tracing(TracingContext(program.fake_mode)), config.patch(cse=False):  # CSE would rename and reorder
+            forward, backward = joint.split(program.module, [], num_fwd_outputs=self.results)
+        return forward, backward, joint
+
+    def step(self, forward: GraphModule, backward: GraphModule, seed: int = 0) -> list[torch.Tensor]:
+        """The function's results and all gradients, for gradients of ones."""
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            given = [v.detach() for v in self.values]
+            out = forward(*given)
+            results, kept = list(out[: self.results]), list(out[self.results :])
+            sizes = [v for v in kept if not isinstance(v, torch.Tensor)]
+            tensors = [v for v in kept if isinstance(v, torch.Tensor)]
+            tangents = [torch.ones_like(r) for r in results]
+            torch.manual_seed(seed + 1)  # nothing that is drawn here may reach a recomputation
+            gradients = backward(*sizes, *tensors, *tangents)
+        return [*results, *(g for g in gradients if g is not None)]
+
+
+def kept(backward: GraphModule) -> list[torch.fx.Node]:
+    """What a backward is given besides parameters, inputs and gradients."""
+    placeholders = [n for n in backward.graph.nodes if n.op == "placeholder"]
+    return [n for n in placeholders if not str(n.target).startswith(("primals", "tangents"))]
+
+
+def count(nodes: Any, word: str) -> int:
+    """How many calls have an op of that name."""
+    return sum(word in str(n.target) for n in nodes if n.op == "call_function")
+
+
+Model = Callable[[], torch.nn.Module]

@@ -34,7 +34,7 @@ def memory(
     plot: Annotated[str | None, typer.Option(metavar="FILE.svg", help="Memory over the step, drawn.")] = None,
     json: options.Json = None,
 ) -> None:
-    """Show a training step's activations, its peak, and what it could be."""
+    """Show a training step's activations and its peak."""
     logging.getLogger("torch").setLevel(logging.ERROR)
     from fuseline.compiler.pipeline import Pipeline
     from fuseline.models.shapes import find_shape

@@ -25,7 +25,7 @@ def plan(
     every: Annotated[bool, typer.Option("--all", help="A row for every policy.")] = False,
     json: options.Json = None,
 ) -> None:
-    """Show what can be trained: memory and time as formulas, longest sequences."""
+    """Show what can be trained, and the longest sequences."""
     logging.getLogger("torch").setLevel(logging.ERROR)
     from fuseline.compiler.machine import find_machine
     from fuseline.models.shapes import find_shape

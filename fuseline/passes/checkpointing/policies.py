@@ -264,15 +264,22 @@ def _budget(problem: Problem, limit: float, why: dict[int, str]) -> Choice:
             break
         allowed = limit + slack
     if best is None:
-        raise refused(problem, limit)
+        solution, execution = smallest(problem)
+        if problem.peak(execution) > limit:
+            raise refused(problem, limit)
+        best = (problem.time(execution), solution, execution)
     return _labelled(problem, Policy.BUDGET, best[1], best[2], why)
 
 
 def smallest(problem: Problem) -> tuple[Solution, Execution]:
     """The choice of the smallest peak that the solver finds."""
     solution = _solve(problem, problem.limits(), 5.0)
-    if solution is None:
-        raise UserError("the solver found no choice in its time", remedy="policy=full or policy=min-cut")
+    if solution is None:  # its time was over: the better of two that need no solver
+        found = min(
+            (choose(problem, p) for p in (Policy.FULL, Policy.MIN_CUT)), key=lambda c: problem.peak(c.execution)
+        )
+        reached = problem.peak(found.execution)
+        return Solution(found.saved, frozenset(), problem.time(found.execution), reached, 1.0), found.execution
     return solution, problem.run(solution.saved, solution.offloaded)
 
 

@@ -30,6 +30,17 @@ def test_experts_in_one_tensor(family: str, implementation: str) -> None:
     assert error(program.run(program.examples)[0], build(family, "eager")(tokens()).logits) < 1e-12
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_experts_left_apart_are_rotated_online(implementation: str) -> None:
+    model = build("Mixtral", implementation)
+    pipeline = fuseline.Pipeline("raise{experts=false},rotate{r4}")
+    program, report = pipeline.run(fuseline.capture(model, (tokens(),)), verification="full")
+    assert not layers(program) and not report["rotate"].refused
+    assert sum(n.target is ops.hadamard.overload for n in program.graph.nodes) == model.config.num_hidden_layers
+    assert error(program.run(program.examples)[0], build("Mixtral", "eager")(tokens()).logits) < 1e-6
+
+
 @pytest.mark.parametrize("form", ["dense", "scattered", "where", "gathered"])
 @pytest.mark.parametrize(("joint", "bias", "shared"), [(False, False, False), (True, True, False), (False, True, True)])
 def test_experts_in_modules(form: str, joint: bool, bias: bool, shared: bool) -> None:

@@ -359,7 +359,7 @@ def test_experts_keep_what_their_last_product_reads() -> None:
         captured = fuseline.capture(Experts(), (torch.randn(3, 8, dtype=torch.float64),))
     _, report = fuseline.Pipeline("raise{allow_empty},rotate{r4,allow_empty}").run(captured)
     (reason,) = report["rotate"].refused.values()
-    assert reason == "R4: what routed experts' last product reads is made inside their one op"
+    assert reason.startswith("R4: what routed experts' last product reads is made inside their one op")
 
 
 def test_a_mask_takes_as_many_dimensions_as_it_has() -> None:

@@ -13,7 +13,8 @@ Before                                                     after  raise
 
 Recognised are RMSNorm (weights w or 1 + w, casts before or after), LayerNorm, rotary embeddings on halves, whole or
 partial, SwiGLU, GEGLU, ReGLU and GLU, scaled dot-product attention as a call or written out (soft-capped too), and
-keys and values repeated for grouped queries, routed experts. Each rule's file says which spellings.
+keys and values repeated for grouped queries, routed experts. Each rule's file says which spellings. `experts=false`
+leaves routed experts as they are written, products that `rotate{r4}` and `rsparse` can reach.
 
 An attention's mask is proved, never guessed: the pass reads the mask's subgraph as a predicate over query and key
 positions, symbolic sizes included, and shows that it equals `k ≤ q + offset` ("causal") or that with a window
@@ -62,6 +63,8 @@ class Raise(Pass):
     tier = Tier.EXACT
     ensures = frozenset({"raised"})
 
+    experts: bool = True  # whether a layer of routed experts becomes one op
+
     def rules(self, program: Program) -> Iterable[Rule]:
         masks = Masks(program)
         built = MaskArguments(masks.reader)
@@ -70,7 +73,8 @@ class Raise(Pass):
         norms = (LayerNormCall(), LayerNorm(), RMSNormCall(), RMSNorm())
         gates = (SwiGLU(), GEGLU(), ReGLU(), GLU())
         attentions = (Attention(masks, built), EagerAttention(masks, built), RepeatedHeads())
-        experts = (StackedExperts(), SeparateExperts(program.training))  # what is gated is known by then
+        # What is gated is known by then.
+        experts = (StackedExperts(), SeparateExperts(program.training)) if self.experts else ()
         for rule in (*norms, RotaryPair(), Rotary(), *gates, *experts, *attentions):
             yield WithinMode(rule, modes)
         yield CausalCall(masks, built)

@@ -21,7 +21,7 @@ from .folds import Folds
 from .products import Product, product
 from .rotations import Rotation, no_blocks
 
-INSIDE = "what routed experts' last product reads is made inside their one op"
+INSIDE = "what routed experts' last product reads is made inside their one op: raise{experts=false} keeps them apart"
 _ACTIVATIONS = ("gelu", "relu", "silu", "sigmoid", "tanh", "mul", "pow", "square", "leaky_relu", "hardswish", "relu_")
 
 

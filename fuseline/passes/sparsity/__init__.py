@@ -126,7 +126,8 @@ class RSparse(Pass):
     def run(self, program: Program, rewriter: Rewriter) -> None:
         for node in program.graph.nodes:
             if node.target is ops.moe.overload:
-                rewriter.refuse(node, "its experts' products are in one op, which reads all channels")
+                reason = "its experts' products are in one op, which reads all channels"
+                rewriter.refuse(node, f"{reason}: raise{{experts=false}} keeps them apart")
         for site in sites(program):
             if left_out(site, self.only, self.skip):
                 continue

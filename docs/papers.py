@@ -100,7 +100,9 @@ def page() -> str:
             text.append(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) + "\n")
     if unknown:
         text.append("\nCited, and without a title in `docs/papers.json` so far:\n\n")
-        text += [f"- {short}: {links(files)}\n" for short, files in sorted(unknown.items())]
+        for short, files in sorted(unknown.items()):
+            line = f"- {short}: {links(files)}"
+            text.append(textwrap.fill(line, 118, subsequent_indent="  ", break_long_words=False) + "\n")
     return "".join(text)
 
 

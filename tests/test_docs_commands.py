@@ -56,6 +56,7 @@ ELSEWHERE = {
     "examples/tools/": "tests/test_tools.py::test_example",
     "python train.py": "tests/compiler/test_traces.py",
     "pytest -m quick": "tests/conftest.py",
+    "examples/sequence_parallel.py": "tests/test_examples.py::test_sequence_parallel",
 }
 #: What a page's Python finds before its first block.
 BEFORE = {

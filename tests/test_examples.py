@@ -114,9 +114,9 @@ def test_train_tiny_moe(run: Callable[..., str], tmp_path: Path) -> None:
 
 def test_qat(run: Callable[..., str]) -> None:
     printed = run("qat.py")
-    first, last, gap = re.search(r"loss (\S+) → (\S+); the codes compute what training saw, to (\S+)$", printed, re.M)[
-        1, 2, 3
-    ]
+    found = re.search(r"loss (\S+) → (\S+); the codes compute what training saw, to (\S+)$", printed, re.M)
+    assert found is not None, printed
+    first, last, gap = found.groups()
     assert float(last) < 0.5 * float(first) and float(gap) < 1e-4
     before, after = map(int, re.search(r"^weights (\d+) → (\d+) bytes$", printed, re.MULTILINE).groups())
     assert after < before

@@ -149,13 +149,18 @@ class Rewriter:
                 continue
             reason = rule.refuse(match) or _overtaken(match)
             if reason is not None:
-                self.refuse(match.root, reason)
+                known = self.refused.get(self.site(match.root)) if rule.inner.settles else None
+                self.refuse(match.root, f"{known}; {reason}" if known else reason)
             else:
                 self.apply(rule, match)
 
     def apply(self, rule: Rule, match: Match) -> bool:
         """One rewrite by a rule."""
-        return self.rewrite(match.root, match.nodes, lambda new: rule.after(match, new), rule.name, rule)
+        site = self.site(match.root)
+        done = self.rewrite(match.root, match.nodes, lambda new: rule.after(match, new), rule.name, rule)
+        if done and rule.inner.settles:
+            self.refused.pop(site, None)
+        return done
 
     def refuse(self, node: Node, reason: str, what: str = "") -> None:
         """Records why a site was left alone; `what` of it, where a pass looks at several things there."""
@@ -196,7 +201,6 @@ class Rewriter:
         self._erase_dead([*replacements, *origins], moved)
         action.created, action.replaced = new.created, replacements
         self.matched[rule] = self.matched.get(rule, 0) + 1
-        self.refused.pop(self.site(root), None)  # another rule had left it alone
         for observer in self.observers:
             observer.rewritten(action, self.program)
         return True

@@ -52,7 +52,12 @@ class Rule:
 
     The parameters of `before` are the pattern's variables; annotate one with `Scalar` to match Python numbers only.
     Rules whose sites are not trees (several roots, proofs over subgraphs) override `matches` instead.
+
+    settles: whether a rewrite takes back what a rule before had refused at the site; where it refuses, too, both
+    reasons are kept.
     """
+
+    settles = False
 
     @property
     def name(self) -> str:

@@ -18,7 +18,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_kind_has_kernels(kind: str, tmp_path: Path) -> None:
     problem = coded.Problem("small", kind)
     few, many = (coded.emitted(problem, m, False, tmp_path) for m in (1, 256))
-    assert [k.name for k in few[0].kernels][:1] == ["bench_few"] and [k.name for k in many[0].kernels] == ["bench_many"]
+    assert [k.name for k in few[0].kernels][:1] == ["bench_few"] and len(many[0].kernels) == 1
+    assert many[0].kernels[0].name in ("bench_some", "bench_many")
     assert (coded.quantizer(problem, tmp_path) is None) == (not problem.activations)
 
 

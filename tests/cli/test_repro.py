@@ -48,7 +48,7 @@ def edit(path: Path, before: str, after: str) -> None:
 def test_it_fails_alike(cli: Callable, crash: Path) -> None:
     result = cli("repro", str(crash), "--here")
     assert result.code == 1, result.err
-    assert "crash.py: local, 12 nodes, types only" in result.out.replace("\n", "")
+    assert "crash.py: local, 12 nodes, types only" in " ".join(result.out.split())
     assert "recorded  crash: pass 'crash-at-add' failed: LookupError: no such sum" in result.out
     assert "it fails alike, with the same versions" in result.out
     assert "fuseline reduce" in result.out.rstrip().splitlines()[-1]
@@ -122,7 +122,7 @@ def test_one_is_made_and_proved_in_a_fresh_process(cli: Callable, stage: Path, t
     out = tmp_path / "made.py"
     result = cli("repro", str(stage), "-p", "fuse,wrong-scale{at=0,allow_empty},crash-at-add", "-o", str(out))
     assert result.code == 0, result.err
-    assert "made.py: global, 12 nodes, types only" in result.out.replace("\n", "")
+    assert "made.py: global, 12 nodes, types only" in " ".join(result.out.split())
     assert load_reproducer(out).verdict.message.startswith("pass 'crash-at-add' failed")
 
 

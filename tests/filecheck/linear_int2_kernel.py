@@ -23,21 +23,30 @@ after, _ = fuseline.Pipeline("raise,quantize{weights=int2:g32},fuse").run(progra
 print(lower(after).source)
 
 
-# CHECK:      2 kernels for 1 regions, 0 regions run through PyTorch
+# CHECK:      4 kernels for 1 regions, 0 regions run through PyTorch
 # CHECK:      # made by: {{.*}}raise/RMSNorm{{.*}}quantize/linear
+# The norm is a kernel of its own, in float32 within, in the product's type without.
+# CHECK:      def [[NORM:\w+_norm]](
+# CHECK:      total += x * x
+# CHECK:      tl.rsqrt(tl.sum(total, 0) / 96 + 1.19
+# CHECK:      tl.store(normed_ptr + row * 96 + k, h.to(tl.bfloat16), mask=k < 96)
 # CHECK:      # rms_norm → linear (201 x 96 int2:g32 with zero points) → relu
 # CHECK:      def [[FEW:\w+_few]](
-# CHECK:      [[IN_M:\w+]] = (m < M)[:, None]
-# CHECK:      [[X_ROWS:\w+]] = x_ptr + m.to(tl.int64)[:, None] * 96
+# CHECK:      [[IN_M:\w+]] = (m < (1 if ROWS == 1 else M))[:, None]
+# CHECK:      [[X_ROWS:\w+]] = x_ptr + m[:, None] * 96
 # CHECK:      [[X:\w+]] = tl.trans([[X_ROWS]])
 # CHECK:      [[IN_N:\w+]] = [[N:\w+]] < 201
-# One pass over the row gives the norm's sum of squares and the products: x and the codes are read once each.
+# Scales and zero points of the first turn are read before the loop, those of the next one within it.
+# CHECK:      [[SCALE:\w+]] = tl.load(scale_ptr + at, mask=[[IN_N]][:, None], other=0)
+# CHECK:      [[ZERO:\w+]] = tl.load(zero_ptr + at, mask=[[IN_N]][:, None], other=0)
 # CHECK:      for {{.*}} in range(
 # CHECK-NOT:  for
 # CHECK:      [[WORDS:\w+]] = tl.load({{.*}}, mask=[[IN_N]][:, None], other=0)
 # CHECK:      x = tl.load([[X]] + [[K:\w+]], mask={{.*}}([[K]] < 96), other=0.0)
-# CHECK:      [[SQUARES:\w+]] += x * x
-# CHECK:      x = (x * tl.load(norm_weight_ptr + [[K]]{{.*}}.to(tl.bfloat16)
+# CHECK:      [[SCALE]].to(tl.float32)
+# CHECK:      [[ZERO]].to(tl.float32) + 128.0
+# CHECK:      [[SCALE]] = tl.load(scale_ptr + at
+# CHECK:      [[ZERO]] = tl.load(zero_ptr + at
 # Both halves of a word are masked at once, eight times for its sixteen codes, and become bfloat16 without a conversion:
 # CHECK:      ([[WORDS]] & 196611) | magic
 # CHECK:      (([[WORDS]] >> 14) & 196611) | magic
@@ -46,15 +55,19 @@ print(lower(after).source)
 # CHECK:      (w_linear >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 # CHECK-NOT:  tl.load(
 # CHECK:      tl.dot(w_linear, x, acc_linear)
-# CHECK:      tl.rsqrt([[SQUARES]] / 96 + 1.19
 # CHECK:      tl.where([[Y:\w+]] < 0, 0.0, [[Y]])
 # CHECK:      tl.store({{.*}}.to(tl.int64) * 201 + [[N]]{{.*}}, {{.*}}.to(tl.bfloat16), mask=[[IN_M]] & [[IN_N]]
 # CHECK-NOT:  tl.store
+# CHECK:      def [[SOME:\w+_some]](
+# CHECK:      tl.dot(
 # CHECK:      def [[MANY:\w+_many]](
 # CHECK:      tl.dot(
 # CHECK:      tl.store(
-# The host takes one or the other by the number of rows, which is nowhere baked in:
+# The host takes one or another by the number of rows, which is nowhere baked in:
+# CHECK:      [[NORM]][(m,)](
 # CHECK:      if m <= {{[0-9]+}}:
 # CHECK:      [[FEW]][(triton.cdiv(m,
+# CHECK:      elif m <= {{[0-9]+}}:
+# CHECK:      [[SOME]][(triton.cdiv(m,
 # CHECK:      else:
 # CHECK:      [[MANY]][(triton.cdiv(m,

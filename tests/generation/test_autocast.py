@@ -28,7 +28,7 @@ def test_right_results_and_a_readable_reason() -> None:
         pair.check(inputs)
     for compilation in fuseline.reports(pair.model):
         step = compilation.report["raise"]
-        assert step.matched == 0 and set(step.refused.values()) == {REASON}
+        assert step.matched == 0 and all(reason.startswith(REASON) for reason in step.refused.values())
     pair.check(inputs)  # the same model outside of autocast
     assert fuseline.reports(pair.model)[-1].report["raise"].matched > 0
 

@@ -108,6 +108,8 @@ class CausalCall(Attention):
     `is_causal` stands for the causal mask, and no mask for one that shows every key, so that fused kernels apply.
     """
 
+    settles = True
+
     @property
     def name(self) -> str:
         return "CausalCall"

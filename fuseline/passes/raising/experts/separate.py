@@ -196,11 +196,11 @@ def _route(node: Any, tokens: Node | None) -> tuple[int, Node, Node] | None:
     if summed is None:
         inner = unsqueezed(node, last)
         summed = called(inner, "sum")
-        if summed is None or summed["keepdim"]:
+        if summed is None or summed.get("keepdim"):
             return _scattered(node, inner)
-    elif not summed["keepdim"]:
+    elif not summed.get("keepdim"):
         return None
-    dims = summed["dim"]
+    dims = summed.get("dim")
     if not isinstance(dims, (list, tuple)) or [dim_of(d, summed["self"]) for d in dims] != [last]:
         return None
     return _masked(summed["self"])

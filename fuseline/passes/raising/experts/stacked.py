@@ -64,7 +64,7 @@ def stacked(root: Node) -> Found | None:
     if cast is not None:
         total = cast["self"]
     summed = called(total, "sum")
-    if summed is None or summed.get("keepdim") or not _is(summed["dim"], 1) or not isinstance(summed["self"], Node):
+    if summed is None or summed.get("keepdim") or not _is(summed.get("dim"), 1) or not isinstance(summed["self"], Node):
         return None
     terms = called(summed["self"], "view", "reshape", "_unsafe_view", "unflatten")
     if terms is None or value(summed["self"]).dim() != 3:

@@ -41,19 +41,17 @@ class Block(nn.Module):
         self.down = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.attend(x)
-        h = self.feed_forward_norm(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
-        """x with what attention adds to it."""
         h = self.attention_norm(x)
         cos, sin = angles(x.shape[1], self.width, x)
         q = rotate(self._heads(self.q(h)), cos, sin)
         k = rotate(self._heads(self.k(h)), cos, sin).repeat_interleave(self.groups, dim=1)
         v = self._heads(self.v(h)).repeat_interleave(self.groups, dim=1)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return x + self.o(mixed.transpose(1, 2).flatten(2))
+        x = x + self.o(mixed.transpose(1, 2).flatten(2))
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+    def feed_forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.down(F.silu(self.gate(h)) * self.up(h))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, heads·width] → [B, heads, T, width]."""

@@ -38,9 +38,8 @@ class MixtureBlock(Block):
         del self.gate, self.up, self.down
         self.experts = Mixture(hidden, experts, chosen, inner)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.attend(x)
-        return x + self.experts(self.feed_forward_norm(x))
+    def feed_forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.experts(h)
 
 
 class Mixture(nn.Module):

@@ -47,6 +47,7 @@ def test_every_row_is_a_pipeline_and_every_recipe_a_row() -> None:
         assert Pipeline(setting.pipeline).lossy and setting.step.name == "quantize"
 
 
+@pytest.mark.slow
 def test_rows_are_measured_once_and_make_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     path = tmp_path / "schemes.json"

@@ -135,6 +135,11 @@ class Problem:
         return self.sections.blocks / self.traced if owned and owned[0] in self.sections.stands_for else 1.0
 
     @property
+    def stay(self) -> set[int]:
+        """What calls that must not run again allocate."""
+        return {s for i in self.never for s in self.tape.allocates[i]}
+
+    @property
     def everything(self) -> set[int]:
         """Representatives of all that the forward allocates and no region of the user's runs again."""
         return {s for section in self.sections.sections for s in section.values} - self.again
@@ -192,8 +197,7 @@ def choose(problem: Problem, policy: Policy, limit: float | None = None) -> Choi
     if policy is Policy.FULL:
         kept = block_inputs(problem)
         why.update(dict.fromkeys(kept, "a block's input"))
-        stay = {s for i in problem.never for s in problem.tape.allocates[i]}
-        return _choice(problem, policy, kept | problem.kept | stay, why, "runs again from its block's input")
+        return _choice(problem, policy, kept | problem.kept | problem.stay, why, "runs again from its block's input")
     if policy is Policy.MIN_CUT:
         saved = cut(problem.sections, problem.sizes) | problem.kept
         return _choice(problem, policy, saved - problem.again, why, "on the minimum cut")
@@ -209,8 +213,7 @@ def _long_context(problem: Problem, why: dict[int, str]) -> Choice:
     inputs, attention = block_inputs(problem), attention_results(problem)
     why.update(dict.fromkeys(inputs, "a block's input"))
     why.update(dict.fromkeys(attention, "attention's result"))
-    stay = {s for i in problem.never for s in problem.tape.allocates[i]}
-    kept = inputs | attention | stay
+    kept = inputs | attention | problem.stay
     blocks = [s for s in problem.sections.sections if s.copies > 1] or problem.sections.sections
     kept |= {s for s, kind in problem.sections.like.items() if kind in kept}
     again = ({s for section in blocks for s in section.values} | set(problem.sections.like)) - kept
@@ -266,7 +269,7 @@ def _budget(problem: Problem, limit: float, why: dict[int, str]) -> Choice:
     if best is None:
         solution, execution = smallest(problem)
         if problem.peak(execution) > limit:
-            raise refused(problem, limit)
+            raise refused(problem, limit, execution)
         best = (problem.time(execution), solution, execution)
     return _labelled(problem, Policy.BUDGET, best[1], best[2], why)
 
@@ -283,9 +286,8 @@ def smallest(problem: Problem) -> tuple[Solution, Execution]:
     return solution, problem.run(solution.saved, solution.offloaded)
 
 
-def refused(problem: Problem, limit: float) -> UserError:
-    """The error for a limit that no choice meets."""
-    _, execution = smallest(problem)
+def refused(problem: Problem, limit: float, execution: Execution) -> UserError:
+    """The error for a limit that no choice meets; execution: the schedule of the smallest peak."""
     least = problem.peak(execution)
     return UserError(
         f"checkpoint cannot keep activations and gradients within {gigabytes(limit)}",
@@ -348,7 +350,7 @@ def _choice(problem: Problem, policy: Policy, saved: set[int], why: dict[int, st
         for s in section.values:
             if s in wanted:
                 why.setdefault(s, rest)
-    chosen = frozenset(s for s in saved if s in {v for x in problem.sections.sections for v in x.values})
+    chosen = frozenset(saved & {v for section in problem.sections.sections for v in section.values})
     return Choice(policy, chosen, frozenset(), problem.run(chosen), 0.0, why)
 
 

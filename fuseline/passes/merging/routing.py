@@ -119,7 +119,8 @@ def without(new: Builder, layer: Layer, found: Router, kept: list[int]) -> tuple
     """What chooses among the experts of `kept` alone, by their numbers from 0: indices and weights, as copies of the
     region behind masked logits."""
     device = str(layer.node.meta["val"].device)
-    gone = [0.0 if e in set(kept) else float("-inf") for e in range(layer.experts)]
+    places = {e: i for i, e in enumerate(kept)}
+    gone = [0.0 if e in places else float("-inf") for e in range(layer.experts)]
     mask = Constant(tuple(gone), (layer.experts,), torch.float32, device)
     masked = new(aten.add.Tensor, found.logits, new.weight(_cast(mask, found.logits.meta["val"].dtype)))
     copies: dict[Node, Node] = {found.logits: masked}
@@ -130,7 +131,6 @@ def without(new: Builder, layer: Layer, found: Router, kept: list[int]) -> tuple
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
             copies[node] = new(node.target, *args, **kwargs)  # type: ignore[arg-type]
     indices, weights = (copies.get(layer.given[name], layer.given[name]) for name in ("indices", "weights"))
-    places = {e: i for i, e in enumerate(kept)}
     return numbered(new, layer, indices, [places.get(e, 0) for e in range(layer.experts)]), weights
 
 

@@ -99,11 +99,7 @@ def product_body(product: Product) -> str:
         )
         if tile.split > 1:
             text.add("split = tl.program_id(1)")
-        values = product.values(anchor.linears[0])
-        if values.magic is not None:
-            text.add(f"magic = tl.where(M < 0, 0, {values.magic:#x})  # kept in a register: masks take the immediates")
-            if values.in_two:
-                text.add("magic_high = tl.where(M < 0, 0, 0x45004500)")
+        text.add(*product.values(anchor.linears[0]).constants("M < 0"))
         rows, row = ("(1 if ROWS == 1 else M)", "m") if product.few else ("M", "m.to(tl.int64)")
         text.add(f"inside_m = (m < {rows})[:, None]", f"x_rows = x_ptr + {row}[:, None] * {anchor.k}")
         text.add("x_columns = tl.trans(x_rows)", "inside_rows = tl.trans(inside_m)")
@@ -147,13 +143,10 @@ class _Section:
         text.add(f"acc_{name} = tl.zeros((BLOCK_N, BLOCK_M), {kind})")
         weight = linear.coded
         n = f"{self.n}.to(tl.int64)" if (linear.n + COLUMNS) * weight.row >= 2**31 else self.n
-        row = f"{n} * {weight.row}"
-        if weight.words is not None:
-            row = f"{n} // {COLUMNS} * {COLUMNS * weight.row} + {self.n} % {COLUMNS} * {weight.words.chunk_words}"
-        text.add(f"row_{name} = {self.anchor.names[weight.tensor]}_ptr + ({row})[:, None]")
+        text.add(f"row_{name} = {self.anchor.names[weight.tensor]}_ptr + ({weight.start(self.n, n)})[:, None]")
         if weight.zero is not None and weight.groups == 1:
             loaded = load(f"{self.anchor.names[weight.zero]}_ptr + {self.n}", self._inside_groups, "0")
-            text.add(f"zero_{name} = {self._zero(linear, loaded)}")
+            text.add(f"zero_{name} = {self.product.values(linear).subtrahend(loaded)}")
 
     def _turn(self, text: Text) -> None:
         weight, tag = self.weight, self.tag
@@ -222,7 +215,7 @@ class _Section:
             scale = f"scale_{name}"
             text.add(f"{scale} = {number(text, scale, f'scale{dot}_{name}', weight.scaling)}")
             if weight.zero is not None:
-                text.add(f"zero_{name} = {self._zero(linear, f'zero{dot}_{name}')}")
+                text.add(f"zero_{name} = {self.product.values(linear).subtrahend(f'zero{dot}_{name}')}")
 
     def _fetch(self, text: Text, chunk: str) -> None:
         """Loads a chunk's scales and zero points as they are stored: `scale<dot>_<linear>`, `zero<dot>_<linear>`.
@@ -242,34 +235,13 @@ class _Section:
     def _groups(self, text: Text, chunk: str, dot: int) -> None:
         """Defines at<tag>, where the scales of a dot lie: of each column, [BLOCK_N], or of each of its pieces."""
         weight, n = self.weight, self.n
-        start = self._start_of(chunk, dot)
-        if self.several:
-            start = f"{start} + tl.arange(0, {weight.step // weight.piece}) * {weight.piece}"
-        group = f"({start}) // {weight.group}"
-        if weight.k % weight.chunk:
-            group = f"tl.minimum({group}, {weight.groups - 1})"
-        text.add(f"group{self.tag} = {group}")
-        row, column = (f"group{self.tag}[None, :]", f"{n}[:, None]") if self.several else (f"group{self.tag}", n)
+        text.add(f"group{self.tag} = {weight.group_at(self._start_of(chunk, dot))}")
+        row, column = (f"group{self.tag}[None, :]", f"{n}[:, None]") if weight.several else (f"group{self.tag}", n)
         text.add(f"at{self.tag} = {row} * {self.section.n} + {column}")
 
     @property
-    def several(self) -> bool:
-        """Whether a dot's channels have several scales."""
-        return self.weight.groups > 1 and self.weight.group % self.weight.step != 0
-
-    @property
     def _inside_groups(self) -> tuple[str | None]:
-        return (self.inside and (f"{self.inside}[:, None]" if self.several else self.inside),)
-
-    def _zero(self, linear: Linear, loaded: str) -> str:
-        """What a code lies above the number that it stands for, with the base of `values.py`, in the values' type."""
-        values = self.product.values(linear)
-        if self.product.integers:
-            return f"{loaded}.to(tl.int8)"
-        if values.zero_added is not None:
-            return f"({values.zero_added} - {loaded}.to(tl.int32)) * 0x10001 + magic"
-        kind = triton_type(values.made_in)
-        return f"({loaded}.to(tl.float32) + {values.base!r}).to({kind})"
+        return (self.inside and (f"{self.inside}[:, None]" if self.weight.several else self.inside),)
 
     def _store_parts(self, text: Text) -> None:
         product = self.product

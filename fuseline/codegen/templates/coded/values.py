@@ -101,6 +101,22 @@ class Values:
         beyond = isinstance(element, Float) and element.exponent == 5 and self.weight.run > 0
         return self.target == torch.float32 or (self.target == torch.float16 and beyond)
 
+    def constants(self, never: str) -> list[str]:
+        """Lines that define what codes are or-ed into; never: a condition that no compiler knows to be false."""
+        if self.magic is None:
+            return []
+        lines = [f"magic = tl.where({never}, 0, {self.magic:#x})  # kept in a register: masks take the immediates"]
+        return [*lines, f"magic_high = tl.where({never}, 0, 0x45004500)"] if self.in_two else lines
+
+    def subtrahend(self, loaded: str) -> str:
+        """What a code lies above the number that it stands for, its base included, from stored zero points; in the
+        values' type."""
+        if self.target == torch.int8:
+            return f"{loaded}.to(tl.int8)"
+        if self.zero_added is not None:
+            return f"({self.zero_added} - {loaded}.to(tl.int32)) * 0x10001 + magic"
+        return f"({loaded}.to(tl.float32) + {self.base!r}).to({triton_type(self.made_in)})"
+
     def loads(self, name: str, row: str, turn: str, masks: str) -> list[str]:
         """Lines that load what a turn of the loop reads; row: the addresses of the rows' starts, [BLOCK_N, 1]."""
         words = self.weight.words

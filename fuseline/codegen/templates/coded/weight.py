@@ -8,7 +8,7 @@ from functools import cached_property
 from torch.fx import Node
 
 from ....compiler.formats import FORMATS, Element
-from ....compiler.formats.words import Words
+from ....compiler.formats.words import COLUMNS, Words
 
 STEP = 128  # channels that one tl.dot multiplies, at most
 
@@ -78,6 +78,24 @@ class Coded:
     def row(self) -> int:
         """Stored elements of a row."""
         return self.k if self.words is None else self.words.row(self.k)
+
+    @property
+    def several(self) -> bool:
+        """Whether the channels of one tl.dot have several scales."""
+        return self.groups > 1 and self.group % self.step != 0
+
+    def start(self, row: str, wide: str) -> str:
+        """Where a row begins in the tensor, as kernel text; wide: its number in as many bits as the place needs."""
+        if self.words is None:
+            return f"{wide} * {self.row}"
+        return f"{wide} // {COLUMNS} * {COLUMNS * self.row} + {row} % {COLUMNS} * {self.words.chunk_words}"
+
+    def group_at(self, first: str) -> str:
+        """The group of a tl.dot whose first channel this is, or those of its pieces, as kernel text."""
+        if self.several:
+            first = f"{first} + tl.arange(0, {self.step // self.piece}) * {self.piece}"
+        group = f"({first}) // {self.group}"
+        return f"tl.minimum({group}, {self.groups - 1})" if self.k % self.chunk else group
 
     @property
     def row_bytes(self) -> int:

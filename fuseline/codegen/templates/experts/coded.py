@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import torch
 
-from ....compiler.formats.words import COLUMNS
-from ...dtypes import triton_type
 from ..coded.scales import number
 from ..coded.values import Values
 from ..coded.weight import Coded
@@ -28,23 +26,17 @@ class CodedRows:
         self.values = Values(coded, dtype)
         grouped = coded.groups > 1 and coded.group % coded.step == 0
         self.after = after and grouped
-        self.several = coded.groups > 1 and coded.group % coded.step != 0
 
     def constants(self, text: Text) -> None:
-        """What masks are or-ed with, kept in registers: masks take the immediates. No compiler knows tiles' sign."""
-        if self.values.magic is not None:
-            text.add(f"magic = tl.where(tiles < 0, 0, {self.values.magic:#x})")
-            if self.values.in_two:
-                text.add("magic_high = tl.where(tiles < 0, 0, 0x45004500)")
+        """What codes are or-ed into: no compiler knows the sign of the number of tiles."""
+        text.add(*self.values.constants("tiles < 0"))
 
     def start(self, text: Text, name: str, row: str, inside: str | None) -> None:
         """Where the words of an operand's rows begin, and what all their channels share."""
-        words = self.coded.words
-        assert words is not None
-        first = f"{name}_row.to(tl.int64) // {COLUMNS} * {COLUMNS * self.coded.row}"
+        start = self.coded.start(f"{name}_row", f"{name}_row.to(tl.int64)")
         text.add(
             f"{name}_row = group * {self.height} + {row}",
-            f"{name}_rows = {self.table}_codes_ptr + ({first} + {name}_row % {COLUMNS} * {words.chunk_words})[:, None]",
+            f"{name}_rows = {self.table}_codes_ptr + ({start})[:, None]",
         )
         if self.coded.zero is not None and self.coded.groups == 1:
             text.add(f"zero_{name} = {self._zero(f'{name}_row', inside)}")
@@ -68,17 +60,12 @@ class CodedRows:
 
     def _groups(self, text: Text, first: str) -> None:
         """Which group's scales a dot reads: one, or one for each of its pieces."""
-        if self.several:
-            first = f"{first} + tl.arange(0, {self.coded.step // self.coded.piece}) * {self.coded.piece}"
-        found = f"({first}) // {self.coded.group}"
-        if self.coded.k % self.coded.chunk:
-            found = f"tl.minimum({found}, {self.coded.groups - 1})"
-        text.add(f"scale_row = ({found}) * {self.total}")
+        text.add(f"scale_row = ({self.coded.group_at(first)}) * {self.total}")
 
     def _accumulate(self, text: Text, name: str, dot: int, inside: str | None) -> None:
         scale = zero = None
         if self.coded.groups > 1:
-            at = f"scale_row[None, :] + {name}_row[:, None]" if self.several else f"scale_row + {name}_row"
+            at = f"scale_row[None, :] + {name}_row[:, None]" if self.coded.several else f"scale_row + {name}_row"
             scale = f"scale_{name}"
             loaded = load(f"{self.table}_scale_ptr + {at}", self._inside(inside), "0")
             text.add(f"{scale} = {number(text, scale, loaded, self.coded.scaling)}")
@@ -94,15 +81,11 @@ class CodedRows:
             text.add(f"{name} = tl.dot(w_{name}, x{dot}, {name}{precision})")
 
     def _inside(self, inside: str | None) -> tuple[str | None]:
-        return (inside and (f"{inside}[:, None]" if self.several else inside),)
+        return (inside and (f"{inside}[:, None]" if self.coded.several else inside),)
 
     def _zero(self, at: str, inside: str | None) -> str:
-        """What a code lies above the number that it stands for, as `Values.write` subtracts it."""
-        loaded = load(f"{self.table}_zero_ptr + {at}", self._inside(inside), "0")
-        if self.values.zero_added is not None:
-            return f"({self.values.zero_added} - {loaded}.to(tl.int32)) * 0x10001 + magic"
-        kind = triton_type(self.values.made_in)
-        return f"({loaded}.to(tl.float32) + {self.values.base!r}).to({kind})"
+        """What `Values.write` subtracts."""
+        return self.values.subtrahend(load(f"{self.table}_zero_ptr + {at}", self._inside(inside), "0"))
 
     def finish(self, text: Text, name: str, inside: str | None) -> None:
         """Scales that come last: those that all channels share, and the tensor's."""

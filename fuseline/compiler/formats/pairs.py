@@ -64,27 +64,27 @@ def pack_pair(magnitude: torch.Tensor, masks: torch.Tensor, signs: torch.Tensor)
     bits = torch.where(masks.any(0), bits, 0)
     for place, flag in ((15, signs[0]), (14, signs[1]), (13, masks[0]), (12, masks[1])):
         bits = bits | flag.to(torch.int32) << place
-    return torch.where(bits >= 1 << 15, bits - (1 << 16), bits).to(torch.int16)
+    return _words(bits)
 
 
 def unpack_slot(words: torch.Tensor, slot: int) -> torch.Tensor:
     """The matrix of one slot, 0 or 1 of a pair, or 2 of one alone: bfloat16, of the words' shape."""
-    if slot == ALONE:
-        return words.view(torch.bfloat16)
-    bits = words.to(torch.int32)
-    sign, mask = (bits >> (15 - slot)) & 1, (bits >> (13 - slot)) & 1
-    value = (sign << 15) | ((bits & 0x0FFF) + (LOW << 7))
-    value = torch.where(mask == 1, value, 0)
-    return torch.where(value >= 1 << 15, value - (1 << 16), value).to(torch.int16).view(torch.bfloat16)
+    return words.view(torch.bfloat16) if slot == ALONE else _of_pair(words, slot).view(torch.bfloat16)
 
 
 def unpack_experts(words: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """All experts' matrices, bfloat16 [E, m, n], from words [R, m, n]; rows, slots: int32 [E]. Nothing waits."""
-    own = words[rows]
-    bits = own.to(torch.int32)
-    slot = slots.to(torch.int32)[:, None, None]
+    own, slot = words[rows], slots.to(torch.int32)[:, None, None]
+    return torch.where(slot == ALONE, own, _of_pair(own, slot)).view(torch.bfloat16)
+
+
+def _of_pair(words: torch.Tensor, slot: int | torch.Tensor) -> torch.Tensor:
+    """The bits int16 of the numbers that slot 0 or 1 of a pair has."""
+    bits = words.to(torch.int32)
     sign, mask = (bits >> (15 - slot)) & 1, (bits >> (13 - slot)) & 1
-    value = (sign << 15) | ((bits & 0x0FFF) + (LOW << 7))
-    value = torch.where(mask == 1, value, 0)
-    value = torch.where(value >= 1 << 15, value - (1 << 16), value).to(torch.int16)
-    return torch.where(slot == ALONE, own, value).view(torch.bfloat16)
+    return _words(torch.where(mask == 1, (sign << 15) | ((bits & 0x0FFF) + (LOW << 7)), 0))
+
+
+def _words(bits: torch.Tensor) -> torch.Tensor:
+    """int32 numbers of 16 bits as int16."""
+    return torch.where(bits >= 1 << 15, bits - (1 << 16), bits).to(torch.int16)

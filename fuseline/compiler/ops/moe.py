@@ -8,6 +8,8 @@ Sources: Shazeer et al., 2017, with the gated units of Shazeer, 2020; the clampe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..errors import FuselineError
@@ -17,6 +19,8 @@ from .glu import ACTIVATIONS
 
 CLAMPED = "clamped_swiglu"
 ALPHA, LIMIT = 1.702, 7.0
+DEFAULTS = (None, None, "silu", False, ALPHA, LIMIT)
+"""Of the arguments behind the matrices: biases, activation, interleaved, alpha, limit."""
 
 
 @op(
@@ -62,8 +66,9 @@ def _(hidden, indices, weights, gate_up, down, gate_up_bias=None, down_bias=None
 
 
 @moe.cost
-def _(hidden, indices, weights, gate_up, down, *_):
-    """An upper bound of the bytes: every expert is read once where there are at least as many pairs as experts."""
+def cost(hidden, indices, weights, gate_up, down, *_):
+    """An upper bound of the bytes: all matrices, of experts or of pairs, are read once where at least as many are
+    chosen as there are."""
     pairs = indices.shape[0] * indices.shape[1]
     matrices = gate_up.shape[1] * gate_up.shape[2] + down.shape[1] * down.shape[2]
     read = min(pairs, gate_up.shape[0]) * matrices * gate_up.element_size()
@@ -73,14 +78,22 @@ def _(hidden, indices, weights, gate_up, down, *_):
 @moe.backward
 def _(ctx, grad):
     """Gradients of hidden, weights and, where one of them wants its own, of the experts: `fuseline::moe_backward`."""
-    saved = iter(ctx.saved_tensors)
-    args = [next(saved) if is_tensor else value for is_tensor, value in ctx.layout]
-    args += [None, None, "silu", False, ALPHA, LIMIT][len(args) - 5 :]
+    args = given(ctx, 5)
     experts = any(ctx.needs_input_grad[3:7])
     hidden, weights, *own = torch.ops.fuseline.moe_backward(grad, *args, experts)
-    given = (hidden, None, weights, *own, None, None, None, None)
-    needed = ctx.needs_input_grad
-    return tuple(g if need else None for g, need in zip(given, needed, strict=False))
+    return wanted(ctx, hidden, None, weights, *own, None, None, None, None)
+
+
+def given(ctx: Any, before: int) -> list[Any]:
+    """A call's arguments as autograd saved them, defaults filled in; before: how many have none."""
+    saved = iter(ctx.saved_tensors)
+    args = [next(saved) if is_tensor else value for is_tensor, value in ctx.layout]
+    return [*args, *DEFAULTS[len(args) - before :]]
+
+
+def wanted(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+    """Gradients of the arguments that want one."""
+    return tuple(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False))
 
 
 def projected(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: Rows) -> torch.Tensor:

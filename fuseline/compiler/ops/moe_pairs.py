@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 
 from ..formats.pairs import unpack_experts
-from ._define import Cost, Kind, op
-from .moe import ALPHA, LIMIT, check, moe
+from ._define import Kind, op
+from .moe import ALPHA, LIMIT, check, cost, given, moe, wanted
 
 
 @op(
@@ -62,27 +62,18 @@ def _(hidden, indices, weights, gate_up, down, rows, slots, gate_up_bias=None, d
     return hidden.new_empty(hidden.shape)
 
 
-@moe_pairs.cost
-def _(hidden, indices, weights, gate_up, down, *_):
-    """An upper bound of the bytes: every row of words is read once where there are at least as many pairs as rows."""
-    pairs = indices.shape[0] * indices.shape[1]
-    matrices = gate_up.shape[1] * gate_up.shape[2] + down.shape[1] * down.shape[2]
-    read = min(pairs, gate_up.shape[0]) * matrices * gate_up.element_size()
-    return Cost(2 * pairs * matrices, read + 2 * hidden.numel() * hidden.element_size())
+moe_pairs.cost(cost)
 
 
 @moe_pairs.backward
 def _(ctx, grad):
     """Gradients of hidden and weights, and of biases where one of them wants its own: `fuseline::moe_backward`."""
-    saved = iter(ctx.saved_tensors)
-    args = [next(saved) if is_tensor else value for is_tensor, value in ctx.layout]
-    args += [None, None, "silu", False, ALPHA, LIMIT][len(args) - 7 :]
-    hidden, indices, weights, gate_up, down, rows, slots, *rest = args
+    hidden, indices, weights, gate_up, down, rows, slots, *rest = given(ctx, 7)
     both, out = (unpack_experts(words, rows, slots).to(hidden.dtype) for words in (gate_up, down))
-    needed = ctx.needs_input_grad
-    given = torch.ops.fuseline.moe_backward(grad, hidden, indices, weights, both, out, *rest, any(needed[7:9]))
-    found = (given[0], None, given[1], None, None, None, None, given[4], given[5], None, None, None, None)
-    return tuple(g if need else None for g, need in zip(found, needed, strict=False))
+    biases = any(ctx.needs_input_grad[7:9])
+    found = torch.ops.fuseline.moe_backward(grad, hidden, indices, weights, both, out, *rest, biases)
+    places = (found[0], None, found[1], None, None, None, None, found[4], found[5], None, None, None, None)
+    return wanted(ctx, *places)
 
 
 moe_pairs.lowers_to("codegen/templates/moe.py")

@@ -19,7 +19,7 @@ import platform
 from typing import Any
 
 import torch
-from harness import Run, arguments, release
+from harness import Run, arguments, release, replace_defaults
 from training import Corpus, held_out
 from training.loop import loss_of
 
@@ -90,10 +90,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     if options.quick:
         small = {"hidden": 64, "layers": 2, "heads": 4, "inner": 64, "length": 64, "batch": 16, "bytes": 1_000_000}
         small |= {"windows": 64, "steps": 300, "rate": 3e-3, "rank": 4, "rounds": 3, "calibration": 4}
-        given = parser.parse_args([])
-        for name, value in small.items():
-            if getattr(options, name) == getattr(given, name):
-                setattr(options, name, value)
+        replace_defaults(parser, options, small)
     return options
 
 

@@ -20,7 +20,7 @@ import platform
 from typing import Any
 
 import torch
-from harness import Run, arguments, release
+from harness import Run, arguments, release, replace_defaults
 from training import Corpus, Trainer, held_out
 
 import fuseline
@@ -69,10 +69,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     if options.quick:
         small = {"hidden": 64, "layers": 2, "heads": 4, "length": 64, "batch": 16, "bytes": 1_000_000}
         small |= {"windows": 128, "steps": 400, "qat_steps": 100, "rate": 3e-3, "qat_rate": 1e-3}
-        given = parser.parse_args([])
-        for name, value in small.items():
-            if getattr(options, name) == getattr(given, name):
-                setattr(options, name, value)
+        replace_defaults(parser, options, small)
     return options
 
 

@@ -7,5 +7,5 @@ by `timing.py`; every file in benchmarks/results is written by `run.py`.
 from .environment import circumstances, commit, short_name
 from .profile import launched
 from .rates import device_rates
-from .run import Run, arguments, release
+from .run import Run, arguments, release, replace_defaults
 from .timing import Timing, graph_replays, repeated, replayed, rotated, synchronize

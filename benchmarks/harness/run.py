@@ -45,6 +45,13 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def replace_defaults(parser: argparse.ArgumentParser, options: argparse.Namespace, values: dict[str, Any]) -> None:
+    """Sets options to other values where they have their defaults."""
+    for name, value in values.items():
+        if getattr(options, name) == parser.get_default(name):
+            setattr(options, name, value)
+
+
 class Run:
     """One benchmark's rows and their file.
 

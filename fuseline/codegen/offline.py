@@ -135,7 +135,7 @@ def _compile(kernel: Kernel, target: str) -> tuple[Compiled, str]:
     aligned = [["tt.divisibility", 16]]
     attributes = {(k,): aligned for k, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = source_type(function, signature, {name: kernel.constants[name] for name in kernel.constants}, attributes)
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
     compile_it = lambda: triton.compile(source, target=target_type(*TARGETS[target]), options=options)
     try:
         try:

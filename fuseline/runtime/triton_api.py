@@ -125,17 +125,21 @@ def source(function: Any, signature: Mapping[str, str], constants: Mapping[str, 
 
 
 def build(made: Any, target: Any, options: Mapping[str, Any]) -> Any:
-    """Compiles; where Triton's own cache cannot be written, in a folder of this process."""
+    """Compiles; where Triton's own cache cannot be written, in a folder of this process.
+
+    Products fuse with sums, as was Triton's default up to 3.9, which warns where it is not asked for.
+    """
     import triton
 
+    options = {"enable_fp_fusion": True, **options}
     try:
-        return triton.compile(made, target=target, options=dict(options))
+        return triton.compile(made, target=target, options=options)
     except OSError as error:
         if error.errno not in _READ_ONLY or triton.knobs.cache.dir == str(temporary()):
             raise
         warn_once(Path(triton.knobs.cache.dir), error)
         triton.knobs.cache.dir = str(temporary())
-        return triton.compile(made, target=target, options=dict(options))
+        return triton.compile(made, target=target, options=options)
 
 
 def files_of(compiled: Any) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections import Counter
+from types import BuiltinFunctionType
 from typing import Any
 
 import networkx as nx
@@ -20,7 +21,11 @@ def label(node: Any) -> str:
     """An op without namespace and overload; a region by its kind; an input by its name."""
     if node.op in ("placeholder", "output"):
         return str(node.name)
-    name = str(node.target).split("::")[-1].removeprefix("aten.").removeprefix("fuseline.").split(".")[0]
+    if isinstance(node.target, BuiltinFunctionType):  # arithmetic on sizes
+        name = node.target.__name__
+    else:
+        parts = str(node.target).split("::")[-1].split(".")  # namespace, op, overload
+        name = parts[1] if len(parts) == 3 else parts[0]
     weights = [a.meta["weight"] for a in node.all_input_nodes if "weight" in a.meta]
     return f"{name}{' w' if len(weights) == 1 else f' {len(weights)} w' if weights else ''}"
 
@@ -35,7 +40,7 @@ def draw(program: Any, changed: frozenset[str] = frozenset()) -> str:
     graph.add_nodes_from(nodes)
     graph.add_edges_from((a, n) for n in nodes for a in n.all_input_nodes if a in graph)
     graph.remove_nodes_from([n for n in list(graph) if n.op == "placeholder" and not graph.out_degree(n)])
-    layers = list(nx.topological_generations(graph))
+    layers = _layers(graph)
     order: dict[Any, float] = {}
     place: dict[Any, tuple[float, float]] = {}
     widest = max((len(layer) for layer in layers), default=1)
@@ -56,6 +61,20 @@ def draw(program: Any, changed: frozenset[str] = frozenset()) -> str:
     across, down = widest * (WIDTH + GAP), max(1, len(layers)) * (HEIGHT + DROP)
     box = f'viewBox="-4 -4 {across + 4} {down}" width="{across}" height="{down}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {box} style="max-width:100%">{STYLE}{"".join(parts)}</svg>'
+
+
+def _layers(graph: nx.DiGraph) -> list[list[Any]]:
+    """Each node below what it reads; what rests on no input (codes, positions) right above its first reader."""
+    depth = {node: at for at, layer in enumerate(nx.topological_generations(graph)) for node in layer}
+    moving = {n for n in graph if n.op == "placeholder"}
+    moving |= {m for n in moving for m in nx.descendants(graph, n)}
+    for node in reversed(list(nx.topological_sort(graph))):
+        if node not in moving and graph.out_degree(node):
+            depth[node] = min(depth[reader] for reader in graph.successors(node)) - 1
+    layers: list[list[Any]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
+    for node in graph:  # in the order of the program
+        layers[depth[node]].append(node)
+    return layers
 
 
 def counts(program: Any) -> Counter[str]:

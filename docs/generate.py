@@ -162,17 +162,21 @@ def passes() -> str:
         if not kind.__module__.startswith("fuseline."):
             continue
         page = describe(kind)
-        rows = [
-            f"| `{option['name']}` | {option['type'].replace('|', ' or ')} | {option['default']} |"
-            for option in page["options"]
-            if option["name"] not in ("allow_empty", "expect")
-        ]
-        table = (
-            "\n".join(["| option | values | default |", "|---|---|---|", *rows]) if rows else "No options of its own."
-        )
+        table = option_table(page["options"])
         heading = f"## {page['name']}\n\nTier: {page['tier']}. Level: {page['level']}."
-        parts.append(f"{heading}\n\n```text\n{page['page']}\n```\n\n{table}\n")
+        parts.append(f"{heading}\n\n```text\n{page['page']}\n```\n\n{table}")
     return "\n".join(parts)
+
+
+def option_table(options: list[dict[str, Any]]) -> str:
+    """A pass's options as a table of Markdown."""
+    from fuseline.cli.passes import told
+
+    own = [o for o in options if o["name"] not in ("allow_empty", "expect")]
+    if not own:
+        return "No options of its own.\n"
+    rows = [" | ".join((f"`{o['name']}`", *(cell.replace("|", "\\|") for cell in told(o)))) for o in own]
+    return "| option | default | what it is |\n|---|---|---|\n" + "".join(f"| {row} |\n" for row in rows)
 
 
 def documents(answers: Mapping[str, str] | None = None) -> dict[Path, str]:

@@ -1,36 +1,97 @@
-"""A page for each pass, from its docstring, its options, and what it makes of a small block: a graph before and after.
+"""A page for each pass, from its docstring, its options, and what it makes of a small model: a graph before and after.
 
-A pass of another folder or package gets its page by itself: there is no list. Where a pass finds nothing to do in the
-block, or needs what a documentation build has not (several processes), the page says so in the graph's place.
+A pass of another folder or package gets its page by itself: there is no list. Of a few small models the first is drawn
+that the pass finds something in; a process group of PyTorch's that sends nothing stands for the other processes. Where
+there is still nothing to draw, the page says why in the graph's place.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from drawing import draw
+from generate import option_table
+from torch.nn import functional as F
 
 import fuseline
+from fuseline.cli.memory import memory
 from fuseline.cli.passes import describe
 from fuseline.compiler import registry
 from fuseline.compiler.errors import FuselineError
 from fuseline.compiler.recipes import recipes
 from fuseline.models.decoder import TinyDecoder
+from fuseline.models.mixture import TinyMixture
+
+WORLD = 4
+STEP = "demo:tiny-decoder"
+Model = tuple[torch.nn.Module, tuple[torch.Tensor, ...]]
 
 
-def block() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    """One layer of a decoder with grouped queries, and two short sequences."""
+def decoder() -> Model:
+    """With grouped queries, and two short sequences."""
     torch.manual_seed(0)
     ids = torch.arange(32).reshape(2, 16) % 64
     return TinyDecoder(vocabulary=64, hidden=64, layers=1).eval().requires_grad_(False), (ids,)
 
 
+class WithLoss(torch.nn.Module):
+    """ids, labels [B, T] → the mean cross-entropy of the next token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = TinyDecoder(vocabulary=8192, hidden=64, layers=1)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.body(ids)[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+def training() -> Model:
+    torch.manual_seed(0)
+    ids = torch.arange(32).reshape(2, 16)
+    return WithLoss(), (ids, ids)
+
+
+def experts() -> Model:
+    torch.manual_seed(0)
+    ids = torch.arange(32).reshape(2, 16)
+    return TinyMixture(64, hidden=64, inner=64, layers=1, experts=4).eval().requires_grad_(False), (ids,)
+
+
+MODELS: dict[str, Callable[[], Model]] = {
+    "One decoder layer": decoder,
+    "One decoder layer and the loss": training,
+    "One layer of routed experts": experts,
+}
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """A process group of which this process is the first, and no other exists."""
+    if not dist.is_available():
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def pass_pages() -> dict[str, str]:
     """File name → page, for every registered pass of this package."""
     own = [kind for kind in registry.available().values() if kind.__module__.startswith("fuseline.")]
-    pages = {f"passes/{kind.name}.md": page(kind) for kind in own}
+    with processes():
+        pages = {f"passes/{kind.name}.md": page(kind) for kind in own}
     rows = "".join(
         f"| [`{k.name}`]({k.name}.md) | {k.tier.value} | {k.level.value} | {describe(k)['summary']} |\n" for k in own
     )
@@ -47,43 +108,66 @@ def pass_pages() -> dict[str, str]:
 
 def page(kind: type[fuseline.Pass]) -> str:
     facts = describe(kind)
-    rows = "".join(
-        f"| `{o['name']}` | {str(o['type']).replace('|', ' or ')} | `{o['default']}` | {o['help']} |\n"
-        for o in facts["options"]
-        if o["name"] not in ("allow_empty", "expect")
-    )
-    options = f"| option | values | default | |\n|---|---|---|---|\n{rows}" if rows else "No options of its own.\n"
+    options = option_table(facts["options"])
     source = kind.__module__.replace(".", "/")
+    text = "\n".join(facts["page"].splitlines()[1:]).strip("\n")  # the first line is the summary
+    measured = any(command.startswith("fuseline memory") for command in facts["trials"])
+    drawn = timelines(facts["name"]) if measured else graphs(facts["example"], facts["name"])
+    commands = "\n".join([*facts["trials"], f"fuseline passes {facts['name']}"])
     return (
         f"# {facts['name']}\n\n{facts['summary']}. Tier: {facts['tier']}. Level: {facts['level']}. "
-        f"Code: `{source}`.\n\n```text\n{facts['page']}\n```\n\n## Options\n\n{options}\n"
-        f"## Before and after\n\n{graphs(facts['example'], facts['name'])}\n"
-        f'## Try it\n\n```text\nfuseline run demo:smollm2 -p "{facts["example"]}"\n'
-        f'fuseline diff demo:tiny-llama -p "{facts["example"]}"\nfuseline passes {facts["name"]}\n```\n'
+        f"Code: `{source}`.\n\n```text\n{text}\n```\n\n## Options\n\n{options}\n"
+        f"## Before and after\n\n{drawn}\n"
+        f"## Try it\n\n```text\n{commands}\n```\n"
     )
 
 
 def graphs(example: str, name: str) -> str:
-    """What the pass makes of the block, as two pictures: the program that reaches it, and the one that leaves it."""
-    try:
-        model, args = block()
-        program = fuseline.capture(model, args)
-        named = fuseline.Pipeline(example).passes
-        raised = name == "raise" or any(step.name == "raise" for step in named)
-        passes = named if raised else (*fuseline.Pipeline("raise").passes, *named)  # smaller to look at
-        at = next(n for n, step in enumerate(passes) if step.name == name)
-        lead = fuseline.Pipeline(list(passes[:at])) if at else None
-        before = lead.run(program, plan=plan_of(lead, program))[0] if lead else program
-        after, report = through(fuseline.Pipeline(list(passes[at : at + 1])), before)
-    except (FuselineError, StopIteration, RuntimeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"No picture: in a block of one process, {reason}.\n"
+    """What the pass makes of a small model: the program that reaches it, and the one that leaves it."""
+    refused = []
+    for what, make in MODELS.items():
+        try:
+            return picture(what, make, example, name)
+        except (FuselineError, StopIteration, RuntimeError, NotImplementedError) as error:
+            refused.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    return f"No picture: {refused[0]}.\n"
+
+
+def timelines(name: str) -> str:
+    """Memory over a training step without the pass and with it, as `fuseline memory` draws it."""
+    pictures = []
+    for pipeline in (f"{name}{{policy=none}}", name):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
+            file = Path(folder) / "memory.svg"
+            memory(STEP, pipeline, seq=8192, limit="80GB", device="h100", rows=1, points=0, plot=str(file))
+            pictures.append(file.read_text(encoding="utf-8"))
+        assert "peak" in said.getvalue()
+    before, after = pictures
+    return (
+        f"Memory over a training step of `{STEP}` on 8,192 tokens, as `fuseline memory --plot` draws it.\n\n"
+        f'<div class="graphs" markdown="0"><figure><figcaption>all is kept</figcaption>{before}</figure>'
+        f"<figure><figcaption>{name}</figcaption>{after}</figure></div>\n"
+    )
+
+
+def picture(what: str, make: Callable[[], Model], example: str, name: str) -> str:
+    model, args = make()
+    program = fuseline.capture(model, args)
+    named = fuseline.Pipeline(example).passes
+    raised = name == "raise" or any(step.name == "raise" for step in named)
+    passes = named if raised else (*fuseline.Pipeline("raise").passes, *named)  # smaller to look at
+    at = next(n for n, step in enumerate(passes) if step.name == name)
+    lead = fuseline.Pipeline(list(passes[:at])) if at else None
+    before = lead.run(program, plan=plan_of(lead, program))[0] if lead else program
+    after, report = through(fuseline.Pipeline(list(passes[at : at + 1])), before)
     known = {n.name for n in before.graph.nodes}
     made = frozenset(n.name for n in after.graph.nodes) - known
     gone = frozenset(known - {n.name for n in after.graph.nodes})
     rules = ", ".join(f"{count} {rule}" for rule, count in report[name].rules.items())
+    exchanges = any(str(n.target).startswith("_c10d_functional") for n in after.graph.nodes)
+    where = f", in process 0 of {WORLD}" if exchanges else ""
     return (
-        f"One decoder layer under `{fuseline.Pipeline(passes)}`: what reaches `{name}`, and what leaves it. `w` is a "
+        f"{what} under `{fuseline.Pipeline(passes)}`{where}: what reaches `{name}`, and what leaves it. `w` is a "
         f"weight; outlined is what was taken, and what was made. Rewrites: {rules or report[name].matched}.\n\n"
         f'<div class="graphs" markdown="0"><figure><figcaption>before</figcaption>{draw(before, gone)}</figure>'
         f"<figure><figcaption>after {name}</figcaption>{draw(after, made)}</figure></div>\n"

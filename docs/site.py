@@ -32,8 +32,8 @@ OUTSIDE = {
 }
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Start": ("index", "quickstart", "choosing", "tools"),
-    "Guides": ("generation", "calibration", "quantization", "rotations", "sparsity", "qat", "kv-cache", "saving",
-               "serving"),
+    "Guides": ("generation", "calibration", "quantization", "rotations", "sparsity", "experts", "qat", "kv-cache",
+               "saving", "serving", "long_context", "sequence_parallel", "checkpointing"),
     "Passes": (),
     "Debugger": ("debugging", "cli", "errors"),
     "Extending": ("custom-pass", "contributing"),
@@ -46,7 +46,9 @@ STYLE = """\
 .graphs figure { margin: 0; flex: 1 1 18rem; max-width: 100%; }
 .graphs svg { height: auto; }
 .md-grid { max-width: 80rem; }
-.md-typeset table:not([class]) { font-size: .62rem; }
+.md-typeset table:not([class]) { font-size: .6rem; }
+.md-typeset table:not([class]) th { min-width: 0; padding: .6em .8em; }
+.md-typeset table:not([class]) td { padding: .5em .8em; }
 .md-typeset pre > code { font-size: .64rem; }
 """
 

@@ -196,10 +196,10 @@ def _svg(lines: list[np.ndarray]) -> str:
     turn = xs[min(len(lines[0]), len(xs) - 1)]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        'font-size="12">'
+        'font-size="18">'
         f'<polygon points="40,{height - 30} {points} {width - 10},{height - 30}" fill="#9ec5e8"/>'
-        f'<line x1="{turn:.1f}" x2="{turn:.1f}" y1="20" y2="{height - 30}" stroke="#666" stroke-dasharray="4"/>'
-        f'<text x="45" y="16">{top / 1e9:.3g} GB at the fullest step</text>'
+        f'<line x1="{turn:.1f}" x2="{turn:.1f}" y1="26" y2="{height - 30}" stroke="#666" stroke-dasharray="4"/>'
+        f'<text x="45" y="18">{top / 1e9:.3g} GB at the fullest step</text>'
         f'<text x="45" y="{height - 10}">forward</text>'
         f'<text x="{turn + 5:.1f}" y="{height - 10}">backward</text></svg>\n'
     )

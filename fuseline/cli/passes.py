@@ -13,6 +13,8 @@ from fuseline.cli import options
 from fuseline.cli.output import Output
 from fuseline.cli.render import following, table
 from fuseline.compiler import framework, registry
+from fuseline.compiler.option_help import comments
+from fuseline.compiler.pipeline import Pipeline
 from fuseline.compiler.recipes import recipes
 
 
@@ -46,7 +48,7 @@ def passes(
 
 def describe(kind: type[framework.Pass]) -> dict[str, Any]:
     """A pass as data: name, tier, level, options with types and defaults, documentation."""
-    hints = typing.get_type_hints(kind)
+    hints, helps = typing.get_type_hints(kind), comments(kind)
     page = framework.document(kind)
     return {
         "name": kind.name,
@@ -58,13 +60,20 @@ def describe(kind: type[framework.Pass]) -> dict[str, Any]:
                 "name": field.name,
                 "type": type_name(hints[field.name]),
                 "default": _plain(field.default),
-                "help": field.metadata.get("help", ""),
+                "help": field.metadata.get("help") or helps.get(field.name, ""),
             }
             for field in framework.options(kind)
         ],
         "page": page,
-        "example": kind.example or kind.name,
+        "example": (example := kind.example or kind.name),
+        "trials": [kind.trial] if kind.trial else trials(example),
     }
+
+
+def trials(example: str) -> list[str]:
+    """What to type to see a pipeline at work."""
+    commands = [f'fuseline run demo:smollm2 -p "{example}"']
+    return commands if Pipeline(example).needs_data else [*commands, f'fuseline diff demo:tiny-llama -p "{example}"']
 
 
 def type_name(kind: Any) -> str:
@@ -77,12 +86,25 @@ def type_name(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
+def written(default: Any) -> str:
+    """A default as it stands in pipeline text; a dash for nothing."""
+    if isinstance(default, bool) or default is None:
+        return str(default).lower()
+    return "–" if default in ("", "()") else str(default)
+
+
+def told(option: dict[str, Any]) -> tuple[str, str]:
+    """An option's default and what it is, with the values that it may have where they are counted."""
+    several = option["type"].removesuffix("|none") if option["default"] is None else option["type"]
+    values = several.replace("|", ", ") if "|" in several else ""
+    return written(option["default"]), ": ".join(filter(None, (option["help"], values)))
+
+
 def show_page(page: dict[str, Any], output: Output) -> None:
     output.console.print(page["page"], soft_wrap=True)
     output.line(f"\ntier {page['tier']}, level {page['level']}")
-    rows = [[o["name"], o["type"], str(o["default"]), o["help"]] for o in page["options"]]
-    table(output, ["option", "values", "default", ""], rows)
-    following(output, f'fuseline run demo:smollm2 -p "{page["example"]}"')
+    table(output, ["option", "default", "what it is"], [[o["name"], *told(o)] for o in page["options"]])
+    following(output, page["trials"][0])
 
 
 def _plain(value: Any) -> Any:

@@ -81,6 +81,7 @@ class Pass:
     tier: ClassVar[Tier] = Tier.EXACT
     level: ClassVar[Level] = Level.NORMAL
     example: ClassVar[str] = ""  # a pipeline to try it with, where its bare name is none
+    trial: ClassVar[str] = ""  # a command to try it with, where `fuseline run` of the example is none
     requires: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset()
     algebra: ClassVar[Algebra | None] = None  # what proves its rewrites, where they are algebra

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,30 @@ import pytest
 import torch
 
 from fuseline.models import load, logits_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def own_passes() -> list:
+    from fuseline.compiler import registry
+
+    return [kind for kind in registry.available().values() if kind.__module__.startswith("fuseline.")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [k.name for k in own_passes()])
+def test_what_a_page_says_to_try_runs(cli: Callable, name: str) -> None:
+    """In small, as the commands of the documentation; those that are no command of ours have tests of their own."""
+    from fuseline.cli.passes import describe
+    from fuseline.compiler import registry
+
+    for command in describe(registry.find(name))["trials"]:
+        program, *arguments = shlex.split(command.replace("demo:smollm2", "demo:tiny-llama"))
+        if program == "fuseline":
+            result = cli(*arguments, *(["--windows", "1"] if arguments[0] == "run" else []))
+            assert result.code == (1 if arguments[0] == "diff" else 0), result.err  # 1: they differ
+        else:
+            assert any((ROOT / word).is_file() for word in arguments), command
 
 
 def test_passes_lists_what_is_registered(cli: Callable) -> None:
@@ -31,6 +56,34 @@ def test_a_pass_page_has_its_options(cli: Callable) -> None:
     assert weights["default"] is None and "str" in weights["type"]
     assert page["options"][-1]["name"] == "allow_empty"
     assert "Before" in result.err and "weights" in result.err
+
+
+def test_every_option_says_what_it_is(cli: Callable) -> None:
+    pages = json.loads(cli("passes", "--json", "-").out)["passes"]
+    own = [p for p in pages if p["name"] in {k.name for k in own_passes()}]
+    assert not [f"{p['name']}.{o['name']}" for p in own for o in p["options"] if not o["help"]]
+    policy = cli("passes", "checkpoint").out
+    assert "what is kept: long-context, min-cut, budget, full, none" in " ".join(policy.split())
+    assert max(map(len, cli("passes", "quantize").out.partition("tier lossy")[2].splitlines())) <= 80
+
+
+def test_an_option_is_described_by_the_comment_behind_it() -> None:
+    from dataclasses import dataclass
+
+    from fuseline.compiler.option_help import comments
+
+    @dataclass(frozen=True)
+    class Base:
+        one: int = 1  # from the base
+
+    @dataclass(frozen=True)
+    class Derived(Base):
+        two: tuple[str, ...] = ()  # over lines: it's one
+        three: str = "# no comment"
+
+    helps = comments(Derived)
+    assert (helps["one"], helps["two"], helps["three"]) == ("from the base", "over lines: it's one", "")
+    assert comments(type("Made", (), {"__annotations__": {"x": int}})) == {}
 
 
 def test_passes_lists_the_recipes(cli: Callable) -> None:

@@ -69,13 +69,14 @@ class Checkpoint(Pass):
     tier = Tier.EXACT
     level = Level.JOINT
     example = "checkpoint{policy=budget,memory=0.4}"
+    trial = "fuseline memory demo:tiny-decoder"
 
-    policy: Policy = Policy.LONG_CONTEXT
+    policy: Policy = Policy.LONG_CONTEXT  # what is kept
     memory: str = ""  # for budget: of the whole step (60GB), or a share of the peak without recomputation (0.4)
-    objective: Objective = Objective.TIME
-    offload: Offload = Offload.OFF
+    objective: Objective = Objective.TIME  # what is made least within the memory
+    offload: Offload = Offload.OFF  # whether kept values may wait in the host's memory
     target_seq: int = 0  # the length to decide for; 0: as captured
-    collectives: Collectives = Collectives.AUTO
+    collectives: Collectives = Collectives.AUTO  # whether exchanges run again
     device: str = ""  # a100, h100, h200, b200 or cpu, whose rates decide; empty: the graph's own
 
     def run(self, program: Program, rewriter: Rewriter) -> None:

@@ -48,6 +48,7 @@ class FuseLoss(Pass):
 
     name = "fuse-loss"
     tier = Tier.EXACT
+    trial = "python benchmarks/long_context.py --device cpu --tiny"
 
     logits: Logits = Logits.DEFERRED  # what becomes of logits that the model returns
     least: int = 4096  # vocabularies below stay as they are

@@ -64,6 +64,7 @@ class MergeExperts(Pass):
     tier = Tier.LOSSY
     requires = frozenset({"raised"})
     example = "raise,merge-experts{saliency=magnitude}"
+    trial = f'fuseline run demo:tiny-moe -p "{example}"'
 
     method: Method = Method.PUZZLE  # what becomes of a layer's experts
     ratio: float = 0.5  # the share of the experts' memory that goes

@@ -85,9 +85,9 @@ class Rotate(Pass):
     r2: bool = False  # values, by head
     r3: bool = False  # queries and keys, by head
     r4: bool = False  # inputs of the MLPs' last linears
-    kind: Kind = Kind.HADAMARD
+    kind: Kind = Kind.HADAMARD  # of matrix
     block: int = 0  # channels that r1 and r4 rotate together; 0: all
-    seed: int = 0
+    seed: int = 0  # of random signs and matrices
     untie: bool = False  # fold r1 into copies of a tied table
     steps: int = 100  # of learning
     rate: float = 0.1  # of learning: how far a step turns, in radians

@@ -92,12 +92,13 @@ class SequenceParallel(Pass):
 
     name = "sequence-parallel"
     tier = Tier.EXACT
+    trial = "torchrun --nproc-per-node=2 examples/sequence_parallel.py"
 
     degree: int | None = None  # ranks that share a sequence; auto: all, or the mesh dimension's
-    kind: Kind = Kind.AUTO
+    kind: Kind = Kind.AUTO  # heads are exchanged, or keys and values go around
     mesh: str | None = None  # a dimension of a DeviceMesh, by name
-    gradients: Gradients = Gradients.AUTO
-    outputs: Outputs = Outputs.AUTO
+    gradients: Gradients = Gradients.AUTO  # who sums them: the graph, or a wrapper around the model
+    outputs: Outputs = Outputs.AUTO  # whether logits come back whole
     gather: tuple[str, ...] = ()  # ops whose inputs may be gathered where no rule knows better
 
     def run(self, program: Program, rewriter: Rewriter) -> None:

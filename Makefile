@@ -14,11 +14,15 @@ PIPELINE ?= raise,quantize{weights=int8},fuse
 # What builds the site; nothing else needs them.
 SITE := mkdocs==1.6.1 mkdocs-material==9.8.2
 
+# `make gpu`: the Python whose torch sees the GPU, and how many test processes share it.
+GPU_PYTHON ?= python3
+GPU_JOBS ?= 6
+
 # What `make replay` compares the emitted kernels with, and for which models: tiny, families or a TOML file.
 REV ?= HEAD
 CORPUS ?= tiny
 
-.PHONY: setup demo test test-all lint format docs replay clean
+.PHONY: setup demo test test-all gpu lint format docs replay clean
 .DEFAULT_GOAL := help
 .PHONY: help
 
@@ -27,6 +31,7 @@ help:
 	@echo "make demo       compile SmolLM2-135M and print the report"
 	@echo "make test       the tests that need no GPU and little time"
 	@echo "make test-all   those and the long ones"
+	@echo "make gpu        the tests and the decode table of a machine with a GPU"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation as a site, build/site/index.html"
 	@echo "make replay     what the changes since REV ($(REV)) do to the emitted kernels"
@@ -68,6 +73,17 @@ test-all: setup
 	@status=0; \
 	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" tests/interpreted || status=$$?; \
 	$(PYTEST) -m "not gpu" --ignore=tests/interpreted tests || status=$$?; \
+	exit $$status
+
+# On a machine with a GPU of 16 GB or more: the tests that need one, then the decode table with as many layers as fit.
+# Not in setup's environment, whose PyTorch may be a build for CPUs.
+gpu:
+	@$(GPU_PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2> /dev/null || { \
+	  echo "error: torch sees no GPU in $(GPU_PYTHON)" >&2; \
+	  echo "  try: fuseline doctor, or another Python: make gpu GPU_PYTHON=/path/to/python3" >&2; exit 2; }
+	@mkdir -p build; status=0; \
+	OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -q --show-capture=no -n $(GPU_JOBS) -m gpu tests/gpu || status=$$?; \
+	$(GPU_PYTHON) benchmarks/decode.py --fit --budget 300 --json build/decode.json || status=$$?; \
 	exit $$status
 
 lint: setup

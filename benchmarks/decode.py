@@ -3,6 +3,7 @@
     python benchmarks/decode.py                                   every candidate at the Llama-3-8B shape, one GPU
     python benchmarks/decode.py --only eager fuseline-int4        some of them
     python benchmarks/decode.py --resume                          what a run that was cut off did not measure
+    python benchmarks/decode.py --fit                             with as many layers as a small GPU takes
     python benchmarks/decode.py --model-shape tiny --device cpu   tries it out, in a minute, without a GPU
 
 transformers' unmodified model with random bfloat16 weights, drawn again from one seed for each candidate. All start
@@ -29,7 +30,7 @@ import torch
 from decoding.candidates import Prepare, Ready, candidates
 from decoding.loop import Loop
 from decoding.model import State, build, cache_bytes, prompted
-from decoding.options import decoding_arguments, prompt_length
+from decoding.options import decoding_arguments, fit, prompt_length
 from harness import Run, Timing, launched, release, synchronize
 from harness.timing import paired
 from torch.nn import functional as F
@@ -46,7 +47,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-generate", action="store_true", help="time the step alone")
     parser.add_argument("--pipeline", action="append", help="a further row: Fuseline with this pipeline")
     parser.add_argument("--kernels", action="store_true", help="list the kernels of a step in the row")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    fit(options)
+    return options
 
 
 class Benchmark:

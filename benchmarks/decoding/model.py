@@ -50,6 +50,19 @@ def build(shape: str, layers: int | None, device: torch.device, dtype: torch.dty
     return model.eval()
 
 
+def fitting(shape: str, memory: float, itemsize: int = 2) -> int:
+    """How many of a shape's layers fit in half of `memory` bytes, beside its embedding and head; one at the least.
+
+    The other half is for what is derived of the weights, the cache and the workspaces of compilers.
+    """
+    s = SHAPES[shape]
+    hidden, inner, ends = s["hidden_size"], s["intermediate_size"], 1 if s["tie_word_embeddings"] else 2
+    keys = hidden // s["num_attention_heads"] * s["num_key_value_heads"]
+    layer = itemsize * hidden * (2 * hidden + 2 * keys + 3 * inner + 2)
+    left = memory / 2 - itemsize * hidden * (ends * s["vocab_size"] + 1)
+    return max(1, min(s["num_hidden_layers"], int(left // layer)))
+
+
 @torch.no_grad()
 def draw(model: torch.nn.Module, device: torch.device) -> None:
     """Fills every weight matrix: rows of an embedding with variance 1, of a linear with 1 over its inputs."""

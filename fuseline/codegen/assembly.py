@@ -6,7 +6,7 @@ import subprocess
 
 from ..compiler.errors import FuselineError, UserError, nearest
 from .kernel import Kernel
-from .offline import TARGETS, Store, compile_kernel, compile_once
+from .offline import GPUS, Store, compile_kernel, compile_once
 
 #: kind of code → the back ends that have it
 KINDS = {
@@ -40,7 +40,7 @@ def assembly(kernel: Kernel, kind: str, target: str | None = None, store: Store 
         FuselineError: NVIDIA's disassembler, which Triton ships, cannot be run.
     """
     target = target or default_target(kind)
-    if target in TARGETS and TARGETS[target][0] not in KINDS.get(kind, ("cuda", "hip")):
+    if target in GPUS and GPUS[target][0] not in KINDS.get(kind, ("cuda", "hip")):
         raise UserError(f"{target} has no {kind}", remedy=f"--for {default_target(kind)}")
     default_target(kind)
     if kind in ("ttir", "ttgir", "llir"):  # no store keeps these

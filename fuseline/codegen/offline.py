@@ -25,6 +25,11 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_90": ("cuda", 90, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+#: What can be compiled for beside those; T4 and RTX 20, RTX 30, L4 and RTX 40, B200, RTX 50.
+OTHERS: dict[str, tuple[str, int | str, int]] = {
+    f"sm_{capability}": ("cuda", capability, 32) for capability in (75, 86, 89, 100, 120)
+}
+GPUS = {**TARGETS, **OTHERS}
 
 
 class CompileError(FuselineError):
@@ -65,7 +70,7 @@ _DONE: dict[tuple[object, str, str | None], tuple[Compiled, str]] = {}
 
 
 def compile_kernel(kernel: Kernel, target: str, store: Store | None = None) -> Compiled:
-    """Compiles `kernel` with its constants for "sm_80", "sm_90" or "gfx942"; no GPU is needed.
+    """Compiles `kernel` with its constants for one of GPUS; no GPU is needed.
 
     Pointers are taken as aligned to 16 bytes, as PyTorch allocates. Equal kernels are compiled once in a process, and
     never where `store` has them.
@@ -74,8 +79,8 @@ def compile_kernel(kernel: Kernel, target: str, store: Store | None = None) -> C
         UserError: an unknown target, no Triton, or Triton in interpreter mode.
         CompileError: Triton rejects the kernel.
     """
-    if target not in TARGETS:
-        raise UserError(f"unknown target {target!r}{nearest(target, TARGETS)}")
+    if target not in GPUS:
+        raise UserError(f"unknown target {target!r}{nearest(target, GPUS)}")
     if store is None:
         return replace(compile_once(kernel, target)[0], kernel=kernel)
     key = _made_of(kernel, target)
@@ -91,7 +96,7 @@ def compile_kernel(kernel: Kernel, target: str, store: Store | None = None) -> C
 
 def _made_of(kernel: Kernel, target: str) -> dict[str, Any]:
     """What a store keeps the compiled kernel by: as a launcher would ask for it."""
-    backend, architecture, _ = TARGETS[target]
+    backend, architecture, _ = GPUS[target]
     return {
         "source": kernel.source,
         "signature": kernel.signature,
@@ -104,7 +109,7 @@ def _made_of(kernel: Kernel, target: str) -> dict[str, Any]:
 
 def _from_files(kernel: Kernel, target: str, files: Mapping[str, bytes]) -> Compiled | None:
     """A stored kernel; None where the files are not those of one."""
-    binary, text = ("hsaco", "amdgcn") if TARGETS[target][0] == "hip" else ("cubin", "ptx")
+    binary, text = ("hsaco", "amdgcn") if GPUS[target][0] == "hip" else ("cubin", "ptx")
     try:
         metadata = json.loads(files["json"])
         asm: dict[str, str | bytes] = {binary: files[binary], text: files[text].decode()}
@@ -136,7 +141,7 @@ def _compile(kernel: Kernel, target: str) -> tuple[Compiled, str]:
     attributes = {(k,): aligned for k, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = source_type(function, signature, {name: kernel.constants[name] for name in kernel.constants}, attributes)
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
-    compile_it = lambda: triton.compile(source, target=target_type(*TARGETS[target]), options=options)
+    compile_it = lambda: triton.compile(source, target=target_type(*GPUS[target]), options=options)
     try:
         try:
             compiled = compile_it()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import elf
-from .offline import TARGETS, Compiled
+from .offline import GPUS, Compiled
 
 REGISTERS, FRAME = 0x2F, 0x11  # EIATTR_REGCOUNT, EIATTR_FRAME_SIZE
 _WITH_NUMBER = 4  # an attribute that is followed by its size
@@ -52,7 +52,7 @@ class Resources:
 
 def resources(compiled: Compiled) -> Resources:
     """The figures of a kernel that `compile_kernel` gave."""
-    on_amd = TARGETS[compiled.target][0] == "hip"
+    on_amd = GPUS[compiled.target][0] == "hip"
     known = {name: getattr(compiled, name) for name in ("shared_bytes", "num_warps", "num_stages")}
     unknown: dict[str, str] = {}
     try:

@@ -13,10 +13,12 @@ import torch
 
 pytest.importorskip("transformers")
 
+
 from decode import agreed, compared, parse
 from decoding.loop import INPUTS, WARMUP, Loop
-from decoding.model import SHAPES, State, build, cache_bytes, prompted, static_cache, weight_bytes
+from decoding.model import SHAPES, State, build, cache_bytes, fitting, prompted, static_cache, weight_bytes
 from decoding.options import prompt_length
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CAPACITY, PROMPT, STEPS = torch.device("cpu"), 24, 10, 12
@@ -81,6 +83,18 @@ def test_the_bytes_of_the_floor(model: Any) -> None:
     assert one * CAPACITY == sum(
         4 * (layer.keys.numel() + layer.values.numel()) for layer in static_cache(model, 2, CAPACITY, CPU).layers
     )
+
+
+@pytest.mark.parametrize("shape", ["1b", "8b"])
+def test_as_many_layers_as_fit_in_half_of_the_memory(shape: str) -> None:
+    most = SHAPES[shape]["num_hidden_layers"]
+    assert fitting(shape, 1e12) == most and fitting(shape, 1e8) == 1
+    with torch.device("meta"):
+        models = [LlamaForCausalLM(LlamaConfig(**SHAPES[shape] | {"num_hidden_layers": n})) for n in (1, 2)]
+    one, two = (2 * sum(p.numel() for p in model.parameters()) for model in models)  # 16 bits
+    for layers in (1, 3, most):
+        needed = 2 * (one + (layers - 1) * (two - one))
+        assert fitting(shape, needed) == layers and fitting(shape, needed - 2) == max(1, layers - 1)
 
 
 def test_logits_and_tokens_beside_the_reference() -> None:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 import fuseline
 from fuseline.codegen.kernel import Launcher, Refusal
 from fuseline.codegen.lower import lower
-from fuseline.codegen.offline import TARGETS, compile_kernel
+from fuseline.codegen.offline import OTHERS, TARGETS, CompileError, compile_kernel
 from fuseline.codegen.templates.coded.config import CodedTiling, Tile
+from fuseline.codegen.templates.coded.host import lacking
 from fuseline.codegen.templates.linear import emit_linear
 from fuseline.compiler.ops import decode, dequantize
 from fuseline.compiler.pipeline import Pipeline
@@ -41,6 +42,36 @@ def test_compiles_without_a_gpu(name: str, target: str) -> None:
 def test_products_of_codes_compile_for_hopper(case: Coded) -> None:
     for kernel in emitted(case).kernels:
         compile_kernel(kernel, "sm_90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120"])
+@pytest.mark.parametrize("activations", ["int8", "e4m3"])
+def test_products_of_codes_are_refused_where_they_do_not_compile(activations: str, target: str) -> None:
+    """And nowhere else: what a launch asks a GPU is what Triton says of its architecture."""
+    case = next(c for c in WITH_CODES if c.activations == activations and c.k == 256)
+    number = int(target.removeprefix("sm_"))
+    refused = lacking(torch.int8 if activations == "int8" else torch.float8_e4m3fn, (number // 10, number % 10))
+    few = next(k for k in emitted(case).kernels if k.name.endswith("_few"))
+    if refused is None:
+        compile_kernel(few, target)
+    else:
+        with pytest.raises(CompileError):
+            compile_kernel(few, target)
+
+
+def test_amds_gpus_multiply_no_codes_of_e4m3() -> None:
+    assert "activations=int8" in (lacking(torch.float8_e4m3fn, None) or "")
+    assert lacking(torch.int8, None) is None and lacking(torch.bfloat16, (7, 5)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", OTHERS)
+def test_weights_alone_compile_for_every_gpu(target: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        for case in (next(c for c in CASES if str(c) == name) for name in COMPILED):
+            for kernel in emitted(case, dtype).kernels:
+                compile_kernel(kernel, target)
 
 
 @pytest.mark.slow

@@ -117,8 +117,8 @@ def test_each_pass_analyses_what_its_predecessors_left():
     net = Net()
     program = fuseline.capture(net, (BATCHES[0],))
     plan = Pipeline([Threshold(share=0.9)]).analyze(program, [program.examples])
-    full = torch.relu(net.first(BATCHES[0])).abs().quantile(0.9)
-    assert bounds_of(plan)[1] == pytest.approx(float(full)), "one pass sees the program before its own rewrites"
+    full = torch.relu(net.first(BATCHES[0])).abs().quantile(0.9).item()
+    assert bounds_of(plan)[1] == pytest.approx(full), "one pass sees the program before its own rewrites"
 
 
 def test_data_that_is_missing_is_asked_for_with_the_line_to_write():

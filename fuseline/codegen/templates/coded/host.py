@@ -57,10 +57,20 @@ def check(anchor: Anchor) -> None:
         titles = ", ".join(dict.fromkeys(linear.weight.title for linear in anchor.linears))
         raise Refused(f"weights of several formats read by one kernel: {titles}")
     device = value(anchor.x).device
-    if target_of(anchor) == FP8 and device.type == "cuda" and torch.cuda.is_available():
-        if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 9):
-            name = torch.cuda.get_device_name(device)
-            raise Refused(f"{name} has no products of e4m3, which compute capability 8.9 has: activations=int8 runs")
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = None if torch.version.hip is not None else torch.cuda.get_device_capability(device)
+        reason = lacking(target_of(anchor), capability)
+        if reason is not None:
+            raise Refused(f"{torch.cuda.get_device_name(device)} has no products of {reason}")
+
+
+def lacking(target: torch.dtype, capability: tuple[int, int] | None) -> str | None:
+    """Why a GPU of that compute capability (None: one of AMD's) cannot multiply two matrices of codes of that type."""
+    if target == FP8 and (capability is None or capability < (8, 9)):
+        return "e4m3, which compute capability 8.9 has: activations=int8 runs"
+    if target == torch.int8 and capability is not None and capability < (8, 0):
+        return "int8 in Triton, which compute capability 8.0 has: weights alone (activations left out) run"
+    return None
 
 
 def target_of(anchor: Anchor) -> torch.dtype:

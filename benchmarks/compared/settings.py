@@ -115,6 +115,7 @@ def from_recipes() -> list[Setting]:
     for recipe in recipes().values():
         passes = Pipeline(recipe.name).passes
         steps = [str(step) for step in passes if step.name not in ("raise", "fuse")]
-        if not any(step.is_trained for step in passes) and all(text.partition("{")[0] in ("rotate", "quantize") for text in steps):
+        trained = any(step.is_trained for step in passes)
+        if not trained and all(text.partition("{")[0] in ("rotate", "quantize") for text in steps):
             found.append(Setting(f"recipe {recipe.name}", "recipes", ",".join(steps)))
     return found

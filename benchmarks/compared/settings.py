@@ -113,7 +113,9 @@ def from_recipes() -> list[Setting]:
     """Those recipes that quantize without training."""
     found = []
     for recipe in recipes().values():
-        steps = [str(step) for step in Pipeline(recipe.name).passes if step.name not in ("raise", "fuse")]
-        if all(text.partition("{")[0] in ("rotate", "quantize") for text in steps):
+        passes = Pipeline(recipe.name).passes
+        steps = [str(step) for step in passes if step.name not in ("raise", "fuse")]
+        trained = any(step.is_trained for step in passes)
+        if not trained and all(text.partition("{")[0] in ("rotate", "quantize") for text in steps):
             found.append(Setting(f"recipe {recipe.name}", "recipes", ",".join(steps)))
     return found

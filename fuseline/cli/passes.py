@@ -29,7 +29,10 @@ def passes(
     if name in recipes():
         recipe = recipes()[name]
         output.line(f"{recipe.name}: {recipe.summary}\n\n  {recipe.pipeline}")
-        following(output, f"fuseline run demo:smollm2 -p {recipe.name}")
+        if any(step.is_trained for step in Pipeline(recipe.name).passes):
+            following(output, f'qat = fuseline.prepare_qat(model, "{recipe.name}", example)', "in Python: docs/qat.md")
+        else:
+            following(output, f"fuseline run demo:smollm2 -p {recipe.name}")
         output.write({"recipe": dataclasses.asdict(recipe)})
         return
     if name is not None:

@@ -6,12 +6,13 @@ from .fusing import Fuse
 from .losses import FuseLoss
 from .merging import MergeExperts
 from .quantize import Quantize
+from .query_key import QueryKey
 from .raising import Raise
 from .rotation import Rotate
 from .sequence import SequenceParallel
 from .sparsity import RSparse
 
 __all__ = [
-    "Checkpoint", "Fuse", "FuseLoss", "MergeExperts", "Quantize", "RSparse", "Raise", "Rotate", "SequenceParallel",
-    "recipes",
+    "Checkpoint", "Fuse", "FuseLoss", "MergeExperts", "Quantize", "QueryKey", "RSparse", "Raise", "Rotate",
+    "SequenceParallel", "recipes",
 ]  # fmt: skip

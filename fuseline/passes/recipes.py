@@ -35,6 +35,11 @@ RECIPES = (
         "E4M3 weights by GPTQ, E4M3 activations: needs data",
     ),
     Recipe("mxfp4", "raise,quantize{weights=mxfp4},fuse", "MXFP4 weights: no data"),
+    Recipe(
+        "ternary-qat",
+        "raise,quantize{weights=ternary,method=paretoq},fuse",
+        "weights of -1, 0 and 1 by ParetoQ: needs training, prepare_qat and convert",
+    ),
 )
 
 for recipe in RECIPES:

@@ -4,11 +4,15 @@ A weight whose distance from the nearest boundary between two codes is more than
 code whatever the next gradients say; those at a boundary swing from one code to the other and back, and with them what
 all others are fitted to. For the last steps of a training the sure ones are frozen, so that the others settle. Source:
 OFQ (Liu et al., 2023, section 4.3), with 0.005 of a step.
+
+A weight that is computed from parameters (`query-key`, `rotate`) has elements that nothing can hold apart: there, the
+parameters are trained by the gradients of the unsure elements alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +53,9 @@ class ConfidenceAnnealing(Wrapper):
                 [f"these are {', '.join(dict.fromkeys(unfit)) or 'none'}"],
                 "symmetric integers, midrise2 … midrise4, ternary or binary",
             )
+        for rounded in [one for one in self.weights if qat.is_computed(one)]:
+            self.weights.remove(rounded)
+            qat.gradients[rounded.one.weight] = partial(self._of_unsure, rounded)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -66,6 +73,10 @@ class ConfidenceAnnealing(Wrapper):
         self.base.step()
         self.steps += 1
         return loss
+
+    @torch.no_grad()
+    def _of_unsure(self, rounded: Rounded, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * self.unsure(rounded, weight)
 
     def unsure(self, rounded: Rounded, weight: torch.Tensor) -> torch.Tensor:
         """Which elements of a weight [out, in] lie at a boundary between two codes, bool."""

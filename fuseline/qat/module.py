@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ class QuantizationAware(torch.nn.Module):
     float32 parameter [out, in / group] a weight, by the weight's name, and thresholds, by their site's. `state_dict()`
     holds both.
 
-    noise: of the rounded weights in training, as a part of each one's root mean square (`WinQ`).
+    noise: of the rounded weights in training, as a part of each one's root mean square (`WinQ`). gradients: of weights
+    that are computed from parameters, what becomes of the gradient, given the weight (`ConfidenceAnnealing`).
 
     In `train()` mode the graph is the model's in that mode, with its dropout, unless it was made without; else the one
     that it has in `eval()`.
@@ -65,6 +67,7 @@ class QuantizationAware(torch.nn.Module):
         self._placed: set[Expression] = set()
         self.rounded: tuple[Rounded, ...] = ()
         self.noise = 0.0
+        self.gradients: dict[Expression, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {}
         self.train(model.training)
         self._graph()
 
@@ -83,16 +86,23 @@ class QuantizationAware(torch.nn.Module):
         Raises:
             UserError: the weight is computed from parameters.
         """
-        names = rounded.one.weight.parameters()
-        owner = self._parameter(names[0]) if len(names) == 1 else None
-        view = None if owner is None else as_matrix(rounded.one.weight, owner.detach())
+        owner, view = self._owner(rounded)
         if view is None or not isinstance(owner, torch.nn.Parameter):
             raise UserError(
-                f"the weight of {rounded.at[0]} is computed from {', '.join(names)}",
+                f"the weight of {rounded.at[0]} is computed from {', '.join(rounded.one.weight.parameters())}",
                 ["an optimizer that edits weights in place finds no such parameter"],
                 "drop the pass that computes it, or use method=paretoq",
             )
         return owner, view
+
+    def is_computed(self, rounded: Rounded) -> bool:
+        """Whether a rounded weight is no parameter, nor a view of one."""
+        return self._owner(rounded)[1] is None
+
+    def _owner(self, rounded: Rounded) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        names = rounded.one.weight.parameters()
+        owner = self._parameter(names[0]) if len(names) == 1 else None
+        return owner, None if owner is None else as_matrix(rounded.one.weight, owner.detach())
 
     def range(self, rounded: Rounded) -> torch.Tensor:
         """The ranges of a weight whose method has any of its own."""
@@ -212,7 +222,10 @@ class QuantizationAware(torch.nn.Module):
             for i, expression in enumerate(expressions):
                 if not expression.parameters() and expression not in self._leaves:
                     constants[expression] = weights[i]
-                elif self.noise and self.training and expression in noisy:
+                    continue
+                if (changed := self.gradients.get(expression)) is not None and weights[i].requires_grad:
+                    weights[i].register_hook(partial(changed, weights[i].detach()))
+                if self.noise and self.training and expression in noisy:
                     weights[i] = _with_noise(weights[i], self.noise)
             return graph(*[flat[i] for i in positions], *weights)
 

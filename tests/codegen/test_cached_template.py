@@ -65,12 +65,37 @@ def test_codes_stay_in_registers_on_hopper() -> None:
     """They go from memory to shared memory, and to the tensor cores from registers: nothing is spilled."""
     split = emitted(LAYER).kernels[0]
     compiled = compile_kernel(with_ptx(split), "sm_90")
-    assert compiled.shared_bytes <= 64 << 10 and resources(compiled).spill_bytes == 0
+    used = resources(compiled)
+    assert compiled.shared_bytes <= 64 << 10 and used.spill_bytes == 0
+    assert used.registers is None or used.registers <= 168  # three programs of 128 threads on a multiprocessor
     graph = str(compiled.asm["ttgir"])
     assert graph.count("elementwise_inline_asm") == 2 * 2 + 2  # two planes of keys a sub-tile, two planes of values
     loop = graph.partition("scf.for")[2].partition("scf.yield")[0]
     moved = re.findall(r"ttg.local_alloc %\S+ : \(tensor<(\d+)x\d+xbf16", loop)
     assert set(moved) <= {"16"}  # the probabilities of 16 rows, no keys or values
+
+
+def test_scales_that_are_not_copied_ahead_are_read_a_block_ahead() -> None:
+    """Of fewer than four bytes a thread: those of a head's groups of 64 values, but not a block's scales by channel."""
+
+    def ahead(case: Cached) -> set[str]:
+        source = emitted(case).kernels[0].source
+        before, _, loop = source.partition("for start in range")
+        loop = loop.partition("for r0 in range")[0]
+        fetched = set(re.findall(r"^ +(\w+)_raw = ", before, re.MULTILINE))
+        for name in fetched:  # in the loop it is used, and only then read again
+            use, load = loop.index(f"({name}_raw["), loop.index(f"{name}_raw = ")
+            assert use < load
+        assert fetched == set(re.findall(r"^ +(\w+)_raw = ", loop, re.MULTILINE))
+        assert ("ahead = " in source) == bool(fetched)
+        return fetched
+
+    values = {f"v{u}_{part}" for u in range(2) for part in ("scale", "low")}
+    assert ahead(LAYER) == values
+    keys = {f"k{u}_{plane}_{part}" for u in range(2) for plane in range(2) for part in ("scale", "low")}
+    assert ahead(replace(LAYER, keys="int4:channel:g32", values="int4:token:g32")) == keys
+    assert not ahead(replace(LAYER, keys="int4:token", values="int4:token"))
+    assert not ahead(replace(LAYER, keys="int2:channel:g16", values="int2:token:g16"))  # too many for the registers
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])

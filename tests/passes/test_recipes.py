@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from fuseline import Pipeline, UserError
 from fuseline.compiler.recipes import Recipe, recipes, register_recipe
 from tests.helpers.models import Mlp, error
 
-NAMES = ["w8a8", "w4a16", "w4a8", "w4a4kv4-rotated", "fp8", "mxfp4"]
+NAMES = ["w8a8", "w4a16", "w4a8", "w4a4kv4-rotated", "fp8", "mxfp4", "ternary-qat"]
 
 
 def test_the_recipes_of_this_package() -> None:
@@ -21,7 +22,9 @@ def test_the_recipes_of_this_package() -> None:
         pipeline = Pipeline(recipe.name)
         assert pipeline == Pipeline(recipe.pipeline) and str(pipeline) == recipe.pipeline
         assert pipeline.lossy and pipeline.passes[-1].name == "fuse"
-        assert ("needs data" in recipe.summary) == pipeline.needs_data
+        trained = any(step.is_trained for step in pipeline.passes)
+        assert ("needs training" in recipe.summary) == trained
+        assert ("needs data" in recipe.summary) == (pipeline.needs_data and not trained)
 
 
 def test_a_recipe_is_an_item_among_passes(tmp_path: Path) -> None:
@@ -56,3 +59,27 @@ def test_everywhere_a_pipeline_is_taken() -> None:
     optimized = fuseline.optimize(model, "w4a16", calibration=data)
     assert 1e-4 < error(optimized(x), expected) < 0.2
     assert fuseline.reports(optimized)[0].report.pipeline == recipes()["w4a16"].pipeline
+
+
+def test_a_recipe_that_is_trained() -> None:
+    torch.manual_seed(0)
+    model, x = Mlp(32, 64), torch.randn(8, 32)
+    with pytest.raises(UserError, match="takes what training found, and there is nothing yet") as caught:
+        fuseline.optimize(copy.deepcopy(model), "ternary-qat")
+    assert "fuseline.prepare_qat(model" in caught.value.details[0] and "convert" in str(caught.value.remedy)
+    expected = model(x).detach()
+    qat = fuseline.prepare_qat(model, "ternary-qat", (x,))
+    optimizer = torch.optim.AdamW(qat.parameters(), 1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(40):
+        loss = torch.nn.functional.mse_loss(qat(x), expected)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    with torch.no_grad():
+        trained = qat.eval()(x)
+        converted = fuseline.convert(qat)
+        assert torch.equal(converted(x), trained)
+    assert fuseline.reports(converted)[0].report.pipeline == recipes()["ternary-qat"].pipeline

@@ -4,10 +4,15 @@
 
 A block is BLOCK tokens. The bytes of its values hold tokens of several planes, so its keys are taken in as many
 sub-tiles: logits of sub-tile u meet plane u of the values.
+
+What a block needs is copied stages ahead by Triton, but for tiles of fewer than four bytes a thread: several scales and
+lows of few tokens. Those are read a block ahead, each as soon as that of this block has been used, where there are few:
+more would take the registers that let programs share a multiprocessor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +26,8 @@ from .decode import LOG2_E
 from .text import Text, joined, load
 
 RING_TILE = 32
+THREADS = 128  # of a program: `cached.WARPS` warps
+AHEAD_MOST = 16  # tiles that are read a block ahead; with 32 (int2 keys in groups of 16) registers spill
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,27 @@ def split_kernel(name: str, split: Split) -> tuple[str, list[str]]:
     return str(text), parameters
 
 
+@dataclass(frozen=True)
+class _Read:
+    """Scales or lows of sub-tile u.
+
+    load: what reads them; in it {tokens} are the sub-tile's and {first} the first of them, {block} that of the block.
+    spread: a tile that broadcasts to that of the codes; in it {read} is what was read. name: of the tile.
+    early: whether they are read a block ahead.
+    """
+
+    u: int
+    name: str
+    load: str
+    spread: str
+    early: bool = False
+
+
+def _parts(scheme: CacheScheme) -> dict[str, str]:
+    """What is done with a code's number: scale and low, and their operators."""
+    return {"scale": "*", "low": "+"} if scheme.low else {"scale": "*"}
+
+
 class _Writer:
     def __init__(self, split: Split):
         self.split, self.text = split, Text()
@@ -107,6 +135,7 @@ class _Writer:
         self.in_d = f"d < {split.head}" if self.wide != split.head else None
         self.in_dv = f"dv < {split.head_v}" if self.wide_v != split.head_v else None
         self.in_j = f"j < {split.row}" if self.wide_row != split.row else None
+        self.fetches = False
         self.precision = ', input_precision="ieee"' if split.dtype == torch.float32 else ""
 
     def head(self) -> None:
@@ -149,8 +178,16 @@ class _Writer:
             pointer = f"q_rows[:, None] + ({plane * split.row} + j)[None, :] * q_s3"
             text.add(f"q{plane} = {load(pointer, ('inside_row[:, None]', self._columns(self.in_j)))}")
         self._whole_query(split.k_mean)
+        reads = {keys: [one for one in self._reads(keys) if one.early] for keys in (True, False)}
+        self.fetches = sum(map(len, reads.values())) <= AHEAD_MOST
+        reads = reads if self.fetches else {True: [], False: []}
+        if any(reads.values()):
+            text.add(f"ahead = tl.maximum(tl.minimum(first, coded - {split.block}), 0)")  # it may have no share
+            self._fetch([*reads[True], *reads[False]])
         with text.block(f"for start in range(first, tl.minimum(first + share, coded), {split.block}):"):
             subs = range(split.planes)
+            if any(reads.values()):
+                text.add(f"ahead = tl.minimum(start + {split.block}, coded - {split.block})")
             for u in subs:
                 text.add(f"t{u} = start + {u * split.sub} + token")
                 at = f"k_rows + t{u}[:, None] * {split.row}"
@@ -159,12 +196,30 @@ class _Writer:
             text.add(f"v = {load(at, (self._rows(self.in_dv),), '0')}")
             for u in subs:
                 self._logits(u)
+            self._fetch(reads[True])
             for u in subs:
                 text.add(f"higher = tl.maximum({'higher' if u else 'top'}, tl.max(x{u}, 1))")
             self._fade()
             for u in subs:
                 text.add(f"p{u} = tl.exp2(x{u} - level[:, None])", f"total += tl.sum(p{u}, 1)")
                 self._values(u)
+            self._fetch(reads[False])
+
+    def _reads(self, keys: bool) -> Iterator[_Read]:
+        """The scales and lows of a block, of keys or of values."""
+        split = self.split
+        scheme = split.keys if keys else split.values
+        for u in range(split.planes):
+            for plane in range(8 // scheme.bits) if keys else (u,):
+                for part in _parts(scheme):
+                    yield self._of_keys(part, u, plane) if keys else self._of_values(part, u)
+
+    def _fetch(self, reads: list[_Read]) -> None:
+        """Reads scales and lows of the block at `ahead`."""
+        for one in reads:
+            first = f"ahead + {one.u * self.split.sub}"
+            loaded = one.load.format(tokens=f"({first} + token)", first=f"({first})", block="ahead")
+            self.text.add(f"{one.name}_raw = {loaded}")
 
     def _logits(self, u: int) -> None:
         """x<u>: the logits of a sub-tile, in units of log 2, hidden ones minus infinity."""
@@ -172,8 +227,8 @@ class _Writer:
         for plane in range(8 // split.keys.bits):
             name = f"k{u}_{plane}"
             numbers(text, name, f"k{u}", plane, split.keys, split.dtype)
-            for part, sign in (("scale", "*"), ("low", "+"))[: 2 if split.keys.low else 1]:
-                text.add(f"{name}_{part} = {self._key_scale(part, u, plane)}", f"{name} = {name} {sign} {name}_{part}")
+            for part, sign in _parts(split.keys).items():
+                self._bring_in(name, sign, self._of_keys(part, u, plane))
             sum_ = f", acc=x{u}" if plane else ""
             text.add(f"x{u} = tl.dot(q{plane}, tl.trans({name}){sum_}{self.precision})")
         if split.k_mean:
@@ -182,44 +237,62 @@ class _Writer:
             text.add(f"x{u} = tl.dot(q, tl.trans(mean), acc=x{u}{self.precision})")
         self._hide(f"x{u}", f"t{u}", None)
 
-    def _key_scale(self, part: str, u: int, plane: int) -> str:
-        """The scale or low of each channel and token of a sub-tile, or what broadcasts to it."""
-        split, scheme, pointer = self.split, self.split.keys, f"k_{part}_ptr"
+    def _bring_in(self, numbers: str, sign: str, one: _Read) -> None:
+        """Multiplies by scales, or adds lows."""
+        first = f"(start + {one.u * self.split.sub})"
+        read = f"{one.name}_raw"
+        if not (one.early and self.fetches):
+            read = one.load.format(tokens=f"t{one.u}", first=first, block="start")
+        self.text.add(f"{one.name} = {one.spread.format(read=read)}", f"{numbers} = {numbers} {sign} {one.name}")
+
+    def _is_early(self, *tile: int) -> bool:
+        """Whether a tile is fewer than four bytes a thread, the least that is copied by itself."""
+        return math.prod(tile) * self.split.dtype.itemsize < 4 * THREADS
+
+    def _of_keys(self, part: str, u: int, plane: int) -> _Read:
+        """The scale or low of each channel and token of a sub-tile."""
+        split, scheme, pointer, name = self.split, self.split.keys, f"k_{part}_ptr", f"k{u}_{plane}_{part}"
         if scheme.by_channel:
             group = scheme.tokens(split.block)
             base = f"{pointer} + pid * (T // {group}) * {split.head} + {plane * split.row}"
-            first = "start" if group == split.block else f"(start + {u * split.sub})"
+            first = "{block}" if group == split.block else "{first}"
             if group >= split.sub:
                 at = f"{base} + {first} // {group} * {split.head} + j"
-                return f"{load(at, (self.in_j,))}[None, :]"
+                return _Read(u, name, load(at, (self.in_j,)), "{read}[None, :]")
             groups = split.sub // group
             at = f"{base} + ({first} // {group} + tl.arange(0, {groups}))[:, None] * {split.head} + j[None, :]"
-            return _spread(load(at, (self._columns(self.in_j),)), (groups, group, self.wide_row), 1)
+            spread, early = _spread("{read}", (groups, group, self.wide_row), 1), self._is_early(groups, self.wide_row)
+            return _Read(u, name, load(at, (self._columns(self.in_j),)), spread, early)
         group = scheme.channels(split.head)
         count = split.head // group
-        at = f"{pointer} + (pid * T + t{u}) * {count}"
+        at = f"{pointer} + (pid * T + {{tokens}}) * {count}"
         if group >= split.row:
-            return f"tl.load({at} + {plane * split.row // group})[:, None]"
+            return _Read(u, name, f"tl.load({at} + {plane * split.row // group})", "{read}[:, None]")
         groups = split.row // group
-        at = f"{pointer} + ((pid * T + t{u}) * {count} + {plane * groups})[:, None] + tl.arange(0, {groups})[None, :]"
-        return _spread(f"tl.load({at})", (split.sub, groups, group), 2)
+        at = f"({at} + {plane * groups})[:, None] + tl.arange(0, {groups})[None, :]"
+        spread = _spread("{read}", (split.sub, groups, group), 2)
+        return _Read(u, name, f"tl.load({at})", spread, self._is_early(split.sub, groups))
+
+    def _of_values(self, part: str, u: int) -> _Read:
+        """The same of the values of plane u, which lie channel by channel."""
+        split, name = self.split, f"v{u}_{part}"
+        group = split.values.channels(split.head_v)
+        count = split.head_v // group
+        at = f"v_{part}_ptr + (pid * T + {{tokens}})"
+        if count == 1:
+            return _Read(u, name, f"tl.load({at})", "{read}[None, :]")
+        groups = self.wide_v // group
+        inside = (f"(tl.arange(0, {groups}) < {count})[:, None]",) if groups != count else ()
+        at = f"{at}[None, :] * {count} + tl.arange(0, {groups})[:, None]"
+        spread = _spread("{read}", (groups, group, split.sub), 1)
+        return _Read(u, name, load(at, inside), spread, self._is_early(groups, split.sub))
 
     def _values(self, u: int) -> None:
         """Adds the values of plane u."""
         split, text, scheme = self.split, self.text, self.split.values
         numbers(text, f"v{u}", "v", u, scheme, split.dtype)
-        group = scheme.channels(split.head_v)
-        count = split.head_v // group
-        for part, sign in (("scale", "*"), ("low", "+"))[: 2 if scheme.low else 1]:
-            at = f"v_{part}_ptr + (pid * T + t{u})"
-            if count == 1:
-                text.add(f"v{u}_{part} = tl.load({at})[None, :]")
-            else:
-                groups = self.wide_v // group
-                inside = (f"(tl.arange(0, {groups}) < {count})[:, None]",) if groups != count else ()
-                at = f"{at}[None, :] * {count} + tl.arange(0, {groups})[:, None]"
-                text.add(f"v{u}_{part} = {_spread(load(at, inside), (groups, group, split.sub), 1)}")
-            text.add(f"v{u} = v{u} {sign} v{u}_{part}")
+        for part, sign in _parts(scheme).items():
+            self._bring_in(f"v{u}", sign, self._of_values(part, u))
         text.add(f"acc = tl.dot(p{u}.to(v{u}.dtype), tl.trans(v{u}), acc=acc{self.precision})")
         if split.v_mean:
             at = f"v_mean_ptr + (batch * T + t{u})[:, None] * {split.head_v} + dv[None, :]"

@@ -16,6 +16,7 @@ import fuseline
 from fuseline import Pipeline, UserError
 from fuseline.compiler.ops import sparse_linear
 from fuseline.compiler.plan import Plan
+from fuseline.runtime.tensor_store import TensorStore
 from tests.helpers.models import Mlp, error, ops, tiny_llama
 
 UNIFORM = "rsparse{budget=0.5,budgets=uniform,split=1,prefill=sparse}"
@@ -320,6 +321,48 @@ def test_factors_of_other_weights_are_refused() -> None:
         fast = fuseline.optimize(model, pipeline, plan=plan, target="eager")
         with pytest.raises(Exception, match="low-rank factors were fitted for other values of '.*down_proj.weight'"):
             fast(**ids(1)[0])
+
+
+def test_weights_are_decomposed_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors are found by the contents of what they were computed from; memory is emptied, as a new process's is."""
+    from fuseline.passes.sparsity import factors
+
+    monkeypatch.setenv("FUSELINE_CACHE", str(tmp_path))
+    model, data = tiny_llama(), ids()
+    pipeline = "raise,rsparse{budget=0.5,split=0.8,low_rank=on,budgets=uniform}"
+    made: list[int] = []
+    whole = factors._decompose
+    monkeypatch.setattr(factors, "_decompose", lambda w, dropped, rank: made.append(rank) or whole(w, dropped, rank))
+
+    def analysed(calls: list[Any]) -> Plan:
+        factors._KNOWN.clear()
+        made.clear()
+        return fuseline.analyze(model, pipeline, calls)
+
+    def factors_of(plan: Plan) -> list[torch.Tensor]:
+        return [one.tensors[key] for one in plan.of("rsparse").values() for key in ("up", "down") if key in one.tensors]
+
+    first = analysed(data)
+    assert len(made) == 8
+    second = analysed(data)
+    assert made == []
+    assert all(torch.equal(a, b) for a, b in zip(factors_of(first), factors_of(second), strict=True))
+
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] += 1.0
+    third = analysed(data)
+    assert len(made) == 1
+    gaps = [not torch.equal(a, b) for a, b in zip(factors_of(first), factors_of(third), strict=True)]
+    assert sum(gaps) == 2 and gaps[-2:] == [True, True]
+
+    for entry in TensorStore().cache.entries():
+        (entry.path / "tensors.safetensors").write_bytes(b"cut off")
+        break
+    analysed(data)
+    assert len(made) == 1, "a damaged entry is computed again"
+    monkeypatch.setenv("FUSELINE_CACHE_SIZE", "0")
+    analysed(data)
+    assert made == [], "what is there is read"
 
 
 def test_a_head_is_left_alone_unless_it_is_named() -> None:

@@ -72,7 +72,7 @@ class Decision:
             dropped = None
             if self.step.factors is Factors.DATA:
                 dropped = sample.x.masked_fill(~sample.dropped(NOMINAL), 0)
-            known = self.factors[group] = low_rank(weight, dropped, rank)
+            known = self.factors[group] = low_rank(weight, dropped, rank, self.study.results, group.name)
         return known
 
     def curves(self) -> dict[Group, Curve]:

@@ -146,6 +146,9 @@ def main(words: list[str] | None = None) -> None:
     run.check(tuple(rows))
     for name, (method, budget) in rows.items():
         run.measure(name, lambda row, method=method, budget=budget: benchmark.fill(row, method, budget))
+    order = [*METHODS]
+    run.rows.sort(key=lambda row: (float(row["name"].split("%")[0]), order.index(row["name"].split("% ")[1])))
+    run.save()
     run.table(COLUMNS)
 
 

@@ -15,6 +15,7 @@ from fuseline.compiler.framework import Study
 from fuseline.passes.rotation.learning.losses import Loss, criterion
 from fuseline.passes.sparsity import RSparse
 from fuseline.passes.sparsity.budgets import Budgets, Choice, sensitivity, split
+from fuseline.passes.sparsity.curves import FRACTIONS, Curve
 from fuseline.passes.sparsity.decide import Decision
 from fuseline.passes.sparsity.descent import FURTHEST, reweighted
 from fuseline.passes.sparsity.front import searched
@@ -123,7 +124,9 @@ def test_slopes_move_bytes_to_where_they_are_worth_more() -> None:
     """Kinds whose slopes are twice and half what the curves say; equal slopes change nothing."""
     given = study(2)
     found = Decision(RSparse(budget=0.5, low_rank=LowRankUse.OFF), given)
-    curves, ones = found.curves(), dict.fromkeys(found.groups, 1.0)
+    costs = (1 - torch.tensor(FRACTIONS)).square().unsqueeze(1)
+    curves = {group: Curve(group, (0,), group.bytes * costs) for group in found.groups}
+    ones = dict.fromkeys(found.groups, 1.0)
     choices = split(sensitivity(curves, 0.5), curves, {})
     modelled = {
         g: (curves[g].at(ends(c.fraction)[0], 0) - curves[g].at(ends(c.fraction)[1], 0)) for g, c in choices.items()

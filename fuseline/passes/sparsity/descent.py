@@ -5,7 +5,7 @@ that its slope at the present share is the slope of the whole model's loss there
 total cost are taken again. Where that no longer changes them, one more byte is worth the same at every group: the
 condition for the least loss. Slopes of single groups are noisy, so what they are multiplied by is taken smooth along
 the depth of the model for each kind of product, with a part of the curve itself, and goes half of the way in its
-logarithm. Source: convex approximation in turns (Svanberg, 1987, the method of moving asymptotes, is the best known).
+logarithm. Source: convex approximations in turns, as the method of moving asymptotes (Svanberg, 1987) has them.
 """
 
 from __future__ import annotations

@@ -59,12 +59,12 @@ class Gated(Masked):
 
     def _split(self, x: torch.Tensor, mask: Mask) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert self.group is not None
-        fixed, threshold = x.detach(), mask.threshold.to(x)
-        sizes, (least, most) = fixed.abs(), (t.to(x).clamp_min(0) for t in self.bands[self.group])
+        fixed, threshold = x.detach(), mask.threshold.to(x.device)
+        sizes, (least, most) = fixed.abs(), (t.to(x.device).clamp_min(0) for t in self.bands[self.group])
         gate = (sizes > threshold).to(x.dtype).requires_grad_()
         self.gates[self.group] = gate, fixed
-        jump = threshold.clamp_min(0) / (most - least).clamp_min(torch.finfo(x.dtype).tiny)
-        slope = gate.detach() + ((sizes > least) & (sizes <= most)) * jump
+        jump = threshold.clamp_min(0) / (most - least).clamp_min(torch.finfo(torch.float32).tiny)
+        slope = gate.detach() + torch.where((sizes > least) & (sizes <= most), jump, 0).to(x.dtype)
         kept = fixed * gate + slope * (x - fixed)
         return kept, None if mask.down is None else (x - kept) @ mask.down.to(x).t()
 
@@ -103,7 +103,8 @@ class Slopes:
                     continue
                 low, high = ends(choices[group].fraction)
                 sizes, sample = x.abs(), self.found[group]
-                band = (sizes > sample.threshold(high).to(x)) & (sizes <= sample.threshold(low).to(x))
+                least, most = (sample.threshold(f).to(x.device) for f in (high, low))
+                band = (sizes > least) & (sizes <= most)
                 slopes[group] -= float(gradient[band].sum()) / (high - low)
         self.trial.gates.clear()
         count = len(self.data)

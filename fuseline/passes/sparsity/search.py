@@ -31,7 +31,7 @@ from .groups import Group
 
 PARENTS = 4
 ROUNDS = 4
-"""Of the closed form: as it is, and again with measured slopes."""
+"""Of the closed form at the most: as it is, and again with measured slopes, until that is no better."""
 
 EVERY = 20.0
 """Seconds between two writes of what was measured."""
@@ -130,18 +130,19 @@ def evolve(
     draw = random.Random(seed)
     found = Found([], [], {}, [])
     spread, weights = 0.25, dict.fromkeys(curves, 1.0)
+    waiting, again = list(starts), True
     with bar("searching", trials) as progress:
-        for number in range(trials):
-            place = number - ROUNDS
-            if place < 0:
+        for _ in range(trials):
+            if again:
                 shares = sensitivity(curves, share, weights)
                 choices = split(shares, curves, {})
                 loss, slopes = losses.sloped(choices)
                 weights = reweighted(curves, weights, slopes, choices)
                 one = Candidate(shares, {}, loss)
+                again = len(found.rounds) < ROUNDS - 1 and all(loss < other.loss for other in found.rounds)
                 found.rounds.append(one)
             else:
-                name = list(starts)[place] if place < len(starts) else None
+                name = waiting.pop(0) if waiting else None
                 drawn = starts[name] if name else _child(found.candidates[:PARENTS], share, spread, draw)
                 one = replace(drawn, loss=losses(split(drawn.shares, curves, drawn.lean)))
                 if name:

@@ -211,12 +211,12 @@ class Decision:
         gains = [gain(one, losses[0], len(able)) for one in losses[1:]]
         means = [sum(one) / len(one) for one in losses]
         better = [i for i, one in enumerate(gains) if one.is_one]
-        best = min(better or range(len(able)), key=lambda i: means[i + 1])
-        found |= {"sensitivity": means[0], "searched": means[best + 1]}
-        found |= {"ratio": gains[best].ratio, "margin": gains[best].margin}
+        chosen = min(better or range(len(able)), key=lambda i: means[i + 1])
+        found |= {"sensitivity": means[0], "searched": means[chosen + 1]}
+        found |= {"ratio": gains[chosen].ratio, "margin": gains[chosen].margin}
         if not better:
             return base, found
-        return able[best], found | {"kept": "searched"}
+        return able[chosen], found | {"kept": "searched"}
 
     def _parameter(self, name: str) -> torch.Tensor:
         found: torch.Tensor = self.study.data[0][self.program.sources[name].index].detach()

@@ -35,6 +35,7 @@ from fuseline.passes.sparsity.decide import Decision, plans
 from fuseline.passes.sparsity.factors import Factors
 from fuseline.passes.sparsity.options import LowRankUse, Score
 from fuseline.passes.sparsity.trial import Masked
+from fuseline.runtime.tensor_store import TensorStore
 
 COLUMNS = ("name", "kl", "perplexity", "top1", "kl_last_tenth", "ppl_last_tenth", "branches", "seconds")
 METHODS: dict[str, dict[str, Any]] = {
@@ -94,7 +95,7 @@ class Benchmark(HeldOut):
 
     def decision(self, step: RSparse) -> Decision:
         if step.factors not in self.decisions:
-            self.decisions[step.factors] = Decision(step, Study(self.program, self.data))
+            self.decisions[step.factors] = Decision(step, Study(self.program, self.data, results=TensorStore()))
         decision = self.decisions[step.factors]
         decision.step = step
         return decision
@@ -145,6 +146,9 @@ def main(words: list[str] | None = None) -> None:
     run.check(tuple(rows))
     for name, (method, budget) in rows.items():
         run.measure(name, lambda row, method=method, budget=budget: benchmark.fill(row, method, budget))
+    order = [*METHODS]
+    run.rows.sort(key=lambda row: (float(row["name"].split("%")[0]), order.index(row["name"].split("% ")[1])))
+    run.save()
     run.table(COLUMNS)
 
 

@@ -184,7 +184,8 @@ def documents(answers: Mapping[str, str] | None = None) -> dict[Path, str]:
     written = [path for path in DOCUMENTS if path not in (PASSES, *MEASURED)]
     found = {path: refresh(path.read_text(encoding="utf-8"), answers) for path in written}
     tables = {path: runpy.run_path(str(script))["page"]() for path, script in MEASURED.items()}
-    return {**found, PASSES: passes(), **tables}
+    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))["figures"]()
+    return {**found, PASSES: passes(), **tables, **figures}
 
 
 def main() -> None:

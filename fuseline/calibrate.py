@@ -14,6 +14,7 @@ from .compiler.pipeline import Pipeline
 from .compiler.plan import Plan
 from .compiler.program import Program
 from .compiler.reads import refuse_dropped
+from .runtime.tensor_store import TensorStore
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call."""
@@ -46,7 +47,8 @@ def analyze_program(
 ) -> Plan:
     """`analyze` of a program that was captured from the model; calls: laid out as the captured one."""
     refuse_dropped(program)
-    return pipeline.analyze(program, flat_arguments(program, calls), None if checkpoint is None else Path(checkpoint))
+    progress = None if checkpoint is None else Path(checkpoint)
+    return pipeline.analyze(program, flat_arguments(program, calls), progress, TensorStore())
 
 
 def flat_arguments(program: Program, calls: Sequence[Call]) -> list[Sequence[Any]]:

@@ -180,12 +180,16 @@ class Run:
 
 
 def kept(record: dict[str, Any], facts: dict[str, Any]) -> list[Row]:
-    """The rows of an earlier run that need not be measured again, if that ran on the same device and versions."""
+    """The rows of an earlier run that need not be measured again, if that ran on the same device and versions.
+
+    Each says at which commit it was measured.
+    """
     for fact in ("gpu", "torch", "triton"):
         then, now = record["environment"].get(fact), facts.get(fact)
         if then != now:
             raise SystemExit(f"error: --resume: the file's rows were measured with {fact} {then}, and this is {now}")
-    return [row for row in record["rows"] if "lost" in row or not {"failed", "skipped"} & set(row)]
+    rows = [row for row in record["rows"] if "lost" in row or not {"failed", "skipped"} & set(row)]
+    return [{"commit": record["environment"].get("commit"), **row} for row in rows]
 
 
 def reason(error: BaseException) -> str:

@@ -21,9 +21,11 @@ from fuseline.runtime.entry import Entry, differences
 from fuseline.runtime.housekeeping import folder_bytes, remove
 from fuseline.runtime.kernel_store import versions
 from fuseline.runtime.location import cache_root, modules_root
+from fuseline.runtime.tensor_store import tensor_cache
 
 ACTIONS = ("path", "size", "clear")
 FETCHED = "fetched models"
+DECOMPOSED = "decompositions"
 
 
 def cache(
@@ -58,8 +60,9 @@ def cache(
 
 def sizes(store: Cache, output: Output) -> dict[str, Any]:
     """Bytes by kind, fetched models among them, and their sum; nothing is read but the folders."""
-    found = {kind.name: folder_bytes(kind) for kind in sorted(store.directory.glob("*")) if kind.is_dir()}
+    found = {kind.name: _bytes_of(kind) for kind in sorted(store.directory.glob("*")) if kind.is_dir()}
     found["modules"] = sum(path.stat().st_size for path in _modules())
+    found[DECOMPOSED] = _bytes_of(tensor_cache().directory)
     found[FETCHED] = sum(_bytes_of(path) for path in _fetched())
     total = sum(found.values())
     table(output, ["kind", "size"], [[kind, _bytes(count)] for kind, count in found.items()])
@@ -80,6 +83,9 @@ def show(store: Cache, output: Output) -> dict[str, Any]:
     modules = _modules()
     counts["modules"] = sum(path.suffix == ".py" for path in modules)
     sizes["modules"] = sum(path.stat().st_size for path in modules)
+    tensors = tensor_cache()
+    counts[DECOMPOSED] = sum(isinstance(entry, Entry) for entry in tensors.entries())
+    sizes[DECOMPOSED] = _bytes_of(tensors.directory)
     root, limit = cache_root(), store.limit
     output.line(f"{root}    (FUSELINE_CACHE)")
     output.line(f"at most {_bytes(limit)} of compiled code, the least recently used goes first (FUSELINE_CACHE_SIZE)")
@@ -130,14 +136,16 @@ def _clear(store: Cache, output: Output, models: bool) -> dict[str, Any]:
     modules = _modules()
     count = sum(path.suffix == ".py" for path in modules)
     try:
-        entries = store.clear()
+        entries, tensors = store.clear(), tensor_cache().clear()
     except OSError as error:
         raise FuselineError("the cache cannot be cleared", [str(error)], "remove the folder by hand") from error
     left = [path for path in modules if not remove(path)]
     if left:
         raise FuselineError("the cache cannot be cleared", [f"{left[0]} cannot be removed"])
     output.line(f"removed {entries} binaries of kernels and {count} generated modules from {cache_root()}")
-    removed = {"entries": entries, "modules": count}
+    if tensors:
+        output.line(f"removed {tensors} decompositions of weights, which analyses compute again")
+    removed = {"entries": entries, "modules": count, "decompositions": tensors}
     if models:
         fetched = _fetched()
         freed = sum(_bytes_of(path) for path in fetched)
@@ -152,11 +160,15 @@ def _clear(store: Cache, output: Output, models: bool) -> dict[str, Any]:
 def _fetched() -> list[Path]:
     """What lies in the cache beside compiled code: models that were fetched or converted."""
     root = cache_root()
-    return sorted(path for path in root.glob("*") if path not in (Cache().directory, modules_root()))
+    return sorted(
+        path for path in root.glob("*") if path not in (Cache().directory, modules_root(), tensor_cache().directory)
+    )
 
 
 def _bytes_of(path: Path) -> int:
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    """Of a file, or of all files below a folder; 0 where there is neither."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(p.stat().st_size for p in files if p.is_file())
 
 
 def _modules() -> list[Any]:

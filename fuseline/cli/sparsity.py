@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -10,11 +13,16 @@ import typer
 from fuseline.calibrate import flat_arguments
 from fuseline.cli import options
 from fuseline.cli.calibrating import DEFAULTS, Size, calibration_calls, capture_calls
+from fuseline.cli.charts import Series, chart, front
 from fuseline.cli.environment import choose_target, versions
 from fuseline.cli.output import Output, announce
 from fuseline.cli.render import following, table
 from fuseline.compiler.errors import UserError
 from fuseline.compiler.pipeline import Pipeline
+from fuseline.runtime.tensor_store import TensorStore
+
+if TYPE_CHECKING:
+    from fuseline.passes.sparsity.front import Searched
 
 BINS = 16
 BARS = " ▁▂▃▄▅▆▇█"
@@ -31,12 +39,23 @@ def sparsity(
     length: Annotated[int, typer.Option(metavar="T", min=2, help="Tokens of each.")] = DEFAULTS.length,
     batch: Annotated[int, typer.Option(metavar="B", min=1, help="Windows a call.")] = DEFAULTS.batch,
     every: Annotated[bool, typer.Option("--all", help="A row for every group of products.")] = False,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option("--budget", metavar="F", help="Search at this share of the bytes (several times)."),
+    ] = None,
+    trials: Annotated[int, typer.Option(metavar="N", min=1, help="Candidates of each search.")] = 16,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.svg", help="Draw what the searches measured, and their front.")
+    ] = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     json: options.Json = None,
 ) -> None:
-    """Show activations by site, thresholds, and what they keep."""
+    """Show activations by site, thresholds, and what they keep; with --budget, what budgets cost."""
+    from fuseline.compiler.framework import Study
     from fuseline.models import load, parse_dtype
+    from fuseline.passes.sparsity import RSparse
+    from fuseline.passes.sparsity.front import searched
     from fuseline.passes.sparsity.inspect import inspect
     from fuseline.passes.sparsity.options import Score
 
@@ -45,6 +64,11 @@ def sparsity(
         raise UserError("--keep is a share of the channels, above 0 and below 1", remedy="--keep 0.5")
     if score not in [one.value for one in Score]:
         raise UserError(f"--score {score}: channels are compared by abs or norm-weighted", remedy="--score abs")
+    if plot is not None and not plot.endswith(".svg"):
+        raise UserError(f"{plot}: plots are written as SVG", remedy="--plot front.svg")
+    if plot is not None and not budget:
+        raise UserError("--plot draws the costs of budgets, and none is given", remedy="--budget 0.7 --budget 0.5")
+    steps = [RSparse(budget=share, trials=trials, score=Score(score)) for share in budget or ()]
     choose_target(None, device)
     output = Output(json)
     loaded = load(model, parse_dtype(dtype)).to(device)
@@ -55,11 +79,19 @@ def sparsity(
         data = flat_arguments(captured, calls)
         program, _ = Pipeline(pipeline).run(captured)
         seen = inspect(program, data, Score(score), kept, BINS)
+        study = Study(program, data, results=TensorStore())
+        fronts = searched(steps[0], study, [one.budget for one in steps]) if steps else []
     output.line(f"{model}: the inputs of {len(seen.groups)} groups of products, on {said}\n")
     _show(output, seen.groups, kept, every)
     for count, reason in seen.reasons():
         output.line(f"{count} x left out: {reason}")
     output.line("cells: threshold, and the share of Σx² that it keeps; sizes: |x| from 0 to its 99.9% quantile")
+    if fronts:
+        output.line("")
+        _show_budgets(output, fronts)
+    if plot is not None:
+        Path(plot).write_text(drawn(f"{model}: bytes that are read, and what that costs", fronts), encoding="utf-8")
+        output.line(f"drawn: {plot}")
     following(
         output, f'fuseline analyze {model} -p "raise,rsparse{{budget=0.5}}" -o plan.json', "thresholds, as a plan"
     )
@@ -71,6 +103,7 @@ def sparsity(
             "versions": versions(),
             "groups": seen.groups,
             "left_out": seen.refused,
+            "budgets": [asdict(one) for one in fronts],
         }
     )
 
@@ -89,6 +122,26 @@ def _show(output: Output, groups: list[dict[str, Any]], kept: list[float], every
         figures = [f"{mean('thresholds', i):.3g} {mean('energy', i):.0%}" for i in range(len(kept))]
         rows.append([name, str(len(ones)), *figures, spark(bars)])
     table(output, ["inputs of", "count", *(f"keep {share:.0%}" for share in kept), "sizes"], rows)
+
+
+def _show_budgets(output: Output, fronts: list[Searched]) -> None:
+    """A row a budget: the losses of what costs no search, of the best candidate, and what would be kept."""
+    names = list(fronts[0].measured)
+    rows = [
+        [f"{one.budget:.0%}", *(f"{one.measured[name]:.4g}" for name in names), one.held_out["kept"]] for one in fronts
+    ]
+    table(output, ["budget", *names, "kept"], rows)
+    output.line("cells: loss on the search's calls (KL in nats a position for a model with logits)")
+    output.line("kept: searched where it is better beyond noise on calls that the search did not see")
+
+
+def drawn(title: str, fronts: Sequence[Searched]) -> str:
+    """All that was measured as points; lines through uniform shares, the closed form, and the front of all."""
+    points = [(one.read, loss) for one in fronts for loss in one.losses]
+    lines = {name: [(one.read, one.measured[name]) for one in fronts] for name in ("uniform", "sensitivity")}
+    series = [Series("candidates", points, line=False, faint=True)]
+    series += [Series(name, line) for name, line in lines.items()]
+    return chart(title, "bytes read", "loss", [*series, Series("front", front(points))])
 
 
 def spark(counts: list[float]) -> str:

@@ -22,6 +22,7 @@ from .rule import Rule
 if TYPE_CHECKING:
     from .plan import SitePlan
     from .program import Program
+    from .results import Results
     from .rewriter import Rewriter
 
 
@@ -37,13 +38,15 @@ class Study:
     """What a pass that needs data is given to decide on.
 
     program: as the passes before left it; data: flat arguments of one call each, for `program.run`; after: the passes
-    that follow; checkpoint: a file that long searches write their progress to and go on from, where one was asked for.
+    that follow; checkpoint: a file that long searches write their progress to and go on from, where one was asked for;
+    results: keeps what was computed from contents alone, such as decompositions, for the next analysis.
     """
 
     program: Program
     data: Sequence[Sequence[Any]]
     after: tuple[Pass, ...] = ()
     checkpoint: Path | None = None
+    results: Results | None = None
 
     def digest(self) -> str:
         """What tells the data from other data; parameters, which are among the arguments, are left out."""

@@ -27,6 +27,7 @@ from .plan import Plan
 from .program import JOINT, TRAINS, Program
 from .recipes import recipes
 from .report import PassReport, Report
+from .results import Results
 from .rewriter import Rewriter
 from .structure import structural_hash
 from .verifier import Verify
@@ -77,12 +78,19 @@ class Pipeline:
         """Whether some pass analyses data before it rewrites."""
         return any(p.needs_data for p in self.passes)
 
-    def analyze(self, program: Program, data: Sequence[Sequence[Any]], checkpoint: Path | None = None) -> Plan:
+    def analyze(
+        self,
+        program: Program,
+        data: Sequence[Sequence[Any]],
+        checkpoint: Path | None = None,
+        results: Results | None = None,
+    ) -> Plan:
         """The decisions of the passes that need data, each made on the program as its predecessors left it.
 
         Args:
             data: flat arguments of one call each, as `program.examples`.
             checkpoint: a file that long searches write their progress to, and go on from when it is there.
+            results: keeps what passes compute from contents alone (decompositions of weights) for the next analysis.
         """
         plan = Plan.empty(str(self), program)
         program, report = program.copy(), Report(str(self))
@@ -90,7 +98,7 @@ class Pipeline:
             if step.is_trained:
                 raise needs_calibration(self)
             if step.needs_data:
-                plan.add(step, step.decide(Study(program, data, self.passes[number:], checkpoint)))
+                plan.add(step, step.decide(Study(program, data, self.passes[number:], checkpoint, results)))
             self._run_pass(step, program, [], report, plan)
         return plan
 

@@ -77,6 +77,7 @@ def test_resume_measures_what_is_missing(tmp_path: Path) -> None:
     run.measure("bad", bad)
     run.measure("lost", bad)
     run.rows[-1]["lost"] = True
+    run.record["environment"]["commit"] = "of the first run"
     run.save()
     again, measured = start(path, "--resume"), []
     for name in ("good", "bad", "lost", "new"):
@@ -85,6 +86,8 @@ def test_resume_measures_what_is_missing(tmp_path: Path) -> None:
     assert {row["name"]: "failed" in row for row in written(path)["rows"]} == {
         "good": False, "lost": True, "bad": False, "new": False,
     }  # fmt: skip
+    commits = {row["name"]: row.get("commit") for row in written(path)["rows"]}
+    assert commits == {"good": "of the first run", "lost": "of the first run", "bad": None, "new": None}
 
 
 def test_resume_refuses_another_machines_rows(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -16,6 +17,7 @@ from fuseline.codegen.offline import compile_kernel
 from fuseline.runtime import kernel_store
 from fuseline.runtime.cache import Cache
 from fuseline.runtime.kernel_store import KernelStore
+from fuseline.runtime.tensor_store import TensorStore
 
 COPY = Kernel(
     "copy",
@@ -66,7 +68,7 @@ def test_a_second_kernels_compiles_nothing(cli: Callable, tmp_path: Path, monkey
 
 def test_the_state_of_the_cache(cli: Callable, tmp_path: Path) -> None:
     empty = data_of(cli("cache", "--json", "-"))
-    assert empty["kinds"] == {"kernels": {"entries": 0, "bytes": 0}, "modules": {"entries": 0, "bytes": 0}}
+    assert empty["kinds"] == {kind: {"entries": 0, "bytes": 0} for kind in ("kernels", "modules", "decompositions")}
     assert empty["path"] == str(tmp_path / "cache") and empty["limit"] == 1 << 30
     compile_kernel(COPY, "sm_90", KernelStore())
     modules = tmp_path / "cache" / "modules"
@@ -74,10 +76,12 @@ def test_the_state_of_the_cache(cli: Callable, tmp_path: Path) -> None:
     (modules / "fuseline_1.py").write_text("x = 1\n")
     (modules / "fuseline_1.json").write_text("{}")
     (tmp_path / "cache" / "smollm2").mkdir()
+    TensorStore().put("down", {"weight": "abc"}, {"up": torch.ones(8, 3)})
     full = cli("cache", "--json", "-")
     data = data_of(full)
     assert data["kinds"]["kernels"]["entries"] == 1 and data["kinds"]["kernels"]["bytes"] > 1000
     assert data["kinds"]["modules"] == {"entries": 1, "bytes": 8} and data["damaged"] == []
+    assert data["kinds"]["decompositions"]["entries"] == 1 and data["kinds"]["decompositions"]["bytes"] > 96
     assert "next: fuseline cache --why copy" in full.err
     (entry,) = Cache().entries()
     os.truncate(entry.path / "copy.cubin", 10)
@@ -86,7 +90,7 @@ def test_the_state_of_the_cache(cli: Callable, tmp_path: Path) -> None:
     assert item["path"] == str(entry.path) and "copy.cubin has 10 bytes" in item["reason"]
     assert "damaged, and replaced when it is needed" in damaged.err
     cleared = data_of(cli("cache", "--clear", "--json", "-"))
-    assert cleared["removed"] == {"entries": 1, "modules": 1}
+    assert cleared["removed"] == {"entries": 1, "modules": 1, "decompositions": 1}
     assert data_of(cli("cache", "--json", "-"))["kinds"] == empty["kinds"]
     assert (tmp_path / "cache" / "smollm2").is_dir(), "a fetched model is not compiled code"
 
@@ -142,9 +146,11 @@ def test_path_size_and_clear(cli: Callable, tmp_path: Path) -> None:
     (root / "smollm2" / "model.safetensors").write_bytes(b"x" * 1000)
     (root / "model.gguf").write_bytes(b"x" * 234)
     sizes = data_of(cli("cache", "size", "--json", "-"))
-    assert sizes["bytes"]["fetched models"] == 1234 and sizes["bytes"]["kernels"] > 1000
+    (entry,) = Cache().entries()
+    stored = sum(path.stat().st_size for path in entry.path.iterdir())
+    assert sizes["bytes"]["fetched models"] == 1234 and sizes["bytes"]["kernels"] == stored > 1000
     assert sizes["total"] == sum(sizes["bytes"].values())
-    assert data_of(cli("cache", "clear", "--json", "-"))["removed"] == {"entries": 1, "modules": 0}
+    assert data_of(cli("cache", "clear", "--json", "-"))["removed"] == {"entries": 1, "modules": 0, "decompositions": 0}
     assert data_of(cli("cache", "size", "--json", "-"))["total"] == 1234
     assert data_of(cli("cache", "clear", "--models", "--json", "-"))["removed"]["models"] == 2
     assert data_of(cli("cache", "size", "--json", "-"))["total"] == 0

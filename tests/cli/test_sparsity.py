@@ -36,11 +36,33 @@ def test_every_group_and_rotations(cli) -> None:
     assert "2 x left out: its input is rotated at run time" in result.out
 
 
+def test_budgets_and_their_front(cli, tmp_path: Path) -> None:
+    plot, out = tmp_path / "front.svg", tmp_path / "sparsity.json"
+    text = ("--windows", "6", "--length", "48", "--batch", "1")
+    budgets = ("--budget", "0.7", "--budget", "0.4", "--trials", "7")
+    result = cli("sparsity", "demo:tiny-llama", *text, *budgets, "--plot", str(plot), "--json", str(out))
+    assert result.code == 0, result.err
+    assert max(map(len, result.out.splitlines())) <= 80
+    assert re.search(r"^budget +sensitivity +again +uniform +channels alone +searched +kept", result.out, re.MULTILINE)
+    found = json.loads(out.read_text())["budgets"]
+    assert [one["budget"] for one in found] == [0.7, 0.4]
+    for one in found:
+        assert len(one["losses"]) == 7 and one["held_out"]["calls"] == 4
+        assert one["held_out"]["kept"] in ("sensitivity", "searched")
+    drawn = plot.read_text()
+    for loss in found[1]["losses"]:
+        assert f"<title>candidates: {found[1]['read']:.1%}, {loss:.4g}</title>" in drawn
+    assert f"<title>front: {found[0]['read']:.1%}, {min(found[0]['losses']):.4g}</title>" in drawn
+
+
 @pytest.mark.parametrize(
     "words, told",
     [
         (("--keep", "1.5"), "above 0 and below 1"),
         (("--score", "size"), "compared by abs or norm-weighted"),
+        (("--budget", "1.5"), "lies above 0, and is 1 at most"),
+        (("--plot", "front.png", "--budget", "0.5"), "plots are written as SVG"),
+        (("--plot", "front.svg"), "--plot draws the costs of budgets, and none is given"),
         (("--windows", "3", "--batch", "2"), "no whole number of calls"),
     ],
 )

@@ -16,6 +16,7 @@ import fuseline
 from fuseline import Pipeline, UserError
 from fuseline.compiler.ops import sparse_linear
 from fuseline.compiler.plan import Plan
+from fuseline.runtime.tensor_store import TensorStore
 from tests.helpers.models import Mlp, error, ops, tiny_llama
 
 UNIFORM = "rsparse{budget=0.5,budgets=uniform,split=1,prefill=sparse}"
@@ -138,16 +139,18 @@ def test_the_closed_form_and_the_search_beat_equal_shares() -> None:
 
 
 def test_a_trial_is_what_the_model_becomes() -> None:
-    """What the search measures is what runs: the loss of the winner, from the rewritten model."""
+    """What the search measures is what runs: the loss of what it keeps, from the rewritten model."""
     model = tiny_llama()
     pipeline = "raise,rsparse{budget=0.4,split=0.8,low_rank=on,trials=6,calls=1,prefill=sparse}"
     plan = fuseline.analyze(model, pipeline, ids(1))
+    found = plan.sites[""]["rsparse"].structure
+    assert found["held_out"] == {"calls": 0, "kept": "sensitivity"}  # there is nothing to confirm a candidate on
     fast = fuseline.optimize(copy.deepcopy(model), pipeline, plan=plan, target="eager")
     one = ids(1)[0]
     with torch.no_grad():
         q, p = (run(**one).logits.flatten(0, 1).log_softmax(-1) for run in (fast, model))
     measured = F.kl_div(q, p, log_target=True, reduction="batchmean").item()
-    assert plan.sites[""]["rsparse"].structure["measured"]["searched"] == pytest.approx(measured, rel=1e-3)
+    assert found["measured"]["sensitivity"] == pytest.approx(measured, rel=1e-3)
 
 
 def test_same_seed_same_plan_and_a_stopped_search_goes_on(tmp_path: Path) -> None:
@@ -320,6 +323,48 @@ def test_factors_of_other_weights_are_refused() -> None:
         fast = fuseline.optimize(model, pipeline, plan=plan, target="eager")
         with pytest.raises(Exception, match="low-rank factors were fitted for other values of '.*down_proj.weight'"):
             fast(**ids(1)[0])
+
+
+def test_weights_are_decomposed_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors are found by the contents of what they were computed from; memory is emptied, as a new process's is."""
+    from fuseline.passes.sparsity import factors
+
+    monkeypatch.setenv("FUSELINE_CACHE", str(tmp_path))
+    model, data = tiny_llama(), ids()
+    pipeline = "raise,rsparse{budget=0.5,split=0.8,low_rank=on,budgets=uniform}"
+    made: list[int] = []
+    whole = factors._decompose
+    monkeypatch.setattr(factors, "_decompose", lambda w, dropped, rank: made.append(rank) or whole(w, dropped, rank))
+
+    def analysed(calls: list[Any]) -> Plan:
+        factors._KNOWN.clear()
+        made.clear()
+        return fuseline.analyze(model, pipeline, calls)
+
+    def factors_of(plan: Plan) -> list[torch.Tensor]:
+        return [one.tensors[key] for one in plan.of("rsparse").values() for key in ("up", "down") if key in one.tensors]
+
+    first = analysed(data)
+    assert len(made) == 8
+    second = analysed(data)
+    assert made == []
+    assert all(torch.equal(a, b) for a, b in zip(factors_of(first), factors_of(second), strict=True))
+
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] += 1.0
+    third = analysed(data)
+    assert len(made) == 1
+    gaps = [not torch.equal(a, b) for a, b in zip(factors_of(first), factors_of(third), strict=True)]
+    assert sum(gaps) == 2 and gaps[-2:] == [True, True]
+
+    for entry in TensorStore().cache.entries():
+        (entry.path / "tensors.safetensors").write_bytes(b"cut off")
+        break
+    analysed(data)
+    assert len(made) == 1, "a damaged entry is computed again"
+    monkeypatch.setenv("FUSELINE_CACHE_SIZE", "0")
+    analysed(data)
+    assert made == [], "what is there is read"
 
 
 def test_a_head_is_left_alone_unless_it_is_named() -> None:

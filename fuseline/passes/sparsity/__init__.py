@@ -10,7 +10,8 @@ goes through few dimensions. Products of one input share the mask and `down`. Wi
 
 `budget`     the share of the products' bytes that is read, of the whole model: kept columns, and the branch
 `budgets`    how it is divided among products:
-             searched     evolution, by the loss of the whole model on `calls` calibration calls, `trials` candidates
+             searched     the closed form with slopes measured again, then evolution, by the loss of the whole model on
+                          `calls` calibration calls, `trials` candidates; kept where it is better on the other calls
              sensitivity  in closed form, by what each costs to second order
              greedy       block by block, the cheapest step next (TEAL)
              uniform      the same share everywhere

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +18,16 @@ from ...compiler.progress import steps
 from ...compiler.sites import sites as site_names
 from ..quantize_sites import heads
 from ..rotation.learning.losses import Loss, criterion
-from .budgets import Budgets, Choice, Choices, Shares, fitted, sensitivity, split, within
+from .budgets import Budgets, Choice, Choices, Shares, sensitivity, split, within
 from .curves import Curve, curves, ranks
 from .factors import NOMINAL, Factors, LowRank, low_rank
 from .greedy import greedy
 from .groups import Group, groups
 from .options import LowRankUse, Score
 from .samples import check, samples
-from .search import Candidate, Losses, evolve
+from .search import Candidate, Found, Losses, evolve
+from .selection import gain, parted
+from .slopes import Slopes
 from .trial import Judge, Mask
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ class Decision:
             dropped = None
             if self.step.factors is Factors.DATA:
                 dropped = sample.x.masked_fill(~sample.dropped(NOMINAL), 0)
-            known = self.factors[group] = low_rank(weight, dropped, rank)
+            known = self.factors[group] = low_rank(weight, dropped, rank, self.study.results, group.name)
         return known
 
     def curves(self) -> dict[Group, Curve]:
@@ -86,10 +88,10 @@ class Decision:
         return self._curves
 
     def judge(self, calls: int) -> Judge:
-        """The loss of the whole model on the first calls of the calibration data."""
+        """The loss of the whole model on so many calls, spread evenly over the calibration data."""
         if calls not in self._judges:
             measure = criterion(Loss.AUTO, self.program)
-            self._judges[calls] = Judge(self.program, measure, self.study.data[:calls])
+            self._judges[calls] = Judge(self.program, measure, parted(self.study.data, calls)[0])
         return self._judges[calls]
 
     def choose(self) -> tuple[Choices, dict[str, Any]]:
@@ -163,38 +165,58 @@ class Decision:
 
     def _search(self, share: float) -> tuple[Choices, dict[str, Any]]:
         step, made = self.step, self._plain()
-        by_cost = sensitivity(made, share)
-        uniform: Shares = dict.fromkeys(self.groups, share)
-        halfway = fitted({g: (by_cost[g] * uniform[g]) ** 0.5 for g in self.groups}, share)
-        named = {"sensitivity": by_cost, "uniform": uniform, "halfway": halfway}
-        first = {name: Candidate(shares, {}) for name, shares in named.items()}
+        starts = {"uniform": Candidate(dict.fromkeys(self.groups, share), {})}
         if step.low_rank is LowRankUse.AUTO:
             never = dict.fromkeys(self.groups, math.inf)
             channels = {group: Curve(group, (0,), curve.costs[:, :1]) for group, curve in made.items()}
-            first["channels alone"] = Candidate(sensitivity(channels, share), never)
+            starts["channels alone"] = Candidate(sensitivity(channels, share), never)
         judge = self.judge(step.calls)
+        slopes = Slopes(self.program, self.samples, judge.measure, judge.data, judge.before)
+
+        def sloped(choices: Choices) -> tuple[float, dict[Group, float]]:
+            able = self._resolved(choices)
+            return slopes(able, self.masks(able))
+
         of = f"{step} keeping {share:.6f} on data {self.study.digest()}"
-        losses = Losses(self.study.checkpoint, of, lambda choices: judge(self.masks(self._resolved(choices))))
+        losses = Losses(self.study.checkpoint, of, lambda choices: judge(self.masks(self._resolved(choices))), sloped)
         try:
-            found, history = evolve(list(first.values()), made, share, losses, step.trials, step.seed)
+            found = evolve(starts, made, share, losses, step.trials, step.seed)
         except BaseException:
             losses.write()
             raise
         losses.close()
-        measured = dict(zip(first, losses.known, strict=False)) | {"searched": found[0].loss}
-        able = found[:3]
-        able += [one for one in first.values() if not any(one.shares is o.shares and one.lean is o.lean for o in able)]
-        best = self._settled(able, made)
-        return split(best.shares, made, best.lean), {"measured": measured, "history": history}
+        best, held_out = self._settled(found, made)
+        again = {"again": min(one.loss for one in found.rounds[1:])} if found.rounds[1:] else {}
+        measured = {"sensitivity": found.rounds[0].loss, **again}
+        measured |= {name: one.loss for name, one in found.starts.items()}
+        measured["searched"] = found.candidates[0].loss
+        record = {"measured": measured, "history": found.history, "losses": found.losses, "held_out": held_out}
+        return split(best.shares, made, best.lean), record
 
-    def _settled(self, able: Sequence[Candidate], made: Mapping[Group, Curve]) -> Candidate:
-        """The best by the loss on calls that the search did not see, twice as many; the first where there are none."""
-        rest = self.study.data[self.step.calls : 3 * self.step.calls]
-        if not rest:
-            return able[0]
+    def _settled(self, search: Found, made: Mapping[Group, Curve]) -> tuple[Candidate, dict[str, Any]]:
+        """The closed form, unless a candidate is better beyond noise on the calls that the search did not see.
+
+        Held against it are the best of all and the best of its own rounds, which fits the search's calls less.
+        """
+        base, best = search.rounds[0], search.candidates[0]
+        by_slopes = min(search.rounds, key=lambda one: one.loss)
+        able = [one for one in ([best] if best is by_slopes else [best, by_slopes]) if one.loss < base.loss]
+        _, rest = parted(self.study.data, self.step.calls)
+        found: dict[str, Any] = {"calls": len(rest), "kept": "sensitivity"}
+        if len(rest) < 2 or not able:
+            return base, found
         judge = Judge(self.program, criterion(Loss.AUTO, self.program), rest)
-        masks = lambda one: self.masks(self._resolved(split(one.shares, made, one.lean)))
-        return min(steps(able, "comparing the best on other data"), key=lambda one: judge(masks(one)))
+        on_rest = lambda one: judge.each(self.masks(self._resolved(split(one.shares, made, one.lean))))
+        losses = [on_rest(one) for one in steps([base, *able], "comparing the best on other data")]
+        gains = [gain(one, losses[0], len(able)) for one in losses[1:]]
+        means = [sum(one) / len(one) for one in losses]
+        better = [i for i, one in enumerate(gains) if one.is_one]
+        chosen = min(better or range(len(able)), key=lambda i: means[i + 1])
+        found |= {"sensitivity": means[0], "searched": means[chosen + 1]}
+        found |= {"ratio": gains[chosen].ratio, "margin": gains[chosen].margin}
+        if not better:
+            return base, found
+        return able[chosen], found | {"kept": "searched"}
 
     def _parameter(self, name: str) -> torch.Tensor:
         found: torch.Tensor = self.study.data[0][self.program.sources[name].index].detach()

@@ -9,12 +9,16 @@ order, so the first r of them are the factors of rank r.
 from __future__ import annotations
 
 import enum
+import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 
 from ...compiler.planned import digest_of
+from ...compiler.results import Results
 
 NOMINAL = 0.5
 """The fraction of channels that is kept where what is dropped is measured."""
@@ -48,21 +52,45 @@ class LowRank:
         return LowRank(self.down[:rank], self.up[:rank])
 
 
-_KNOWN: OrderedDict[tuple[str, str, int], LowRank] = OrderedDict()
+_KNOWN: OrderedDict[tuple[str, ...], LowRank] = OrderedDict()
 
 
-def low_rank(weight: torch.Tensor, dropped: torch.Tensor | None, rank: int) -> LowRank:
+def low_rank(
+    weight: torch.Tensor, dropped: torch.Tensor | None, rank: int, results: Results | None = None, name: str = "matrix"
+) -> LowRank:
     """The factors of a matrix [m, n]; dropped: rows [k, n] that it will be multiplied with, or None.
 
-    Decompositions are remembered by the contents of both: the same weights are not decomposed twice in a process.
+    Decompositions are remembered by the contents of both: the same weights are not decomposed twice in a process, nor
+    in another one that has the same `results`, where they go by `name`.
     """
-    key = (digest_of(weight), "" if dropped is None else digest_of(dropped), rank)
+    device = weight.device
+    fields = {
+        "weight": digest_of(weight),
+        "dropped": "" if dropped is None else digest_of(dropped),
+        "rank": rank,
+        "code": _code(),
+        "device": device.type,
+        "torch": torch.__version__,
+    }
+    key = tuple(map(str, fields.values()))
     if key not in _KNOWN:
-        _KNOWN[key] = _decompose(weight.float(), dropped, rank)
+        kept = None if results is None else results.get(name, fields)
+        if kept is not None:
+            _KNOWN[key] = LowRank(kept["down"].to(device), kept["up"].to(device))
+        else:
+            made = _KNOWN[key] = _decompose(weight.float(), dropped, rank)
+            if results is not None:
+                results.put(name, fields, {"down": made.down, "up": made.up})
         if len(_KNOWN) > HELD:
             _KNOWN.popitem(last=False)
     _KNOWN.move_to_end(key)
     return _KNOWN[key]
+
+
+@cache
+def _code() -> str:
+    """A digest of this file: what lies on disk may be another release's."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
 def _decompose(weight: torch.Tensor, dropped: torch.Tensor | None, rank: int) -> LowRank:

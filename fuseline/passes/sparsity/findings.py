@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +45,8 @@ def _lines(decisions: Mapping[str, SitePlan]) -> list[str]:
         lines[0] += f", beside {model['dense_bytes'] / 1e6:.3g} MB of products that stay dense"
     for name, loss in model.get("measured", {}).items():
         lines.append(f"loss on the search's data, {name}: {loss:.4g}")
+    if "held_out" in model:
+        lines += _kept(model["held_out"])
     reasons = Counter(one["reason"] for one in structures if "reason" in one)
     lines += [f"left dense, {count} x: {reason}" for reason, count in reasons.most_common()]
     turned = sum(bool(one.get("rotated")) for one in structures)
@@ -52,3 +55,16 @@ def _lines(decisions: Mapping[str, SitePlan]) -> list[str]:
             f"{turned} inputs are rotated by weights: their channels are alike in size, so dropping them costs more"
         )
     return lines
+
+
+def _kept(held_out: Mapping[str, Any]) -> list[str]:
+    """Which candidate a search kept, and why: `decide.Decision._settled`."""
+    if held_out["calls"] < 2:
+        return ["kept: sensitivity; no two calls are left to confirm a candidate on: give more, or fewer for calls="]
+    if "ratio" not in held_out:
+        return ["kept: sensitivity; the search found none that is better"]
+    ratio, margin = math.expm1(held_out["ratio"]), held_out["margin"]
+    found = f"{ratio:+.1%} on {held_out['calls']} calls that the search did not see, ±{margin:.1%} of noise"
+    if held_out["kept"] == "searched":
+        return [f"kept: searched, {found}"]
+    return [f"kept: sensitivity; the best of the search is {found}"]

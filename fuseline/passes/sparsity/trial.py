@@ -82,10 +82,14 @@ class Judge:
             self.before = [self.trial(flat) for flat in data]
 
     @torch.no_grad()
-    def __call__(self, masks: Mapping[Group, Mask]) -> float:
+    def each(self, masks: Mapping[Group, Mask]) -> list[float]:
+        """The loss on each call."""
         self.trial.set(masks)
-        losses = [
+        return [
             float(self.measure(flat, before, self.trial(flat)))
             for flat, before in zip(self.data, self.before, strict=True)
         ]
+
+    def __call__(self, masks: Mapping[Group, Mask]) -> float:
+        losses = self.each(masks)
         return sum(losses) / len(losses)

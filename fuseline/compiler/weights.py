@@ -35,7 +35,7 @@ def state_of(tensor: torch.Tensor) -> State:
     return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def finite(tensor: torch.Tensor) -> bool:
     """Whether all elements are numbers. Some at a time: the check of a stack of experts would take more than it."""
     flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach()
     return bool(torch.stack([torch.isfinite(part).all() for part in flat.split(AT_ONCE)]).all())
@@ -162,7 +162,7 @@ class WeightStore:
             if any(self.dropped(t) for t in tensors):
                 return self._from_held(expression, tensors)
             for name, tensor in zip(names, tensors, strict=True):
-                if tensor.is_floating_point() and not _finite(tensor):
+                if tensor.is_floating_point() and not finite(tensor):
                     raise UserError(
                         f"weight '{name}' holds NaN or infinite values",
                         [f"shape {tuple(tensor.shape)}, {int((~torch.isfinite(tensor)).sum())} of them"],

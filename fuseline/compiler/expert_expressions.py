@@ -13,6 +13,7 @@ import torch
 from .expressions import GRAMMAR, Expression, Lookup, Planned
 from .formats.pair_codes import PAIR_CODES
 from .formats.pairs import pack_pair
+from .formats.words import Words
 
 AT_ONCE = 1 << 20
 """Elements that are worked on at a time."""
@@ -123,6 +124,33 @@ class PairedCodes(Expression):
         return {"codes": codes, "scale": scales}
 
 
+@dataclass(frozen=True)
+class PairsInWords(Expression):
+    """Such codes [R, m, bytes] of n pairs a row, laid out in runs of `run` words as kernels read them, the rows of all
+    pairs below each other (`formats/words.py`).
+
+    `restored` gives the packed codes back, so that nothing has to keep both.
+    """
+
+    codes: Expression
+    format: str
+    rows: int
+    height: int
+    n: int
+    run: int
+
+    @property
+    def words(self) -> Words:
+        return Words(sum(PAIR_CODES[self.format].planes), self.run)
+
+    def compute(self, values: list[Any], lookup: Lookup) -> Any:
+        return self.words.pack(PAIR_CODES[self.format].whole(values[0], self.n).flatten(0, 1))
+
+    def restored(self, value: torch.Tensor) -> torch.Tensor:
+        whole = self.words.unpack(value, self.rows * self.height, self.n).to(torch.int16)
+        return PAIR_CODES[self.format].planed(whole.view(self.rows, self.height, self.n))
+
+
 def alone(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Magnitudes [m, n] of one expert's rows [1, m, n], and masks [2, m, n] of a pair without a second."""
     sizes = rows[0].to(torch.promote_types(rows.dtype, torch.float32)).abs()
@@ -167,4 +195,4 @@ def is_real(x: torch.Tensor) -> bool:
     return type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta"
 
 
-GRAMMAR.update({kind.__name__.lower(): kind for kind in (Mixed, Paired, PairedCodes)})
+GRAMMAR.update({kind.__name__.lower(): kind for kind in (Mixed, Paired, PairedCodes, PairsInWords)})

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from .formats import FORMATS
 from .formats.midrise import MidRise
+from .formats.pair_codes import PAIR_CODES
 from .formats.words import Words
 from .ops import decode, dequantize, encode
 from .traits import arguments
@@ -98,6 +99,24 @@ def words_of(weight: Node, with_codes: bool) -> tuple[dict[str, Any], int] | Non
         return given, 0
     words = Words.fitting(bits, given["channels"], given["group"])
     return None if words is None else (given, words.run)
+
+
+def pair_words_of(node: Node) -> int | None:
+    """The run of the words that pairs of codes (`decode_pairs`) can be laid out in; None where there is none."""
+    given = arguments(node)
+    group = given["n"] // int(given["scale"].meta["val"].shape[-1])
+    words = Words.fitting(sum(PAIR_CODES[given["format"]].planes), given["n"], group)
+    return None if words is None else words.run
+
+
+def rows_of_codes(node: Node) -> tuple[Node, Node] | None:
+    """(codes, scale) of a matrix of int8 codes with one scale a row and no zero points; None for others."""
+    if node.target is not dequantize.overload:
+        return None
+    given = arguments(node)
+    codes, scale = given["codes"], given["scale"]
+    whole = given["bits"] == 8 and given["zero"] is None and codes.meta["val"].dtype == torch.int8
+    return (codes, scale) if whole and codes.meta["val"].dim() == 2 and scale.meta["val"].shape[-1] == 1 else None
 
 
 def refuse_rows(node: Node) -> str | None:

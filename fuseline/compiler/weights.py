@@ -21,14 +21,24 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from .compat import real_tensors, storages
 from .errors import UserError
+from .expert_expressions import PairsInWords
 from .expressions import Expression, InWords, Memo, Output, Pack, Param, Transpose
 
 State = tuple[int, int]
+
+AT_ONCE = 1 << 22
+"""Elements that are looked at together."""
 
 
 def state_of(tensor: torch.Tensor) -> State:
     """(version, data pointer): both change when a tensor's contents may have. Inference tensors have no version."""
     return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether all elements are numbers. Some at a time: the check of a stack of experts would take more than it."""
+    flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach()
+    return bool(torch.stack([torch.isfinite(part).all() for part in flat.split(AT_ONCE)]).all())
 
 
 def memory_of(tensor: torch.Tensor, gone: Callable[[Any], None] | None = None) -> Callable[[], Any]:
@@ -152,7 +162,7 @@ class WeightStore:
             if any(self.dropped(t) for t in tensors):
                 return self._from_held(expression, tensors)
             for name, tensor in zip(names, tensors, strict=True):
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                if tensor.is_floating_point() and not finite(tensor):
                     raise UserError(
                         f"weight '{name}' holds NaN or infinite values",
                         [f"shape {tuple(tensor.shape)}, {int((~torch.isfinite(tensor)).sum())} of them"],
@@ -204,7 +214,7 @@ class WeightStore:
             if all(id(t) in name_of for t in over):
                 part = key.rename({f"${i}": name_of[id(t)] for i, t in enumerate(over)})
                 parts[part] = value
-                if isinstance(part, InWords):  # what it was laid out from is not held beside it
+                if isinstance(part, InWords | PairsInWords):  # what it was laid out from is not held beside it
                     parts.setdefault(part.codes, part.restored(value))
                 elif isinstance(part, Transpose):
                     parts.setdefault(part.x, value.transpose(part.first, part.second))

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from .quantize import Quantize
 
 aten = torch.ops.aten
+UNTRAINED = "experts are not trained through their rounding: skip=*.experts, and round them after the training"
 
 
 def rounded_experts(step: Quantize, program: Program, rewriter: Rewriter) -> None:
     """One rewrite a layer, or a refusal with its reason."""
     for found in layers(program, step.only, step.skip):
         if not isinstance(found, Layer):
-            rewriter.refuse(*found)
+            node, reason = found
+            rewriter.refuse(node, UNTRAINED if TRAINS in program.state else reason)
             continue
         schemes = step.candidates(found.path)
         reason = _refuse(step, program, found, schemes)
@@ -40,7 +42,7 @@ def rounded_experts(step: Quantize, program: Program, rewriter: Rewriter) -> Non
 
 def _refuse(step: Quantize, program: Program, layer: Layer, schemes: tuple[Scheme, ...]) -> str | None:
     if TRAINS in program.state:
-        return "experts are not trained through their rounding"
+        return UNTRAINED
     if step.activations:
         return "what experts read is not rounded: round their weights in a quantize without activations"
     if step.method not in (Method.RTN, Method.HQQ):

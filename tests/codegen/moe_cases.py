@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 
+from fuseline.compiler.formats.pair_codes import PAIR_CODES
 from fuseline.compiler.formats.pairs import pack_pair
-from fuseline.compiler.ops import decode_words, moe, moe_pairs
+from fuseline.compiler.formats.words import Words
+from fuseline.compiler.ops import decode_pair_words, decode_words, dequantize, lowrank_add, moe, moe_pairs
 from fuseline.compiler.schemes import Scheme
 from tests.codegen.coded_cases import laid, run_of
 from tests.codegen.regions import region
@@ -35,6 +38,8 @@ class Case:
     across: bool = False
     options: tuple[float, ...] = ()
     scheme: str = ""
+    ranks: tuple[int, ...] = ()
+    factors: str = ""
 
     def __str__(self) -> str:
         return self.name
@@ -52,7 +57,13 @@ class Case:
         found = [torch.randn(m, h, **options).to(dtype), indices.to(device)]
         found.append(torch.rand(m, self.top, **options).to(torch.float32 if self.bias else dtype))
         shapes = (e, 2 * i, h), (e, h, i)
-        if self.pairs is not None:
+        if self.pairs is not None and self.scheme:
+            rows, slots = self.places(device)
+            slots = torch.where(slots == 2, 0, slots)
+            for _, n, k in shapes:
+                found += self.pair_codes(int(rows.max()) + 1, n, k, seed)
+            found = [t.to(device) for t in (*found, rows, slots)]
+        elif self.pairs is not None:
             rows, slots = self.places(device)
             found += [self.words(int(rows.max()) + 1, *shape[1:], options) for shape in shapes]
             found += [rows, slots]
@@ -60,6 +71,7 @@ class Case:
             for _, n, k in shapes:
                 table = torch.randn(e * n, k, generator=torch.Generator().manual_seed(seed)) * k**-0.5
                 found += [t.to(device) for t in laid(table.to(dtype), self.parsed).values()]
+                found += [t.to(device) for t in self.low_ranks(n, k, dtype, seed)]
         elif self.across:
             found += [(torch.randn(a, c, b, **options) * c**-0.5).to(dtype).transpose(1, 2) for a, b, c in shapes]
         else:
@@ -84,27 +96,78 @@ class Case:
         packed[self.pairs :] = numbers[self.pairs :].view(torch.int16)
         return packed
 
+    def pair_codes(self, count: int, n: int, k: int, seed: int) -> list[torch.Tensor]:
+        """Words and scales of pairs as kernels read them; a quarter of the numbers a slot does not have."""
+        make, form = torch.Generator().manual_seed(seed), PAIR_CODES[self.scheme.split(":")[0]]
+        codes = form.magnitudes(torch.rand(count * n, k, generator=make) * form.top)
+        masks, signs = (torch.rand(2, count * n, k, generator=make) < part for part in (0.75, 0.5))
+        whole = form.whole(form.pack(codes, masks, signs), k)
+        words = self.pair_words(k).pack(whole)
+        scale = (torch.rand(count, k // self.pair_group(k), n, generator=make) + 0.5) * k**-0.5 / form.top
+        return [words, scale.bfloat16()]
+
+    def pair_group(self, k: int) -> int:
+        group = self.scheme.split(":")[1]
+        return k if group == "channel" else int(group[1:])
+
+    def pair_words(self, k: int) -> Words:
+        found = Words.fitting(sum(PAIR_CODES[self.scheme.split(":")[0]].planes), k, self.pair_group(k))
+        assert found is not None
+        return found
+
+    def low_ranks(self, n: int, k: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+        """Factors up and down, or codes and scale of each, and where experts' rows begin."""
+        if not self.ranks:
+            return []
+        make, total, found = torch.Generator().manual_seed(seed + 1), sum(self.ranks), []
+        for size in (n, k):
+            factor = torch.randn(total, size, generator=make) * k**-0.25 * 0.5
+            if self.factors:
+                scale = factor.abs().amax(-1, keepdim=True) / 127
+                found += [(factor / scale).round().to(torch.int8), scale.to(dtype)]
+            else:
+                found.append(factor.to(dtype))
+        return [*found, torch.tensor((0, *accumulate(self.ranks)), dtype=torch.int32)]
+
     @property
     def parsed(self) -> Scheme:
         return Scheme.parse(self.scheme, weights=True)
 
     def expanded(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The arguments with both stacks of matrices in the place of their codes."""
-        rest, found, scheme = list(given[3:]), list(given[:3]), self.parsed
+        rest, found = list(given[3:]), list(given[:3])
+        if self.pairs is not None:
+            *words, rows, slots = rest[:6]
+            form = self.scheme.split(":")[0]
+            for i, k in enumerate((self.width, self.inner)):
+                run, (codes, scale) = self.pair_words(k).run, words[2 * i : 2 * i + 2]
+                found.append(
+                    decode_pair_words(codes, scale, rows, slots, form, self.pair_group(k), run, given[0].dtype)
+                )
+            return found + rest[6:]
+        scheme = self.parsed
         for n, k in ((2 * self.inner, self.width), (self.width, self.inner)):
             codes, scale = rest.pop(0), rest.pop(0)
             zero = None if scheme.symmetric else rest.pop(0)
             outer = rest.pop(0) if scheme.of.scaling == "e4m3" else None
             group, run = scheme.group_of(k), run_of(scheme, k, "")
             table = decode_words(codes, scale, zero, outer, scheme.format, group, run, given[0].dtype)
-            found.append(table.view(self.experts, n, k))
+            base = table.view(self.experts, n, k)
+            if self.ranks:
+                up, down = (self.factor(rest, size, given[0].dtype) for size in (n, k))
+                base = lowrank_add(base, up, down, list(self.ranks), rest.pop(0))
+            found.append(base)
         return found + rest
+
+    def factor(self, rest: list[torch.Tensor], size: int, dtype: torch.dtype) -> torch.Tensor:
+        first = rest.pop(0)
+        return dequantize(first, rest.pop(0), None, 8, size, dtype) if self.factors else first
 
     def call(self, *given: torch.Tensor) -> torch.Tensor:
         if self.scheme:
             given = tuple(self.expanded(given))
-        op = moe if self.pairs is None else moe_pairs
-        count = 5 if self.pairs is None else 7
+        packed = self.pairs is not None and not self.scheme
+        op, count = (moe_pairs, 7) if packed else (moe, 5)
         biases = given[count:] or (None, None)
         return op(*given[:count], *biases, self.activation, self.interleaved, *self.options)  # type: ignore[no-any-return]
 
@@ -168,3 +231,15 @@ CODED = [
     Case("nvfp4", scheme="nvfp4", width=64, inner=48),
 ]
 """Codes of several formats; of one scale a row, of one a group, and of groups that are shorter than a product."""
+PAIR_CODED = [
+    Case("pairs in int4:g64", pairs=2, scheme="int4:g64", width=128, inner=64),
+    Case("pairs in fp8:g64", pairs=2, scheme="fp8:g64", width=128, inner=64, interleaved=True),
+    Case("pairs in int4:channel", pairs=2, scheme="int4:channel", experts=7, top=3, width=72, inner=44),
+    Case("pairs in fp8:channel", pairs=2, scheme="fp8:channel", experts=5, width=100, inner=36, bias=True),
+    Case("pairs in fp8:g128", pairs=3, scheme="fp8:g128", experts=7, width=256, inner=128),
+]
+LOW_RANK = [
+    Case("int3:g64 with 16", scheme="int3:g64", width=128, inner=64, ranks=(16,) * 4),
+    Case("int3:g64 with ranks", scheme="int3:g64", width=128, inner=64, ranks=(0, 40, 3, 17), factors="int8"),
+    Case("int4 with int8", scheme="int4", width=100, inner=36, experts=3, ranks=(8, 8, 8), factors="int8", bias=True),
+]

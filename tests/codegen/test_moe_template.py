@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import fuseline
-from fuseline.codegen.kernel import Launcher, Refusal
+from fuseline.codegen.kernel import Kernel, Launcher, Refusal
 from fuseline.codegen.lower import lower
 from fuseline.codegen.offline import TARGETS, compile_kernel
 from fuseline.codegen.resources import resources
 from fuseline.codegen.templates.moe import emit_moe
 from fuseline.compiler.ops import moe, moe_pairs
-from tests.codegen.moe_cases import CASES, CODED, PAIRS, Case, Layer
+from tests.codegen.moe_cases import CASES, CODED, LOW_RANK, PAIR_CODED, PAIRS, Case, Layer
 from tests.codegen.regions import region
 
 LAYER = Case("layer", width=512, inner=256, experts=16, top=4)
-BY_NAME = {case.name: case for case in [LAYER, *CASES, *PAIRS, *CODED]}
+BY_NAME = {case.name: case for case in [LAYER, *CASES, *PAIRS, *CODED, *PAIR_CODED, *LOW_RANK]}
+
+FEW_BITS = ("pairs in int4:g64", "pairs in fp8:channel", "int3:g64 with ranks")
 
 
 def emitted(case: Case, dtype: torch.dtype = torch.bfloat16) -> Launcher:
@@ -25,7 +29,7 @@ def emitted(case: Case, dtype: torch.dtype = torch.bfloat16) -> Launcher:
     return launcher
 
 
-@pytest.mark.parametrize("name", ["plain", "odd sizes", "clamped", "pairs and alone", "int4:g32", "fp8"])
+@pytest.mark.parametrize("name", ["plain", "odd sizes", "clamped", "pairs and alone", "int4:g32", "fp8", *FEW_BITS])
 def test_compiles_without_a_gpu(name: str) -> None:
     for kernel in emitted(BY_NAME[name]).kernels:
         compile_kernel(kernel, "sm_90")
@@ -33,15 +37,14 @@ def test_compiles_without_a_gpu(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", [LAYER, *CASES, *PAIRS, *CODED], ids=str)
+@pytest.mark.parametrize("case", list(BY_NAME.values()), ids=str)
 def test_every_case_compiles_for_every_target(case: Case, target: str) -> None:
     for kernel in emitted(case).kernels:
         compile_kernel(kernel, target)
 
 
 def ptx(case: Case, tag: str, target: str = "sm_90") -> str:
-    (kernel,) = (k for k in emitted(case).kernels if k.name == f"fused_{tag}")
-    compiled = compile_kernel(kernel, target)
+    compiled = compile_kernel(kernel(case, tag), target)
     assert (resources(compiled).spill_bytes or 0) <= 256, tag
     return str(compiled.asm["ptx"])
 
@@ -54,11 +57,51 @@ def test_products_run_on_tensor_cores_from_shared_memory() -> None:
 def test_the_words_of_a_pair_are_loaded_once_for_both_experts() -> None:
     """As many instructions load them as for one expert, and twice as many products are taken."""
     pairs = Case("pairs", width=512, inner=256, experts=16, top=4, pairs=8)
-    (kernel,) = (k for k in emitted(pairs).kernels if k.name == "fused_up_few")
-    assert kernel.source.count("tl.load(gate_rows") == kernel.source.count("tl.load(up_rows") == 1
-    assert kernel.source.count("tl.dot(") == 4
-    assert "shr" not in "".join(line for line in kernel.source.splitlines() if "words_gate &" in line)
+    source = kernel(pairs, "up_few").source
+    assert source.count("tl.load(gate_rows") == source.count("tl.load(up_rows") == 1
+    assert source.count("tl.dot(") == 4
+    assert "shr" not in "".join(line for line in source.splitlines() if "words_gate &" in line)
     assert "wgmma.mma_async" in ptx(pairs, "up_few")
+
+
+@pytest.mark.parametrize("name", ["pairs in int4:g64", "pairs in fp8:g128"])
+def test_pairs_of_few_bits_are_decoded_once_for_both_experts(name: str) -> None:
+    """Their words are loaded, and made magnitudes, as often as for one expert; twice as many products are taken."""
+    both, one = (kernel(BY_NAME[name], f"up_{kind}").source for kind in ("few", "many"))
+    for once in ("tl.load(chunk_gate", "size_gate = size_gate *", "gate_up_scale_ptr +"):
+        assert both.count(once) == one.count(once) > 0
+    assert both.count("tl.dot(") == 2 * one.count("tl.dot(")
+
+
+@pytest.mark.parametrize("name", ["int4:g32", "nvfp4", "pairs in int4:g64"])
+def test_scales_are_loaded_a_turn_ahead(name: str) -> None:
+    """Those of the first turn before the loop; in it those of the next one, when its own are used up."""
+    case = replace(BY_NAME[name], width=512, inner=512)
+    for tag in ("up_few", "down_many"):
+        before, loop = kernel(case, tag).source.split("    for turn in ")
+        ahead = loop.index("ahead = tl.minimum(turn + 1, ")
+        own = loop.index("scale_down = " if "down" in tag else "scale_gate = ")
+        assert loop.count("ahead = ") == 1 and own < ahead
+        assert loop.count("_scale_ptr +") == before.count("_scale_ptr +") > 0
+        assert ahead < loop.index("_scale_ptr +")
+
+
+def test_experts_have_low_ranks_of_their_own() -> None:
+    """Programs and turns beyond an expert's rank end; codes of factors are multiplied as they are."""
+    case = BY_NAME["int3:g64 with ranks"]
+    launcher = emitted(case)
+    assert [k.name for k in launcher.kernels if "low" in k.name] == [
+        f"fused_low_{tag}_{kind}" for kind in ("one", "few", "many") for tag in ("up", "down")
+    ]
+    low, up = kernel(case, "low_up_few").source, kernel(case, "up_few").source
+    assert "if block * BLOCK_N >= rank:" in low and "for r0 in range(0, rank, 16):" in up
+    assert "low_down_scale_ptr" in low and "low_up_scale_ptr" in low and "low_up_scale_ptr" not in up
+    assert f"low = torch.empty((s, 48), dtype={torch.bfloat16}, device=x.device)" in launcher.source
+
+
+def kernel(case: Case, tag: str) -> Kernel:
+    (found,) = (k for k in emitted(case).kernels if k.name == f"fused_{tag}")
+    return found
 
 
 def test_one_token_reads_16_bytes_at_once() -> None:
@@ -123,3 +166,27 @@ def test_rounded_experts_are_read_as_codes(scheme: str, served: bool) -> None:
     assert not lowered.refusals
     (up,) = (k for k in lowered.kernels if k.name.endswith("up_few"))
     assert ("gate_up_codes_ptr" in up.signature) == served
+
+
+MILO = "merge-experts{method=milo,weights=int3:g64,rounds=1,"
+MERGED = {
+    "merge-experts{saliency=magnitude,pack=int4}": "gate_up_codes_ptr",
+    "merge-experts{saliency=magnitude,pack=fp8,group=0}": "slots_ptr",
+    f"{MILO}rank=2}}": "gate_up_low_up_scale_ptr",
+    f"{MILO}rank=2,compensator=none}}": "gate_up_low_up_ptr",
+    f"{MILO}rank=3,ranks=kurtosis,compensator=int4:g64}}": "gate_up_starts_ptr",
+}
+
+
+@pytest.mark.parametrize("step", MERGED)
+def test_merged_experts_are_read_as_they_are_packed(step: str) -> None:
+    """The region takes in what decodes pairs, and low ranks; an odd expert among them."""
+    case = Case("layer", width=64, inner=64, experts=5)
+    with torch.no_grad():
+        program = fuseline.capture(Layer(case).eval(), (torch.randn(5, 64),))
+        program, _ = fuseline.Pipeline(f"raise{{allow_empty}},{step},fuse").run(program)
+    lowered = lower(program)
+    assert not lowered.refusals
+    assert MERGED[step] in {argument for k in lowered.kernels for argument in k.signature}
+    left = {getattr(n.target, "_opname", "") for n in lowered.graph.nodes if n.op == "call_function"}
+    assert not left & {"moe", "decode_pairs", "lowrank_add"}

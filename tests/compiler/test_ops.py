@@ -85,7 +85,14 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (codes(255, torch.uint8, 2, 3, 6), torch.rand(2, 3, 2), *PLACES_OF_TWO, "int4", 8, torch.float32),
         (codes(255, torch.uint8, 2, 3, 10), torch.rand(2, 3, 1), *PLACES_OF_TWO, "fp8", 8, torch.bfloat16),
     ],
-    "lowrank_add": [(r(3, 4, 6), r(5, 4), r(5, 6), [2, 0, 3])],
+    "decode_pair_words": [
+        (codes(2**30, torch.int32, 1, 1, 64, 48), torch.rand(2, 3, 4), *PLACES_OF_TWO, "int4", 32, 16, torch.float32),
+        (codes(2**30, torch.int32, 1, 1, 64, 80), torch.rand(2, 1, 4), *PLACES_OF_TWO, "fp8", 8, 16, torch.bfloat16),
+    ],
+    "lowrank_add": [
+        (r(3, 4, 6), r(5, 4), r(5, 6), [2, 0, 3]),
+        (r(3, 4, 6), r(5, 4), r(5, 6), [2, 0, 3], torch.tensor([0, 2, 2, 5], dtype=torch.int32)),
+    ],
     "linear_cross_entropy": [
         (r(7, 6), r(9, 6), None, LABELS, None),
         (r(7, 6), r(9, 6), r(9), LABELS, torch.rand(9, dtype=torch.float64), 2, -100, 0.0, 0.5, 4.0, None, 3),

@@ -7,8 +7,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from fuseline.compiler.errors import UserError
+from fuseline.compiler.expert_expressions import PairedCodes, PairsInWords
+from fuseline.compiler.expressions import Expression, Output, Param
 from fuseline.compiler.formats.pair_codes import PAIR_CODES
 from fuseline.compiler.formats.pairs import in_window, pack_pair, unpack_experts, unpack_slot
+from fuseline.compiler.formats.words import Words
+from fuseline.compiler.ops import decode_pair_words, decode_pairs
 
 ALL = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 FITS = ALL[ALL.abs() < 2.0**17]  # NaN compares as false
@@ -81,6 +85,26 @@ def test_every_magnitude_of_few_bits_comes_back(name: str, masks: tuple[int, int
     for slot in (0, 1):
         expected = form.values(codes) * masks[slot] * (1 - 2 * signs[slot])
         assert torch.equal(form.values(back) * found[slot], expected)
+
+
+@pytest.mark.parametrize(("name", "group", "pairs"), [("fp8", 32, 2), ("int4", 16, 1), ("int4", 0, 1), ("fp8", 0, 2)])
+def test_words_hold_what_the_packed_pairs_do(name: str, group: int, pairs: int) -> None:
+    """As kernels read them: the same experts, and the packed codes come back, so that nothing keeps both."""
+    x = torch.randn(5, 3, 96, generator=torch.Generator().manual_seed(pairs))
+    own = tuple((2 * i, 2 * i + 1) for i in range(pairs)) + tuple((e,) for e in range(2 * pairs, 5))
+    made = PairedCodes(Param("x"), own, 0.4, name, group)
+    form, n = PAIR_CODES[name], 96
+    words = Words.fitting(sum(form.planes), n, group or n)
+    assert words is not None
+    laid = PairsInWords(Output(made, "codes"), name, len(own), 3, n, words.run)
+    value, codes, scale = (e.evaluate({"x": x}.get) for e in (laid, Output(made, "codes"), Output(made, "scale")))
+    assert torch.equal(laid.restored(value), codes) and Expression.from_json(laid.to_json()) == laid
+    rows = torch.tensor([row for row, members in enumerate(own) for _ in members], dtype=torch.int32)
+    slots = torch.tensor([slot for members in own for slot in range(len(members))], dtype=torch.int32)
+    across = scale.transpose(1, 2).contiguous()
+    found = decode_pair_words(value, across, rows, slots, name, group or n, words.run, torch.float32)
+    assert torch.equal(found, decode_pairs(codes, scale, rows, slots, name, n, torch.float32))
+    assert found.abs().max() > 1
 
 
 @settings(max_examples=30, deadline=None)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from fuseline.codegen.kernel import Launcher
 from fuseline.codegen.templates.experts.config import RowConfig, Stage, TileConfig, Tiling
 from fuseline.codegen.templates.moe import emit_moe
-from tests.codegen.moe_cases import CASES, CODED, PAIRS, Case, Layer
+from tests.codegen.moe_cases import CASES, CODED, LOW_RANK, PAIR_CODED, PAIRS, Case, Layer
 from tests.codegen.regions import BOUNDS, error, loaded
 
-BY_NAME = {case.name: case for case in CASES + PAIRS + CODED}
+BY_NAME = {case.name: case for case in CASES + PAIRS + CODED + PAIR_CODED + LOW_RANK}
 SMALL = Tiling(
     Stage(RowConfig(2, 16), RowConfig(4, 8)),
     Stage(TileConfig(64, 16, 32), TileConfig(64, 32, 16, group_m=2)),
@@ -69,6 +70,22 @@ def test_pairs(case: Case, tmp_path: Path) -> None:
     run(case, torch.bfloat16, tmp_path, (1, 5))
 
 
+FEW_BITS = [
+    ("pairs in int4:channel", torch.bfloat16, (1, 3)), ("pairs in fp8:channel", torch.float32, (5,)),
+    ("pairs in int4:g64", torch.float16, (1, 3, 5)), ("pairs in fp8:g64", torch.bfloat16, (1, 3, 5)),
+    ("pairs in fp8:g128", torch.float16, (1, 3, 5)),
+]  # fmt: skip
+RANKS = [
+    ("int3:g64 with ranks", torch.bfloat16, (2,)), ("int3:g64 with ranks", torch.float32, (1, 5)),
+    ("int3:g64 with 16", torch.bfloat16, (1, 2, 5)), ("int4 with int8", torch.float16, (1, 2, 5)),
+]  # fmt: skip
+
+
+def marked(cases: list[tuple[Any, ...]], quick: int) -> list[Any]:
+    """The first of them quick, the others slow."""
+    return [pytest.param(*case, marks=() if i < quick else pytest.mark.slow) for i, case in enumerate(cases)]
+
+
 QUICK = ("int4:g32", "int4", "int8:g32:asym", "fp8", "nvfp4")
 
 
@@ -78,6 +95,18 @@ QUICK = ("int4:g32", "int4", "int8:g32:asym", "fp8", "nvfp4")
 def test_codes(case: Case, tmp_path: Path) -> None:
     """Sums are scaled where there are few tokens, values where there are many."""
     run(case, torch.bfloat16 if case.name in ("int4:g32", "mxfp4") else torch.float32, tmp_path, (1, 5), CODES)
+
+
+@pytest.mark.parametrize(("name", "dtype", "counts"), marked(FEW_BITS, 2))
+def test_pairs_of_few_bits(name: str, dtype: torch.dtype, counts: tuple[int, ...], tmp_path: Path) -> None:
+    """One token; few, where a tile has both experts of a pair; many, where it has one of them."""
+    run(BY_NAME[name], dtype, tmp_path, counts, SMALL)
+
+
+@pytest.mark.parametrize(("name", "dtype", "counts"), marked(RANKS, 1))
+def test_low_ranks_beside_codes(name: str, dtype: torch.dtype, counts: tuple[int, ...], tmp_path: Path) -> None:
+    """Ranks that differ, none among them, as numbers and as codes."""
+    run(BY_NAME[name], dtype, tmp_path, counts, CODES)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +178,8 @@ PIPELINES = {
     "fuse": (torch.float32, 1e-5),
     "quantize{weights=int4:g16,skip=router},fuse": (torch.float32, 1e-5),
     "raise{allow_empty},merge-experts{method=puzzle,ratio=0.5,saliency=magnitude},fuse": (torch.bfloat16, 2e-2),
+    "raise{allow_empty},merge-experts{saliency=magnitude,pack=int4},fuse": (torch.float32, 1e-5),
+    "raise{allow_empty},merge-experts{method=milo,weights=int3:g16,rank=2,rounds=2},fuse": (torch.float32, 1e-5),
 }
 
 

@@ -4,6 +4,8 @@
     more tokens    route, up, down, sum     sorted by expert on the device, products of a group's tokens: `route.py`,
                                             `tile.py`
 
+Experts of codes with low ranks have a small product before each of the two: `lowrank.py`.
+
 With few tokens for each expert the bytes of the experts that are touched are the floor, and each is read once; packed
 pairs are then read once for both of their experts. With many the products are bound by arithmetic. Which kernels run
 depends on the number of tokens alone: nothing waits for the routing, a captured CUDA graph serves any. The sum over a
@@ -31,9 +33,9 @@ from ..kernel_text import call
 from ..sizes import size
 from .coded.host import _bytes, _pointer
 from .config import next_power_of_two
-from .experts import one, route, tile
-from .experts.config import RowConfig, TileConfig, Tiling, tiling
-from .experts.read import Experts, Matrices, read
+from .experts import lowrank, one, route, tile
+from .experts.config import RowConfig, TileConfig, Tiling, low_rank, tiling
+from .experts.read import RANKS, Experts, Matrices, read
 from .text import Names, Text
 
 SUM_BLOCK = 1024
@@ -104,6 +106,12 @@ def _parts(experts: Experts, tiles: Tiling) -> Iterator[_Part]:
             constants = dict(zip(tile.CONSTANTS, values, strict=True))
             text = body(experts, config, kind)
             launch = (config.num_warps, config.stages)
+            matrices = experts.gate_up if tag == "up" else experts.down
+            if matrices.low is not None:
+                small = low_rank(config, experts.dtype)
+                own = constants | {"BLOCK_N": small.block_n, "BLOCK_K": small.block_k}
+                low = lowrank.low_body(experts, matrices, small, kind)
+                yield _Part(f"low_{tag}_{kind}", low, own, ("low",), tile.SCALARS, (), small.num_warps, small.stages)
             yield _Part(f"{tag}_{kind}", text, constants, (written,), tile.SCALARS, (), *launch)
     block = min(SUM_BLOCK, next_power_of_two(experts.hidden))
     yield _Part("sum", tile.sum_body(experts), {"BLOCK_N": block}, ("out",))
@@ -119,6 +127,7 @@ def _pointers(experts: Experts, words: Collection[str]) -> dict[str, tuple[str, 
     found["order"] = ("*i32", "order", ("s",))
     found["tiles"] = ("*i32", "table", ("tiles + 1", 4))
     found["act"] = ("*i32" if "act" in words else kind, "act", ("s", experts.inner))
+    found["low"] = (kind, "low", ("s", experts.most_ranks))
     found["parts"] = (kind, "parts", ("s", experts.hidden))
     found["out"] = (kind, experts.node.name, None)
     return found
@@ -152,7 +161,7 @@ def _kernel(experts: Experts, name: str, part: _Part) -> Kernel:
 
 def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]) -> str:
     given, top = experts.given, experts.top
-    local = "torch triton fuseline x m s block_m tiles order table act parts out block min"
+    local = "torch triton fuseline x m s block_m tiles order table act low parts out block min"
     names = Names([*local.split(), name, *(k.name for k in kernels.values())])
     wishes = {node: argument for argument, node in reversed(experts.tensors.items())}
     text_of = {node: names.new(wishes.get(node, node.name)) for node in experts.placeholders}
@@ -164,13 +173,13 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
     for matrices in () if experts.coded else (experts.gate_up, experts.down):
         known[f"{matrices.name}_ptr"] = value[matrices.name] + view
     known |= {"hidden_ptr": "x", "order_ptr": "order", "tiles_ptr": "table", "act_ptr": "act", "parts_ptr": "parts"}
-    known |= {"out_ptr": "out", "S": "s", "block_m": "block_m", "tiles": "tiles"}
+    known |= {"low_ptr": "low", "out_ptr": "out", "S": "s", "block_m": "block_m", "tiles": "tiles"}
     text = Text()
 
     def launch(tag: str, grid: str, **chosen: str) -> None:
         kernel = kernels[tag]
         values = [known[p] for p in kernel.signature if p not in kernel.constants]
-        if experts.pairs and tag in ("up_one", "down_one"):
+        if experts.gate_up.words and tag in ("up_one", "down_one"):
             values = [v + view if v == ("x" if tag == "up_one" else "act") else v for v in values]
         values += [f"{c}={chosen.get(c, setting)}" for c, setting in kernel.constants.items()]
         text.add(
@@ -183,6 +192,14 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
 
     def scratch(variable: str, shape: str, dtype: torch.dtype) -> None:
         text.add(f"{variable} = torch.empty({shape}, dtype={dtype}, device=x.device)")
+
+    def products(kind: str, **chosen: str) -> None:
+        for tag, matrices in (("up", experts.gate_up), ("down", experts.down)):
+            if matrices.low is not None:
+                launch(f"low_{tag}_{kind}", f"tiles * {_blocks(matrices.low.most, RANKS)},", **chosen)
+            columns = experts.inner if tag == "up" else experts.hidden
+            blocks = _blocks(columns, kernels[f"{tag}_{kind}"].constants["BLOCK_N"])
+            launch(f"{tag}_{kind}", f"tiles * {blocks},", **chosen)
 
     text.add(*call(f"def {name}(", [*text_of.values(), "out=None"], "):"))
     with text.indented():
@@ -203,10 +220,11 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
                 scratch("act", f"({top}, {experts.inner})", experts.dtype)
                 up, down = (kernels[f"{tag}_one"].constants["BLOCK_N"] for tag in ("up", "down"))
                 if experts.coded:
+                    if experts.most_ranks:
+                        scratch("low", f"({top}, {experts.most_ranks})", experts.dtype)
                     scratch("parts", f"({top}, {experts.hidden})", experts.dtype)
                     text.add(f"tiles = {top}")
-                    launch("up_one", f"{top * _blocks(experts.inner, up)},")
-                    launch("down_one", f"{top * _blocks(experts.hidden, down)},")
+                    products("one")
                     launch("sum", f"1, {_blocks(experts.hidden, kernels['sum'].constants['BLOCK_N'])}")
                 else:
                     launch("up_one", f"{top}, {_blocks(experts.inner, up)}")
@@ -217,6 +235,8 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
                 text.add("block = " + " else ".join([*(f"{b} if s <= {b}" for b in ROUTED[:-1]), str(ROUTED[-1])]))
                 scratch("order", "s", torch.int32)
                 scratch("act", f"(s, {experts.inner})", experts.dtype)
+                if experts.most_ranks:
+                    scratch("low", f"(s, {experts.most_ranks})", experts.dtype)
                 scratch("parts", f"(s, {experts.hidden})", experts.dtype)
                 for kind, head in (("few", f"if block_m < {_many(tiles)}:"), ("many", "else:")):
                     with text.block(head):
@@ -225,9 +245,7 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
                         text.add(f"tiles = min(s, s // block_m + {groups})")
                         scratch("table", "(tiles + 1, 4)", torch.int32)
                         launch(f"route_{kind}" if experts.pairs else "route_few", f"{groups},", BLOCK="block")
-                        for tag, columns in (("up", experts.inner), ("down", experts.hidden)):
-                            blocks = _blocks(columns, kernels[f"{tag}_{kind}"].constants["BLOCK_N"])
-                            launch(f"{tag}_{kind}", f"tiles * {blocks},", BLOCK_M="block_m")
+                        products(kind, BLOCK_M="block_m")
                 launch("sum", f"m, {_blocks(experts.hidden, kernels['sum'].constants['BLOCK_N'])}")
         text.add("return out")
     return str(text)

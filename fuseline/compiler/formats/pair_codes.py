@@ -58,7 +58,10 @@ class PairCodes:
         both = 4 + 2 * minus + other
         state = torch.where(first & second, both, torch.where(first, minus, 2 + other))
         has = (first | second) & (codes > 0)
-        whole = torch.where(has, codes.to(torch.int16) | state << self.bits, 0)
+        return self.planed(torch.where(has, codes.to(torch.int16) | state << self.bits, 0))
+
+    def planed(self, whole: torch.Tensor) -> torch.Tensor:
+        """Bytes [..., row(n)] of magnitudes' codes and states together, int16 [..., n], the states above."""
         planes, shift = [], 0
         for width in self.planes:
             plane = (whole >> shift & (1 << width) - 1).to(torch.uint8)
@@ -66,8 +69,8 @@ class PairCodes:
             shift += width
         return torch.cat(planes, -1)
 
-    def unpack(self, packed: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Magnitudes' codes uint8 [..., n], and the signs of both slots, int8 [2, ..., n]: −1, 0 or 1."""
+    def whole(self, packed: torch.Tensor, n: int) -> torch.Tensor:
+        """The inverse of `planed`."""
         whole = torch.zeros((*packed.shape[:-1], n), dtype=torch.int16, device=packed.device)
         start = shift = 0
         for width in self.planes:
@@ -75,11 +78,27 @@ class PairCodes:
             plane = packed[..., start : start + size]
             whole |= (plane if width == 8 else unpack(plane, width, n)).to(torch.int16) << shift
             start, shift = start + size, shift + width
+        return whole
+
+    def parts(self, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Magnitudes' codes uint8 [...], and the signs of both slots, int8 [2, ...]: −1, 0 or 1."""
         codes, state = whole & (1 << self.bits) - 1, whole >> self.bits
         first = torch.where(state >= 4, 1 - 2 * (state >> 1 & 1), torch.where(state < 2, 1 - 2 * state, 0))
         second = torch.where(state >= 2, 1 - 2 * (state & 1), 0)
         signs = torch.stack((first, second)) * (codes > 0)
         return codes.to(torch.uint8), signs.to(torch.int8)
+
+    def unpack(self, packed: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `parts` of n pairs in bytes."""
+        return self.parts(self.whole(packed, n))
+
+    def experts(
+        self, whole: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Matrices [E, m, n] in dtype of pairs int16 [R, m, n], scales [R, m, n / group] and each expert's place."""
+        codes, signs = self.parts(whole)
+        sizes = (self.values(codes).unflatten(-1, (scale.shape[-1], -1)) * scale.float().unsqueeze(-1)).flatten(-2)
+        return (sizes[rows] * signs[slots.long(), rows.long()]).to(dtype)
 
 
 PAIR_CODES = {"fp8": PairCodes(7, 448.0), "int4": PairCodes(3, 7.0)}

@@ -1,10 +1,10 @@
-"""Codes of 1 to 8 bits in 32-bit words as the tensor-core kernels read them, without gaps.
+"""Codes of 1 to 8 bits, or 10, in 32-bit words as the tensor-core kernels read them, without gaps.
 
 A word is two halves of 16 bits, and word j of a run of R holds neighbours: with a mask and a shift its halves become
 codes 2j and 2j + 1 of a *piece* of 2R channels, so that one instruction works on two codes and pieces come out in the
 channels' order. Codes of 4, 2 or 1 bits fill a half; other widths are split into such parts, the low bits first, each
-in words of its own (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1, 8 = 4 + 4). The narrowest part has 16 / width
-pieces a word, and so many pieces are a *chunk*:
+in words of its own (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1, 8 = 4 + 4, 10 = 8 + 2). The narrowest part has
+16 / width pieces a word, and so many pieces are a *chunk*:
 
     4 bits, R = 16     chunk = 16 words: 4 pieces of 32 channels; bits 4i … 4i + 3 of both halves are piece i
     3 bits, R = 16     chunk = 48 words: two sets of 16 with 2 bits of 8 pieces each, one with the high bit of all 16
@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 RUNS = (16, 8)
 COLUMNS = 64
-_PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (4, 4)}
+_PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (4, 4), 10: (8, 2)}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Words:
         return -(-rows // COLUMNS), self.padded(channels) // self.chunk, COLUMNS, self.chunk_words
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes uint8 [rows, n] below 2^bits → int32 of `shape(rows, n)`."""
+        """Codes uint8 (int16 those of more than 8 bits) [rows, n] below 2^bits → int32 of `shape(rows, n)`."""
         rows, n = codes.shape
         padded = pad(codes, (0, self.padded(n) - n, 0, -rows % COLUMNS)).to(torch.int32)
         chunks = padded.unflatten(-1, (-1, self.pieces, self.run, 2))
@@ -98,15 +98,16 @@ class Words:
         return sets.flatten(-2).unflatten(0, (-1, COLUMNS)).transpose(1, 2).contiguous()
 
     def unpack(self, words: torch.Tensor, rows: int, n: int) -> torch.Tensor:
-        """The inverse: uint8 [rows, n]."""
+        """The inverse: [rows, n]."""
         sets = words.transpose(1, 2).flatten(0, 1).unflatten(-1, (self.chunk_words // self.run, self.run))
         shape = (*sets.shape[:-2], self.pieces, self.run, 2)
-        codes = torch.zeros(shape, dtype=torch.uint8, device=words.device)
+        dtype = torch.int16 if self.bits > 8 else torch.uint8
+        codes = torch.zeros(shape, dtype=dtype, device=words.device)
         for piece in range(self.pieces):
             for at, bit, width, low in self.places(piece):
                 for half in range(2):
                     found = (sets[..., at, :] >> bit + 16 * half) & 2**width - 1
-                    codes[..., piece, :, half] |= (found << low).to(torch.uint8)
+                    codes[..., piece, :, half] |= (found << low).to(dtype)
         return codes.flatten(1)[:rows, :n]
 
 

@@ -25,9 +25,7 @@ def decode_pairs(
     """codes: uint8 [R, m, bytes of n pairs]; scale: [R, m, n / group]; rows, slots: int32 [E], where each expert is, in
     slot 0 or 1 of a row. format: fp8 or int4. The result: [E, m, n] in dtype, magnitude · scale · sign in float32."""
     form = PAIR_CODES[format]
-    magnitudes, signs = form.unpack(codes, n)
-    sizes = (form.values(magnitudes).unflatten(-1, (scale.shape[-1], -1)) * scale.float().unsqueeze(-1)).flatten(-2)
-    return (sizes[rows] * signs[slots.long(), rows.long()]).to(dtype)
+    return form.experts(form.whole(codes, n), scale, rows, slots, dtype)
 
 
 @decode_pairs.fake

@@ -27,7 +27,7 @@ from .weight import Coded
 
 FP8 = torch.float8_e4m3fn
 # dtype → (bits of the mantissa, bias of the exponent, the magic number's bits)
-_TARGETS = {torch.bfloat16: (7, 127, 0x4300), torch.float16: (10, 15, 0x6400), torch.float32: (23, 127, 0x4B000000)}
+MANTISSAS = {torch.bfloat16: (7, 127, 0x4300), torch.float16: (10, 15, 0x6400), torch.float32: (23, 127, 0x4B000000)}
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Values:
     @property
     def magic(self) -> int | None:
         """The bits that codes are or-ed into; None where there are none."""
-        if self.target not in _TARGETS or isinstance(self.weight.element, Float):
+        if self.target not in MANTISSAS or isinstance(self.weight.element, Float):
             return None
-        bits = _TARGETS[self.target][2]
+        bits = MANTISSAS[self.target][2]
         return bits if self._wide else bits * 0x10001
 
     @property
@@ -138,7 +138,7 @@ class Values:
         pieces = weight.step // weight.piece
         if weight.words is None:
             self._bytes(text, name, w)
-        elif self.target in _TARGETS:
+        elif self.target in MANTISSAS:
             self._halves(text, name, w, dot)
         else:
             self._small_integers(text, name, w, dot)
@@ -206,7 +206,7 @@ class Values:
                 word = f"({word} >> {bit - place})"
             elif bit < place:
                 word = f"({word} << {place - bit})"
-            found.append(f"({word} & {_pair((1 << width) - 1 << place)})")
+            found.append(f"({word} & {both_halves((1 << width) - 1 << place)})")
         return found
 
     def _halves(self, text: Text, name: str, w: str, dot: int) -> None:
@@ -222,7 +222,7 @@ class Values:
             code = self._code(name, piece, 1 if isinstance(element, Binary) else 0)
             if isinstance(element, Float) and not self._wide:
                 text.add(f"{names[-1]} = {code}")
-                code = _moved(names[-1], element, _TARGETS[self.target][0], 16)
+                code = _moved(names[-1], element, MANTISSAS[self.target][0], 16)
             elif self.zero_added is not None:
                 code = f"{code} + zero_{name}[:, None]"
             elif self.magic and not self._wide:
@@ -244,7 +244,7 @@ class Values:
             bias = 127
         else:
             self._split(text, w, name, triton_type(self.target))
-            bias = _TARGETS[self.target][1]
+            bias = MANTISSAS[self.target][1]
         if isinstance(element, Float) and (unbiased := self._unbiased(bias, element)):
             text.add(f"{w} = {w}{unbiased}")
 
@@ -261,7 +261,7 @@ class Values:
         for number, piece in enumerate(self._pieces(dot)):
             names.append(f"piece{number}_{name}")
             code = self._code(name, piece, to)
-            text.add(f"{names[-1]} = {code}{f' ^ {_pair(128)}' if upper else ''}")
+            text.add(f"{names[-1]} = {code}{f' ^ {both_halves(128)}' if upper else ''}")
         self._side_by_side(text, w, names)
         halves = f"tl.join({w}.to(tl.int8), ({w} >> 16).to(tl.int8))"
         text.add(f"{w} = {halves}.reshape(BLOCK_N, {self.weight.step})")
@@ -285,11 +285,11 @@ class Values:
 def _moved(code: str, element: Float, mantissa: int, width: int) -> str:
     """Sign, exponent and mantissa of codes in each `width` bits, moved to their places in a floating-point number."""
     low, sign = 2 ** (element.bits - 1) - 1, 2 ** (element.bits - 1)
-    low, sign = (_pair(low), _pair(sign)) if width == 16 else (low, sign)
+    low, sign = (both_halves(low), both_halves(sign)) if width == 16 else (low, sign)
     return f"(({code} & {low}) << {mantissa - element.mantissa}) | (({code} & {sign}) << {width - element.bits})"
 
 
-def _pair(bits: int) -> int:
-    """The same bits in both halves of an int32."""
+def both_halves(bits: int) -> int:
+    """The same 16 bits in both halves of an int32."""
     both = bits * 0x10001
     return both - (1 << 32) if both >= 1 << 31 else both

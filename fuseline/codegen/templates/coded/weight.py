@@ -34,6 +34,11 @@ class Coded:
         return FORMATS[self.name].of(self.zero is None)
 
     @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.element.bits
+
+    @property
     def scaling(self) -> str:
         """How scales are stored: `real`, `e8m0` or `e4m3`."""
         return FORMATS[self.name].scaling
@@ -49,7 +54,7 @@ class Coded:
 
     @cached_property
     def words(self) -> Words | None:
-        return Words(self.element.bits, self.run) if self.run else None
+        return Words(self.bits, self.run) if self.run else None
 
     @property
     def piece(self) -> int:

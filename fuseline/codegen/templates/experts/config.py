@@ -12,7 +12,8 @@ import torch
 
 from ..coded.config import shared_memory
 from ..config import next_power_of_two
-from .read import Experts, Matrices
+from .pairs import CodedPairs
+from .read import RANKS, Experts, Matrices
 
 FEW = 64
 """The tokens of the largest tile that is bound by the experts' bytes."""
@@ -76,7 +77,8 @@ def tiling(experts: Experts) -> Tiling:
         small, large = TileConfig(16, 32, 32, stages=2), TileConfig(32, 32, 32, stages=2)
         return Tiling(_one(experts), Stage(small, small), Stage(large, large), (8, 8, 8))
     if experts.coded:
-        few = Stage(TileConfig(FEW, 64, 128, stages=4), TileConfig(FEW, 64, 128, stages=4))
+        most = FEW // 2 if experts.pairs else FEW  # tokens meet both experts of a pair: twice the sums in registers
+        few = Stage(TileConfig(most, 64, 128, stages=4), TileConfig(most, 64, 128, stages=4))
         many = Stage(TileConfig(128, 64, 128, 8), TileConfig(128, 128, 128, 8))
     elif experts.pairs:
         few = Stage(TileConfig(FEW, 64, 64, stages=4), TileConfig(FEW, 64, 128, stages=3))
@@ -116,9 +118,15 @@ def shared(tile: TileConfig, matrices: Matrices, operands: int, dtype: torch.dty
     coded = matrices.coded
     if coded is None:
         return tile.stages * (operands * tile.block_n + tile.block_m) * tile.block_k * dtype.itemsize
-    codes = operands * tile.block_n * coded.chunk * coded.element.bits // 8
-    values = operands * tile.block_n * coded.step * dtype.itemsize
+    codes = operands * tile.block_n * coded.chunk * coded.bits // 8
+    values = operands * tile.block_n * coded.step * dtype.itemsize * (2 if isinstance(coded, CodedPairs) else 1)
     return tile.stages * (codes + coded.chunk * tile.block_m * dtype.itemsize) + values
+
+
+def low_rank(beside: TileConfig, dtype: torch.dtype) -> TileConfig:
+    """The tile of the product with low ranks: of the same tokens as the product beside it."""
+    block_k = 32 if dtype == torch.float32 else 128
+    return TileConfig(beside.block_m, RANKS, block_k, 4, 4 if beside.block_m <= FEW else 2, beside.group_m)
 
 
 def _one(experts: Experts) -> Stage:

@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ....compiler.ops import decode_words, find
+from ....compiler.ops import decode_pair_words, decode_words, find, lowrank_add
 from ....compiler.ops.moe import CLAMPED
+from ....compiler.products import rows_of_codes
 from ....compiler.traits import arguments, is_view
 from ...formulas import ACTIVATIONS
 from ...kernel import Refusal
 from ..coded.weight import Coded
+from .pairs import CodedPairs
 
 COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
+RANKS = 16
+"""Low ranks of a tile, and of a turn of a loop."""
+
 TENSORS = ("hidden", "indices", "weights", "gate_up", "down", "rows", "slots", "gate_up_bias", "down_bias")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Low ranks of a stack: factors up [R, height] and down [R, width], numbers or int8 codes with a scale a row;
+    starts [E + 1], where each expert's rows begin. `nodes` are the graph nodes that the kernels replace."""
+
+    factors: dict[str, Node]
+    scales: dict[str, Node | None]
+    starts: Node
+    ranks: tuple[int, ...]
+    nodes: frozenset[Node]
+
+    @property
+    def most(self) -> int:
+        """Of an expert, in whole tiles."""
+        return -(-max(self.ranks) // RANKS) * RANKS
+
+    @property
+    def tensors(self) -> dict[str, Node]:
+        found = {f"low_{part}": node for part, node in self.factors.items()}
+        found |= {f"low_{part}_scale": node for part, node in self.scales.items() if node is not None}
+        return found | {"starts": self.starts}
 
 
 @dataclass(frozen=True)
@@ -24,7 +53,7 @@ class Matrices:
     """One matrix an expert (or a pair), [count, height, width]; `strides` are those of its three dimensions.
 
     words: two 16-bit words of a row of a pair lie in one int32, as the kernels load them. coded: codes of all experts'
-    rows, in the layout of `coded/`; strides are then of no meaning.
+    rows, in the layout of `coded/`; strides are then of no meaning. low: what is added to the products of codes.
     """
 
     name: str
@@ -33,6 +62,7 @@ class Matrices:
     strides: tuple[int, int, int]
     words: bool
     coded: Coded | None = None
+    low: LowRank | None = None
 
     @property
     def across(self) -> bool:
@@ -62,7 +92,13 @@ class Experts:
 
     @property
     def pairs(self) -> bool:
-        return self.gate_up.words
+        """Whether a row of a matrix holds two experts."""
+        return self.gate_up.words or isinstance(self.gate_up.coded, CodedPairs)
+
+    @property
+    def most_ranks(self) -> int:
+        """Of an expert, in either stack."""
+        return max((m.low.most for m in (self.gate_up, self.down) if m.low is not None), default=0)
 
     @property
     def tensors(self) -> dict[str, Node]:
@@ -73,6 +109,10 @@ class Experts:
             if matrices is not None and (coded := matrices.coded) is not None:
                 parts = {"codes": coded.tensor, "scale": coded.scale, "zero": coded.zero, "outer": coded.outer}
                 found |= {f"{name}_{part}": node for part, node in parts.items() if node is not None}
+                if isinstance(coded, CodedPairs):
+                    found |= dict(zip(("rows", "slots"), coded.places, strict=True))
+                if matrices.low is not None:
+                    found |= {f"{name}_{part}": node for part, node in matrices.low.tensors.items()}
             elif isinstance(self.given.get(name), Node):
                 found[name] = self.given[name]
         return found
@@ -91,7 +131,7 @@ class Experts:
         """The first line of the kernels' headings."""
         kind = "pairs of" if self.pairs else str(self.gate_up_dtype).removeprefix("torch.")
         if self.gate_up.coded is not None:
-            kind = self.gate_up.coded.title
+            kind = self.gate_up.coded.title + (" and low ranks" if self.most_ranks else "")
         return f"{self.top} of {self.experts} experts, {kind} {self.hidden} x {self.inner}, {self.given['activation']}"
 
     @property
@@ -114,14 +154,21 @@ def read(region: GraphModule) -> Experts | Refusal:
     if op is None or op.name not in ("moe", "moe_pairs"):
         return Refusal("the region is not one call of routed experts")
     node, given, pairs = calls[-1], arguments(calls[-1]), op.name == "moe_pairs"
-    codes = {name: _coded(given[name]) for name in ("gate_up", "down")}
-    for name, made in codes.items():
-        if isinstance(made, str):
-            return Refusal(f"{name} {made}")
-    if {*calls} != {node}.union(*(c.nodes for c in codes.values() if isinstance(c, Coded))):
+    codes, low = {}, {}
+    for name in ("gate_up", "down"):
+        low[name] = _low_rank(given[name])
+        codes[name] = _coded(given[name] if low[name] is None else arguments(given[name])["base"])
+        for made in (low[name], codes[name]):
+            if isinstance(made, str):
+                return Refusal(f"{name} {made}")
+    held = [*codes.values(), *low.values()]
+    if {*calls} != {node}.union(*(made.nodes for made in held if isinstance(made, Coded | LowRank))):
         return Refusal("the region is not one call of routed experts")
     if (codes["gate_up"] is None) != (codes["down"] is None):
         return Refusal("codes of one of its matrices, and numbers of the other")
+    places = {c.places for c in codes.values() if isinstance(c, CodedPairs)}
+    if len(places) > 1 or (places and not all(isinstance(c, CodedPairs) for c in codes.values())):
+        return Refusal("experts that are paired otherwise in its two stacks")
     value = {name: given[name].meta["val"] for name in TENSORS if given.get(name) is not None}
     if len({v.device for v in value.values()}) > 1:
         return Refusal("its tensors lie on several devices")
@@ -143,12 +190,12 @@ def read(region: GraphModule) -> Experts | Refusal:
     refused = _pairs(value) if pairs else None if codes["gate_up"] else _plain(value)
     if refused:
         return Refusal(refused)
-    matrices = [_matrices(name, value[name], pairs, codes[name]) for name in ("gate_up", "down")]
-    experts = value["rows"].shape[0] if pairs else value["gate_up"].shape[0]
+    matrices = [_matrices(name, value[name], pairs, codes[name], low[name]) for name in ("gate_up", "down")]
+    experts, keys = value["rows" if pairs else "gate_up"].shape[0], value["gate_up"].shape[0]
+    if isinstance(first := codes["gate_up"], CodedPairs):
+        keys = _shape(first.scale)[0]
     placeholders = tuple(n for n in region.graph.nodes if n.op == "placeholder")
-    return Experts(
-        node, given, placeholders, hidden, twice // 2, experts, top, value["gate_up"].shape[0], dtype, *matrices
-    )
+    return Experts(node, given, placeholders, hidden, twice // 2, experts, top, keys, dtype, *matrices)
 
 
 def _plain(value: dict[str, torch.Tensor]) -> str | None:
@@ -169,6 +216,30 @@ def _pairs(value: dict[str, torch.Tensor]) -> str | None:
     return None
 
 
+def _low_rank(matrix: Node) -> LowRank | str | None:
+    """The low ranks that are added to a stack; None where there are none; or why kernels do not read them."""
+    if matrix.target is not lowrank_add.overload:
+        return None
+    given = arguments(matrix)
+    if given["starts"] is None or given["starts"].op != "placeholder":
+        return "has low ranks, and no tensor says where they begin"
+    factors, nodes = {}, {matrix}
+    scales: dict[str, Node | None] = {}
+    for part in ("up", "down"):
+        factor, scales[part] = given[part], None
+        if (codes := rows_of_codes(factor)) is not None:
+            nodes.add(factor)
+            factor, scales[part] = codes
+        if any(n is not None and n.op != "placeholder" for n in (factor, scales[part])):
+            return f"has low ranks whose {part} is computed in the region"
+        if factor.meta["val"].dtype not in (*COMPUTED, torch.int8):
+            return f"has low ranks of {factor.meta['val'].dtype}"
+        if not all(isinstance(size, int) for size in _shape(factor)):
+            return "has low ranks of a symbolic size"
+        factors[part] = factor
+    return LowRank(factors, scales, given["starts"], tuple(given["ranks"]), frozenset(nodes))
+
+
 def _coded(matrix: Node) -> Coded | str | None:
     """The codes behind a stack of matrices; None where it is a tensor; or why kernels do not read them."""
     inside = set()
@@ -177,27 +248,34 @@ def _coded(matrix: Node) -> Coded | str | None:
         matrix = matrix.args[0]  # type: ignore[assignment]
     if matrix.op == "placeholder":
         return f"goes through {', '.join(str(n.target) for n in inside)} in the region" if inside else None
-    if matrix.target is not decode_words.overload:
+    pairs = matrix.target is decode_pair_words.overload
+    if not pairs and matrix.target is not decode_words.overload:
         return f"is computed in the region, by {matrix.target}"
     given = arguments(matrix)
-    for operand in (given["codes"], given["scale"], given["zero"], given["outer"]):
+    places = (given["rows"], given["slots"]) if pairs else ()
+    for operand in (given["codes"], given["scale"], given.get("zero"), given.get("outer"), *places):
         if operand is not None and operand.op != "placeholder":
             return f"has {operand.name}, which is computed in the region"
-    groups, rows = given["scale"].meta["val"].shape
     if not given["run"]:
         return "is codes of a byte each"
-    if not isinstance(rows, int) or groups * rows >= 2**31:
+    sizes = _shape(given["scale"])
+    if not all(isinstance(size, int) for size in sizes) or prod(sizes) >= 2**31:
         return "has scales of a symbolic number, or more than 2^31"
-    return Coded(
-        given["codes"], groups * given["group"], frozenset(inside | {matrix}), given["format"], given["group"],
-        given["run"], given["scale"], given["zero"], given["outer"],
-    )  # fmt: skip
+    width, nodes = sizes[-2] * given["group"], frozenset(inside | {matrix})
+    front = (given["codes"], width, nodes, given["format"], given["group"], given["run"], given["scale"])
+    return CodedPairs(*front, places=places) if pairs else Coded(*front, given["zero"], given["outer"])
 
 
-def _matrices(name: str, value: torch.Tensor, words: bool, coded: Coded | str | None) -> Matrices:
+def _shape(node: Node) -> torch.Size:
+    return node.meta["val"].shape  # type: ignore[no-any-return]
+
+
+def _matrices(
+    name: str, value: torch.Tensor, words: bool, coded: Coded | str | None, low: LowRank | str | None
+) -> Matrices:
     _, height, width = value.shape
     if isinstance(coded, Coded):
-        return Matrices(name, height, width, (0, 0, 0), False, coded)
+        return Matrices(name, height, width, (0, 0, 0), False, coded, low if isinstance(low, LowRank) else None)
     first, row, column = value.stride()
     if words:
         return Matrices(name, height, width, (first // 2, row // 2, 1), True)

@@ -16,16 +16,11 @@ What a slot does not hold thus weighs 2^-32 of its magnitude at most, instead of
 from __future__ import annotations
 
 from ....compiler.formats.pairs import ALONE
+from ..coded.values import both_halves
 from ..text import Text
 
 SCALES = (2.0**48, 2.0**80)
 """What sums of slot 0 and of slot 1 are multiplied by."""
-
-
-def both_halves(bits: int) -> int:
-    """The same 16 bits in both halves of an int32."""
-    twice = bits * 0x10001
-    return twice - (1 << 32) if twice >= 1 << 31 else twice
 
 
 KEPT = (both_halves(0xAFFF), both_halves(0x1FFF))

@@ -158,23 +158,29 @@ class Pulse(threading.Thread):
             silent = now - self.heard[rank][1]
             if rank in self.told or note["failed"] or note["done"]:
                 continue
-            if silent >= SILENT or self.is_gone(note):
+            state = self.state(note)
+            if state == "Z" or silent >= (4 * SILENT if state in ("R", "S", "D") else SILENT):  # a busy machine is slow
                 self.told.add(rank)
                 log.error("rank %d has said nothing for %.0f s, last: %s; rank %d waits: %s",
                           rank, silent, note["place"], self.rank, _notes.place())  # fmt: skip
 
-    def is_gone(self, note: dict[str, Any]) -> bool:
-        """Whether a process of this machine has ended, for sure."""
+    def state(self, note: dict[str, Any]) -> str:
+        """What the system says of another process of this machine: R, S, … where it goes on, T where it was stopped,
+        Z where it has ended, and "" of one of another machine or where nothing is known."""
         host, pid = note["process"]
         if host != self.host:
-            return False
+            return ""
         try:
             os.kill(pid, 0)
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"  # ended, not waited for
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except ProcessLookupError:
-            return True
+            return "Z"
         except OSError:
-            return False
+            return ""
+
+    def is_gone(self, note: dict[str, Any]) -> bool:
+        """Whether a process of this machine has ended, for sure."""
+        return self.state(note) == "Z"
 
     def others(self) -> dict[int, dict[str, Any]]:
         """The last note of every other process that wrote one."""
@@ -265,7 +271,9 @@ def explained(here: Running, error: Exception) -> RanksError:
             time.sleep(BEAT)
             after = _pulse.others()
             before = {**after, **before}
-        before.update({r: note for r, note in after.items() if _pulse.is_gone(note)})
+        for r, note in after.items():
+            if _pulse.is_gone(note):
+                note["done"], before[r] = True, note
     except Exception as gone:
         return RanksError(
             f"rank {_pulse.rank}: a collective failed in {here}",
@@ -284,7 +292,8 @@ def _known(pulse: Pulse, before: dict[str, Any], after: dict[str, Any]) -> bool:
 def judged(
     rank: int, here: Running, said: str, before: dict[int, Any], after: dict[int, Any], world: int
 ) -> RanksError:
-    """Who is to blame, by the notes of the other ranks at the failure and some seconds later."""
+    """Who is to blame, by the notes of the other ranks at the failure and some seconds later; of one that has ended the
+    note is `done`."""
     _, last = here.position()
     silent = [r for r in after if r in before and before[r]["beat"] == after[r]["beat"]]
     silent = [r for r in silent if not after[r].get("done")] + [r for r in after if after[r].get("done")]
@@ -295,8 +304,9 @@ def judged(
     facts = [f"rank {rank}: {here}", *places, said]
     if ended:
         names = _names(ended)
+        what = "ended" if all(after[r].get("done") for r in ended) else "ended or hangs"
         return RanksError(
-            f"{names} ended; rank {rank} waited in {last}", facts, f"look for the first error in the output of {names}"
+            f"{names} {what}; rank {rank} waited in {last}", facts, f"look for the first error in the output of {names}"
         )
     if never:
         names = _names(never)

@@ -43,7 +43,7 @@ def said(folder: Path, case: str, rank: int, world: int = 2) -> tuple[float, str
     [
         ("ends", "rank 1 ended; rank 0 waited in"),
         ("stays_away", "rank 1 went another way; rank 0 waited in"),
-        ("hangs", "rank 1 ended; rank 0 waited in"),
+        ("hangs", "rank 1 ended or hangs; rank 0 waited in"),
         ("other_length", "rank 1 went another way; rank 0 waited in"),
     ],
 )
@@ -69,7 +69,8 @@ def note(beat: int, place: str = "outside", failed: str | None = None) -> dict:
 @pytest.mark.parametrize(
     ("before", "after", "headline"),
     [
-        ({1: note(3)}, {1: note(3)}, "rank 1 ended"),
+        ({1: note(3)}, {1: note(3)}, "rank 1 ended or hangs"),
+        ({1: note(3)}, {1: note(3) | {"done": True}}, "rank 1 ended; rank 0 waited in"),
         ({1: note(3, failed=str(HERE)), 2: note(5)}, {1: note(3, failed=str(HERE)), 2: note(5)}, "rank 2 ended"),
         ({1: note(3), 2: note(4)}, {1: note(3), 2: note(4)}, "ranks 1, 2 ended"),
         ({1: note(3), 2: note(4)}, {1: note(7), 2: note(8, str(HERE))}, "rank 1 went another way"),

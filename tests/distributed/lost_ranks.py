@@ -45,7 +45,7 @@ def stays_away(rank: int, run) -> None:
 
 
 def other_length(rank: int, run) -> None:
-    """Both graphs are compiled; then rank 1 runs the other one."""
+    """Both graphs are compiled; then rank 1 runs the other one, and sends more than rank 0 expects."""
     torch._dynamo.config.automatic_dynamic_shapes = False
     steps(run, [12, 16])
     steps(run, [16 if rank == 1 else 12])

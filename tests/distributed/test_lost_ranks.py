@@ -24,7 +24,7 @@ def said(folder: Path, case: str, rank: int, world: int = 2) -> tuple[float, str
     processes = [context.Process(target=run, args=(r, world, str(folder), case)) for r in range(world)]
     for process in processes:
         process.start()
-    path, patience = folder / f"rank-{rank}.txt", time.monotonic() + 400
+    path, patience = folder / f"rank-{rank}.txt", time.monotonic() + 900
     while not path.exists() and time.monotonic() < patience:
         time.sleep(0.5)
     time.sleep(1.0)
@@ -39,20 +39,20 @@ def said(folder: Path, case: str, rank: int, world: int = 2) -> tuple[float, str
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("case", "headline"),
+    ("case", "rank", "headline"),
     [
-        ("ends", "rank 1 ended; rank 0 waited in"),
-        ("stays_away", "rank 1 went another way; rank 0 waited in"),
-        ("hangs", "rank 1 ended or hangs; rank 0 waited in"),
-        ("other_length", "rank 1 went another way; rank 0 waited in"),
+        ("ends", 0, "rank 1 ended; rank 0 waited in"),
+        ("stays_away", 0, "rank 1 went another way; rank 0 waited in"),
+        ("hangs", 0, "rank 1 ended or hangs; rank 0 waited in"),
+        ("other_length", 1, "rank 0 ended; rank 1 waited in"),  # gloo ends a process that is sent more than it expects
     ],
 )
-def test_the_rank_the_collective_and_the_line(tmp_path: Path, case: str, headline: str) -> None:
-    seconds, text = said(tmp_path, case, rank=0)
+def test_the_rank_the_collective_and_the_line(tmp_path: Path, case: str, rank: int, headline: str) -> None:
+    seconds, text = said(tmp_path, case, rank)
     assert text.startswith("RanksError: ") and headline in text, text
     assert LINE.search(text), text
-    assert re.search(r"rank 0: (forward|backward) of graph \d+.*: collective \d+ of \d+", text), text
-    assert "rank 1: " in text and "try: " in text
+    assert re.search(rf"rank {rank}: (forward|backward) of graph \d+.*: collective \d+ of \d+", text), text
+    assert f"rank {1 - rank}: " in text and "try: " in text
     assert seconds < TIMEOUT + SPARE
     if case == "hangs":  # known before the collective fails, which another backend would not let us see
         log = (tmp_path / "log-0.txt").read_text()

@@ -310,7 +310,7 @@ def grouped_experts_raised_before() -> dict[str, Any]:
     return compare(model, [inputs(2, 12), inputs(1, 13)], "raise,sequence-parallel", reference=reference)
 
 
-LIBRARY = [parts_of_a_library_model(name) for name in ("llama-padded", "llama-packed", "bert")]
+LIBRARY = [parts_of_a_library_model("llama")]
 LIBRARY += [fsdp_by_block_of_a_library_model, grouped_experts_raised_before]
 CASES = {"training": TRAINING, "hybrids": HYBRIDS, "library": LIBRARY}
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ...compiler.compat import known_size, symbolic_expression
+from ...compiler.compat import known_size, size_hint, symbolic_expression
 from ...compiler.errors import UserError
 from ...compiler.inliner import Inliner
 from ...compiler.ops import scale_gradient
@@ -53,8 +53,9 @@ def gathered(program: Program, sites: Sequence[Site], group: Group, outside: boo
     Raises:
         UserError: no input holds the sequence, its length is a number in this graph, or an input holds it twice.
     """
-    length = _length(program, sites)
-    dims = {n: _dim(n, length) for n in program.placeholders if isinstance(n.meta["val"], torch.Tensor)}
+    part = _length(program, sites)
+    length = symbolic_expression(part)
+    dims = {n: _dim(n, part) for n in program.placeholders if isinstance(n.meta["val"], torch.Tensor)}
 
     def arriving(node: Node, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -81,7 +82,7 @@ def holds_sequence(program: Program, sites: Sequence[Site]) -> dict[Node, int]:
 
 
 def _length(program: Program, sites: Sequence[Site]) -> Any:
-    """The symbol of a part's length."""
+    """A part's length, a symbol."""
     found = holds_sequence(program, sites)
     if not found:
         raise UserError(
@@ -109,13 +110,22 @@ def _length(program: Program, sites: Sequence[Site]) -> Any:
             [f"{n.name}: {symbolic_expression(size)}" for n, size in sizes.items()],
             "inputs=full, with the whole batch on every rank",
         )
-    return expressions.pop()
+    return next(iter(sizes.values()))
 
 
-def _dim(node: Node, length: Any) -> int | None:
-    """Along which dimension an input is a part of the sequence."""
+def _dim(node: Node, part: Any) -> int | None:
+    """Along which dimension an input is a part of the sequence, whose length is `part`."""
+    length = symbolic_expression(part)
     found = [d for d, size in enumerate(node.meta["val"].shape) if _reads(size, length)]
     if not found:
+        others = [d for d, size in enumerate(node.meta["val"].shape) if d and size_hint(size) == size_hint(part, 0)]
+        if others:
+            raise UserError(
+                f"pass 'sequence-parallel' was told inputs=sharded, and dimension {others[0]} of '{node.name}' is as "
+                "long as a part of the sequence, but is not known to be one",
+                [f"its size in this graph: {symbolic_expression(node.meta['val'].shape[others[0]])}"],
+                REMEDY,
+            )
         return None
     if len(found) > 1 or symbolic_expression(node.meta["val"].shape[found[0]]) != length:
         sizes = ", ".join(str(symbolic_expression(s)) for s in node.meta["val"].shape)

@@ -22,7 +22,7 @@ from .compiler.compat import break_after
 from .compiler.deferred import DEFERS
 from .compiler.errors import UserError, nearest
 from .compiler.graph_breaks import tell_of
-from .compiler.lengths import ask_for_symbols
+from .compiler.lengths import ask_for_sequences, ask_for_symbols
 from .compiler.pipeline import DEFAULT, Pipeline
 from .compiler.plan import Plan
 from .compiler.sharded import run_as_captured
@@ -92,6 +92,8 @@ def compile(
     if not is_training(inputs):
         pipeline = Pipeline(p for p in pipeline.passes if p not in pipeline.joint)  # there is no backward
         ask_for_symbols(module, inputs)
+    if any(step.needs_symbols() for step in pipeline.passes):
+        ask_for_sequences(module, inputs)
     program = from_dynamo(module, inputs)
     if program.training and break_after(module) is None:
         program = replace(program, state=program.state | {DEFERS})

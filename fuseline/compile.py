@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from .compiler.reads import refuse_dropped
 from .compiler.report import Report
 from .compiler.sharded import refuse_derived
 from .failures import explain_lowering
-from .runtime import linear_cross_entropy
+from .runtime import linear_cross_entropy, ranks
 from .runtime.deferred import WithTails
 from .runtime.executable import Executable
 from .runtime.graphs import CudaGraphs, Layout
@@ -39,6 +40,7 @@ from .runtime.location import keep_module
 from .runtime.recorder import CudaRecorder
 
 log = logging.getLogger("fuseline")
+_numbers = itertools.count(1)  # of a process's graphs, in messages
 TARGETS = ("auto", "eager", "inductor", "triton")
 
 
@@ -176,7 +178,9 @@ def _eager(program: Program, inputs: Sequence[Any], result: Compilation) -> Exec
     """The graph as it stands, regions inlined; packed weights expanded once."""
     module, weights = program.lift()
     module = inline(module)
-    return Executable(module, program.arguments, program.binder(expand_weights(module, weights)))
+    weights = expand_weights(module, weights)
+    run = ranks.watched(module.graph, module, f"graph {next(_numbers)}")
+    return Executable(run, program.arguments, program.binder(weights))
 
 
 def _packed(program: Program, inputs: Sequence[Any], result: Compilation) -> Executable:
@@ -248,10 +252,12 @@ def _training(
     order = [n for n in plain.graph.nodes if n.op == "placeholder"]
     deferred = {place: (tail, *positions(tail, order)) for place, tail in tails.items()}
     bound = [*(inputs[i] for i in program.arguments), *binder(inputs)]
-    if target == "inductor":
-        run = _inductor(plain, bound, recompute, partition)
+    number = next(_numbers)
+    if target == "inductor":  # its backward is its own; where that fails, the others' notes tell of it
+        run = ranks.watched(plain.graph, _inductor(plain, bound, recompute, partition), f"graph {number}")
     else:
+        around = lambda part: lambda found, run: ranks.watched(found.graph, run, f"{part} of graph {number}")
         as_it_is = lambda graph_module, fakes: graph_module
         split = partition.split if partition is not None else None
-        run = compat.aot_autograd(plain, bound, as_it_is, as_it_is, split)
+        run = compat.aot_autograd(plain, bound, as_it_is, as_it_is, split, around)
     return Executable(WithTails(run, deferred) if deferred else run, program.arguments, binder)

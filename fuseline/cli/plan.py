@@ -56,6 +56,7 @@ def plan(
     cells = [
         [
             str(r.degree),
+            r.kind,
             r.policy,
             f"{r.longest:,}" if r.longest else "-",
             size_text(r.peak) if r.peak is not None else "-",
@@ -64,10 +65,10 @@ def plan(
         ]
         for r in shown
     ]
-    table(output, ["degree", "policy", "longest S", f"peak at {seq:,}", "seconds", "tokens/s"], cells)
+    table(output, ["degree", "kind", "policy", "longest S", f"peak at {seq:,}", "seconds", "tokens/s"], cells)
     output.line("\nbytes on a GPU by the length S, and the longest S by its memory M:")
     for r in shown:
-        output.line(f"  degree {r.degree}, {r.policy}: {r.formula}")
+        output.line(f"  degree {r.degree}, {r.policy if r.kind == '-' else f'{r.kind}, {r.policy}'}: {r.formula}")
         output.line(f"    S = {closed_text(r.closed)}")
     fastest = max((r for r in rows if r.tokens is not None), key=lambda r: (r.tokens, -r.degree), default=None)
     if fastest is None:
@@ -75,6 +76,8 @@ def plan(
         following(output, f"fuseline plan {model} --gpus {2 * gpus} --memory {memory} --seq {seq}", "more GPUs")
     else:
         output.line(f"\nthe fastest that fits {seq:,} tokens: degree {fastest.degree}, {fastest.policy}")
+        if fastest.degree > 1:
+            output.line(f"  raise,sequence-parallel{{{fastest.layout.options}}}")
         following(output, f"fuseline memory {model} --seq {seq}", "each activation, and the timeline")
     output.write({"model": model, "gpus": gpus, "memory": limit, "device": device, "sequence": seq, "logits": logits,
                   "state": state, "gathered": gathered, "rows": [_data(r) for r in rows],
@@ -82,12 +85,15 @@ def plan(
 
 
 def _best(rows: list[Any]) -> list[Any]:
-    """Of each degree the fastest row that fits, and the one that reaches furthest."""
+    """Of each degree the fastest row that fits, and the one that reaches furthest; of several that reach as far within
+    a twentieth, the fastest."""
     found = []
     for degree in dict.fromkeys(r.degree for r in rows):
         ours = [r for r in rows if r.degree == degree]
         fits = [r for r in ours if r.seconds is not None]
-        furthest = max(ours, key=lambda r: r.longest)
+        reach = max(r.longest for r in ours)
+        far = [r for r in ours if r.longest >= 0.95 * reach]
+        furthest = min(far, key=lambda r: (r.seconds is None, r.seconds or 0.0))
         fastest = min(fits, key=lambda r: r.seconds, default=furthest)
         found += [fastest] if fastest is furthest else [fastest, furthest]
     return found
@@ -95,7 +101,7 @@ def _best(rows: list[Any]) -> list[Any]:
 
 def _data(row: Any) -> dict[str, Any]:
     return {
-        "degree": row.degree, "policy": row.policy, "longest": row.longest, "peak": row.peak, "seconds": row.seconds,
-        "tokens_a_second": row.tokens,
+        "degree": row.degree, "kind": row.kind, "ring": row.layout.ring, "policy": row.policy,
+        "longest": row.longest, "peak": row.peak, "seconds": row.seconds, "tokens_a_second": row.tokens,
         "bytes": [str(t) for t in row.formula.terms], "longest_by_memory": str(row.closed),
     }  # fmt: skip

@@ -41,7 +41,7 @@ from .compat_distributed import (
     mesh_groups as mesh_groups,
     shared_store as shared_store,
 )
-from .compat_joint import boxed
+from .compat_joint import Around, boxed
 
 CHECKED_VERSIONS = ("2.11.0", "2.13.0")
 
@@ -285,6 +285,7 @@ def aot_autograd(
     forward: Callable[..., Any],
     backward: Callable[..., Any],
     partition: Callable[..., Any] | None = None,
+    around: Around | None = None,
 ) -> Callable[..., Any]:
     """AOTAutograd over a module whose parameters are ordinary inputs; compilers get (graph module, fake inputs).
 
@@ -298,7 +299,8 @@ def aot_autograd(
         drop_unused(graph_module)
         return backward(graph_module, fakes)
 
-    compiler = dynamo_aot_autograd(fw_compiler=boxed(forward), bw_compiler=boxed(without_leftovers), **given)
+    compilers = (boxed(c, around and around(w)) for c, w in ((forward, "forward"), (without_leftovers, "backward")))
+    compiler = dynamo_aot_autograd(**dict(zip(("fw_compiler", "bw_compiler"), compilers)), **given)
     return compiler(module, [_of_known_size(value) for value in inputs])
 
 

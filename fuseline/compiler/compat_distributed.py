@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import sys
 from collections.abc import Collection
@@ -13,6 +14,37 @@ import torch
 def group_name(group: Any) -> str:
     """The name by which functional collectives know a process group."""
     return str(group.group_name)
+
+
+def sequence_number(name: str) -> int:
+    """How many collectives this process has begun in a process group; 0 where its backend does not count."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    try:
+        return int(_resolve_process_group(name)._get_sequence_number_for_group())
+    except RuntimeError:
+        return 0
+
+
+def default_timeout() -> datetime.timedelta | None:
+    """How long the job's process group waits for a collective; None where it does not say."""
+    import torch.distributed as dist
+
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    try:
+        options = dist.group.WORLD._get_backend(device).options  # type: ignore[union-attr]
+    except (RuntimeError, AttributeError):
+        return None
+    found = getattr(options, "_timeout", None)
+    return found if isinstance(found, datetime.timedelta) else None
+
+
+def ranks_of(name: str) -> list[int]:
+    """The members of a process group, by their ranks in the job."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return list(dist.get_process_group_ranks(_resolve_process_group(name)))
 
 
 def collectives() -> Any:
@@ -53,16 +85,28 @@ def mesh_groups() -> dict[str, tuple[str, int, int]]:
 
 def gathered(tensors: Collection[torch.Tensor]) -> list[torch.Tensor]:
     """Those that `fully_shard` (FSDP2) fills from all ranks before each use: it hides that from their versions."""
-    module = sys.modules.get("torch.distributed._composable_state")
     wanted = {id(t) for t in tensors}
+    found = []
+    for parameter in (p for group in _sharded_groups() for p in group.fsdp_params):
+        tensor = getattr(parameter, "_unsharded_param", None)
+        if id(tensor) in wanted:
+            found.append(tensor)
+    return found
+
+
+def sharded_by_block() -> bool:
+    """Whether `fully_shard` gathers the parameters of several modules of this process, each by itself."""
+    return len(_sharded_groups()) > 1
+
+
+def _sharded_groups() -> list[Any]:
+    """What `fully_shard` gathers at a time."""
+    module = sys.modules.get("torch.distributed._composable_state")
     found = []
     for reference in list(getattr(module, "_module_state_mapping", {}).values()):
         state = reference()
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        for parameter in (p for group in groups if group is not None for p in group.fsdp_params):
-            tensor = getattr(parameter, "_unsharded_param", None)
-            if id(tensor) in wanted:
-                found.append(tensor)
+        found += [group for group in groups if group is not None]
     return found
 
 

@@ -17,7 +17,13 @@ Partition = Callable[..., tuple[GraphModule, GraphModule]]
 """(joint graph, its inputs, keyword arguments of AOTAutograd's) → forward and backward."""
 
 
-def boxed(compiler: Callable[..., Any]) -> Callable[..., Any]:
+Around = Callable[[str], Callable[[GraphModule, Callable[..., Any]], Callable[..., Any]]]
+""""forward" or "backward" → (graph, its callable) → what is called in its place."""
+
+
+def boxed(
+    compiler: Callable[..., Any], around: Callable[[GraphModule, Callable[..., Any]], Callable[..., Any]] | None = None
+) -> Callable[..., Any]:
     """A compiler of AOTAutograd's whose callable takes its arguments in a list, and empties it: what the caller holds
     no longer can then be freed in the middle of the graph. `compiler` gives a graph module back as it is, or anything
     that is called with the arguments."""
@@ -31,7 +37,8 @@ def boxed(compiler: Callable[..., Any]) -> Callable[..., Any]:
         graph_module.graph.set_codegen(_BoxedCodeGen())
         graph_module.recompile()
         forward = graph_module.forward
-        run = lambda arguments: forward(arguments)  # a bound method takes no attributes
+        plain = lambda arguments: forward(arguments)  # a bound method takes no attributes
+        run = plain if around is None else around(graph_module, plain)
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 

@@ -113,6 +113,10 @@ class Pass:
         """The same for a pass whose decisions depend on the passes after it, or take long."""
         return self.analyze(study.program, study.data)
 
+    def needs_symbols(self) -> bool:
+        """Whether the lengths of sequences have to be symbols in the graph that Dynamo captures."""
+        return False
+
     def without_data(self) -> Pass | None:
         """What stands for this pass where an earlier one is decided on and this one not yet; None to leave it out."""
         return None if self.needs_data else self

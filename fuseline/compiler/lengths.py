@@ -48,6 +48,25 @@ def ask_for_symbols(module: GraphModule, inputs: Sequence[Any]) -> None:
     compat.capture_again_with_symbols(sizes, written, holders)
 
 
+def ask_for_sequences(module: GraphModule, inputs: Sequence[Any]) -> None:
+    """Has Dynamo capture the graph again if the lengths of the caller's sequences came as numbers; returns otherwise.
+
+    A sequence is as long as token ids [batch, length], or embedded tokens [batch, length, width] where there are none.
+
+    Raises:
+        Dynamo's own restart exception, for Dynamo to catch: a backend must let it pass.
+    """
+    if not compat.sizes_may_become_symbolic():
+        return
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    data = {n: v for n, v in zip(placeholders, inputs, strict=True) if _is_data(n, v)}
+    lengths = {_size(n, 1) for n, v in data.items() if v.dim() == 2 and not v.is_floating_point()}
+    lengths = lengths or {_size(n, 1) for n, v in data.items() if v.dim() == 3}
+    found = [(n, d) for n, v in data.items() for d in _length_like(v) if _size(n, d) in lengths and _is_number(n, d)]
+    sizes = [(source, d) for n, d in found if (source := compat.dynamo_source(n))]
+    compat.capture_again_with_symbols(sizes, (), ())
+
+
 def changing(graph: Graph, values: dict[Node, Any]) -> tuple[list[tuple[Node, int]], set[int]]:
     """(placeholder, dimension) of the sizes that will change, and the lengths of allocated caches."""
     data = {n: value for n, value in values.items() if _is_data(n, value)}

@@ -5,16 +5,18 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
-from . import compat
+from . import compat, compat_distributed
 from .errors import UserError
 
 LAUNCH = "torchrun --nproc-per-node=N script.py, with torch.distributed.init_process_group() in the script"
 PATIENCE = datetime.timedelta(minutes=5)
 _compared: Counter[str] = Counter()
-_made: dict[tuple[int, int], list[str]] = {}
+_made: dict[tuple[Any, int], list[str]] = {}  # by the job's process group: a job may leave one and start another
+_shared: dict[tuple[Any, str, int], tuple[Ranks, Ranks]] = {}
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,36 @@ def find(size: int | None, mesh: str | None, what: str) -> Ranks:
 
 def _neighbours(size: int, world: int) -> str:
     """The name of the group of `size` neighbouring ranks; every process makes all of them, once."""
-    if (size, world) not in _made:
+    key = (dist.group.WORLD, size)
+    if key not in _made:
         with compat.real_tensors():
             groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world, size)]
-        _made[size, world] = [compat.group_name(g) if g is not None else "" for g in groups]
-    return _made[size, world][dist.get_rank() // size]
+        _made[key] = [compat.group_name(g) if g is not None else "" for g in groups]
+    return _made[key][dist.get_rank() // size]
 
 
-def agree(ranks: Ranks, facts: str, what: str, patience: datetime.timedelta = PATIENCE) -> None:
+def split(ranks: Ranks, inner: int) -> tuple[Ranks, Ranks]:
+    """The groups of `inner` neighbours among these ranks, and those of the ranks in the same place of each: this
+    process's of either kind. Only their members make them."""
+    key = (dist.group.WORLD, ranks.name, inner)
+    if key not in _shared:
+        members = compat_distributed.ranks_of(ranks.name)
+        member, place = divmod(ranks.rank, inner)
+        with compat.real_tensors():
+            near = dist.new_group(members[member * inner : (member + 1) * inner], use_local_synchronization=True)
+            far = dist.new_group(members[place::inner], use_local_synchronization=True)
+        names = [compat.group_name(g) for g in (near, far)]
+        _shared[key] = (Ranks(names[0], inner, place, ranks.world),
+                        Ranks(names[1], ranks.size // inner, member, ranks.world))  # fmt: skip
+    return _shared[key]
+
+
+def agree(ranks: Ranks, facts: str, what: str, patience: datetime.timedelta | None = None) -> None:
     """Holds what this process is about to compile against what the others of its group do; they wait for one another.
 
     Args:
         facts: a text that has to be the same on all.
+        patience: how long to wait; five minutes, or as long as the process group waits where that is less.
 
     Raises:
         UserError: with both texts, where they differ; or naming the rank that did not come, which went on with a graph
@@ -89,6 +109,7 @@ def agree(ranks: Ranks, facts: str, what: str, patience: datetime.timedelta = PA
     store = compat.shared_store()
     if store is None:
         return
+    patience = patience or min(PATIENCE, compat_distributed.default_timeout() or PATIENCE)
     _compared[ranks.name] += 1
     number = _compared[ranks.name]
     key = lambda rank: f"fuseline/{ranks.name}/{number}/{rank}"

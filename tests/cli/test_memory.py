@@ -42,6 +42,9 @@ def test_plan_of_a_shape(capsys, tmp_path):
     found = json.loads(data.read_text())
     assert {row["degree"] for row in found["rows"]} == {1, 3}
     assert found["fastest"]["peak"] <= 24e9
+    assert {row["kind"] for row in found["rows"]} == {"-", "ulysses", "ring"}
+    kind, degree = found["fastest"]["kind"], found["fastest"]["degree"]
+    assert degree == 1 or f"raise,sequence-parallel{{degree={degree},kind={kind}}}" in said.out
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,9 @@ def families() -> Iterator[tuple[str, Callable[[], nn.Module], Callable[[int, in
     def images(size: int, length: int) -> dict[str, Any]:
         return {"pixel_values": torch.randn(size, 3, 16, 16).double(), "labels": torch.arange(size) % 2}
 
-    def mixtral() -> nn.Module:
+    def mixtral(experts: str) -> nn.Module:
         model = hf.MixtralForCausalLM(hf.MixtralConfig(**grouped, num_local_experts=4, num_experts_per_tok=2))
-        model.set_experts_implementation("batched_mm")
+        model.set_experts_implementation(experts)
         return model
 
     gpt2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 64}
@@ -125,7 +125,8 @@ def families() -> Iterator[tuple[str, Callable[[], nn.Module], Callable[[int, in
         lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**grouped, **eager, head_dim=8, sliding_window=4)),
         padded,
     )
-    yield "mixtral", mixtral, tokens
+    yield "mixtral", lambda: mixtral("grouped_mm"), tokens
+    yield "mixtral-batched", lambda: mixtral("batched_mm"), tokens
     yield "gpt2", lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**gpt2)), tokens
     yield "bert", lambda: hf.BertForMaskedLM(hf.BertConfig(**common, **quiet)), padded
     yield (

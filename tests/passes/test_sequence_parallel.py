@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import fuseline
+from fuseline.compiler.machine import MACHINES
+from fuseline.passes.sequence import Families
+from fuseline.passes.sequence.choice import LATENCY, Layout, Work, choose, layouts, predict
+from fuseline.passes.sequence.collectives import Group
 from fuseline.passes.sequence.heads import Heads
 from fuseline.passes.sequence.placement import Axis, Shard, through_reshape
-from fuseline.passes.sequence.volume import exchanged, sent
+from fuseline.passes.sequence.volume import around, exchanged, sent
 from tests.distributed.sequence_models import Decoder, batch
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
@@ -35,12 +39,12 @@ def ranks() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-def cut(model: torch.nn.Module, length: int, pipeline: str = "sequence-parallel") -> Any:
+def cut(model: torch.nn.Module, length: int, pipeline: str = "sequence-parallel", **more: Any) -> Any:
     """The compilation of one rank."""
     seen: list[Any] = []
     torch.compiler.reset()
     run = torch.compile(model, backend="fuseline", options={"pipeline": pipeline, "record": seen.append})
-    run(**batch(1, length))
+    run(**batch(1, length), **more)
     return seen[0]
 
 
@@ -64,6 +68,110 @@ def test_volume_is_constant(ranks: Any) -> None:
     whole = 4 * 1024 * 512 * 8
     assert all(volume <= whole for volume in each.values())
     assert each[512] - each[8] < 0.13 * whole
+
+
+@pytest.mark.parametrize(("world", "ring", "keys"), [(8, 2, 2), (64, 8, 8), (512, 64, 8)])
+def test_what_a_rank_of_a_hybrid_sends(ranks: Any, world: int, ring: int, keys: int) -> None:
+    """Heads among neighbours, keys and values around their groups."""
+    ranks(world, world - 1)
+    inner, block = world // ring, 4
+    pipeline = f"raise,sequence-parallel{{kind=hybrid,ring={ring}}}"
+    program = cut(Decoder(heads=max(8, inner), keys=keys), block * world, pipeline).program
+    found, share = sent(program.graph), Heads(max(8, inner), keys, inner)
+    assert found["all_to_all_single"] == exchanged(1, block, max(8, inner), keys, 8, inner)
+    assert found["ring_attention"] == around(1, block * inner, share.local_keys, 8, ring)
+    shapes = [tuple(n.meta["val"].shape) for n in program.graph.nodes if getattr(n.target, "_opname", "") == "linear"]
+    assert all(shape[1] == block for shape in shapes)
+
+
+@pytest.mark.parametrize(("degree", "zigzag", "length"), [(4, 0, 10), (4, 4, 13), (4, 2, 13), (6, 2, 30), (12, 4, 50)])
+def test_every_position_is_held_once(degree: int, zigzag: int, length: int) -> None:
+    """Blocks in order or in a zigzag of members of several ranks: taken apart and put together again."""
+    axis = Families(degree, zigzag).of(length)
+    blocks = [Group("none", degree, r).positions(axis, torch.device("cpu")) for r in range(degree)]
+    held = torch.cat(blocks)
+    assert all(len(b) == axis.block for b in blocks)
+    assert torch.equal(held.sort().values, torch.arange(degree * axis.block)) and degree * axis.block >= length
+    if zigzag:  # a causal mask gives every member the same number of pairs
+        pairs = [int((p + 1).sum()) for p in held.view(zigzag, -1)]
+        assert len(set(pairs)) == 1
+    x = torch.randn(2, length, 3)
+    parts = torch.stack([Group("none", degree, r).take(x, Shard(1, axis)) for r in range(degree)])
+    group = Group("none", degree, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Group, "all_gather", lambda self, part: parts.unflatten(2, (1, axis.block, 1)))
+        assert torch.equal(group.gather(parts[0], Shard(1, axis)), x)
+
+
+MACHINE = MACHINES["h100"]
+
+
+def work(heads: int = 32, keys: int = 8, length: int = 131072) -> Work:
+    return Work(1, length, heads, keys, 128, 2, True)
+
+
+@pytest.mark.parametrize(
+    ("one", "degree", "kind"),
+    [
+        (work(), 8, "ulysses"),  # all divides, one node
+        (work(heads=1, keys=1), 8, "ring"),  # one head: all but one rank would compute it for nothing
+        (work(heads=4, keys=4), 8, "hybrid"),
+        (work(heads=9, keys=9), 4, "ring"),  # 12 heads would be computed for 9
+        (work(length=256), 8, "ulysses"),  # short: a ring's launches count
+    ],
+)
+def test_auto_by_cost(one: Work, degree: int, kind: str) -> None:
+    assert choose([one], list(layouts(degree)), MACHINE).kind == kind
+
+
+def test_between_nodes_the_exchange_of_heads_is_not_the_fastest() -> None:
+    """Two nodes of 8: keys and values of 8 heads go around behind attention, 32 heads would be waited for."""
+    taken = {k: predict(work(), k, MACHINE).total for k in layouts(16)}
+    assert taken[Layout(8, 2)] < taken[Layout(16, 1)]
+
+
+@pytest.mark.parametrize("degree", [8, 64, 512])
+def test_predicted_seconds_are_the_closed_form(degree: int) -> None:
+    one = work(heads=512, keys=512)
+    lane = (MACHINE.link if degree <= 8 else MACHINE.network) * MACHINE.bandwidth_share
+    wanted = 2 * (exchanged(1, one.length / degree, 512, 512, 128, degree) * 2 / lane + 2 * LATENCY)
+    assert predict(one, Layout(degree, 1), MACHINE).exposed == pytest.approx(wanted)
+
+
+def test_an_attention_of_few_heads_goes_around_by_itself(ranks: Any) -> None:
+    """`kind=auto` on one head of a long sequence; the same with a mask that nobody knows stays with heads."""
+    ranks(8)
+    names = lambda pipeline, **more: {
+        getattr(n.target, "_opname", "")
+        for n in cut(Decoder(heads=1, keys=1), 8192, pipeline, **more).program.graph.nodes
+    }
+    assert "ring_attention" in names("raise,sequence-parallel")
+    unknown = torch.rand(8192, 8192) > 0.5
+    assert "ring_attention" not in names("raise,sequence-parallel", mask=unknown)
+
+
+def test_ring_without_a_hybrid(ranks: Any) -> None:
+    ranks(8)
+    with pytest.raises(Exception, match="ring=2 says how kind=hybrid shares the degree"):
+        cut(Decoder(), 32, "raise,sequence-parallel{ring=2}")
+    with pytest.raises(Exception, match="cannot share degree 8 between heads and a ring of 3") as caught:
+        cut(Decoder(), 32, "raise,sequence-parallel{kind=hybrid,ring=3}")
+    assert "try: ring=2 or 4" in str(caught.value)
+
+
+def test_parts_are_symbolic(ranks: Any) -> None:
+    """`inputs=sharded`: the length of a part comes as a symbol at the first call already, and stands for a part of
+    it in each linear and for the whole around attention."""
+    ranks(4, 2)
+    program = cut(Decoder(), 6, "sequence-parallel{inputs=sharded}").program
+    ids = next(n for n in program.placeholders if "ids" in n.name and isinstance(n.meta["val"], torch.Tensor))
+    length = ids.meta["val"].shape[1]
+    shapes = {str(n.meta["val"].shape[1]) for n in program.graph.nodes if getattr(n.target, "_opname", "") == "linear"}
+    assert isinstance(length, torch.SymInt) and shapes == {str(length)}
+    attention = next(
+        n for n in program.graph.nodes if getattr(n.target, "_opname", "") == "scaled_dot_product_attention"
+    )
+    assert attention.args[0].meta["val"].shape[2] == 4 * length
 
 
 def test_graphs_of_ranks_differ_in_numbers_only(ranks: Any) -> None:
@@ -96,13 +204,18 @@ def test_no_process_group() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["sequence-parallel{degree=4,kind=ulysses,gradients=outside}", "sequence-parallel{mesh=sp,gather=sort|topk}"],
+    [
+        "sequence-parallel{degree=4,kind=ulysses,gradients=outside}",
+        "sequence-parallel{mesh=sp,gather=sort|topk}",
+        "sequence-parallel{kind=hybrid,ring=2,inputs=sharded}",
+    ],
 )
 def test_text(text: str) -> None:
     assert str(fuseline.Pipeline(text)) == text
     assert fuseline.Pipeline("sequence-parallel{degree=auto}") == fuseline.Pipeline("sequence-parallel")
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(2, 16))
 def test_every_query_reads_its_key(keys: int, groups: int, degree: int) -> None:
     heads = Heads(keys * groups, keys, degree)
@@ -118,6 +231,7 @@ def test_every_query_reads_its_key(keys: int, groups: int, degree: int) -> None:
         assert torch.equal(held[places], mine // groups)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([1, 2, 3, 5]), min_size=1, max_size=4), st.integers(0, 3), st.data())
 def test_through_reshape(sizes: list[int], at: int, data: Any) -> None:
     """A block of positions, cut before the reshape or after it, holds the same elements."""

@@ -14,7 +14,11 @@ sequence is, is found from attention, back to the token ids; nothing is tagged. 
 number of heads go: short blocks are padded inside and left out of sums, key heads go to all ranks that read them.
 
 `kind=ring` sends keys and values around the ranks instead (online softmax; causal masks balanced by a zigzag layout of
-positions): for few heads, where there is no mask or one that `raise` has proved causal.
+positions): for few heads, where there is no mask or one that `raise` has proved causal. `kind=hybrid` shares the degree
+between both: neighbouring ranks exchange heads, and `ring` such groups pass keys and values around. `auto` takes what
+is predicted to be fastest (`choice.py`).
+
+`inputs=sharded` is for callers who give each rank its own part of the sequence: `parts.py`.
 
 Gradients: with no wrapper around the model, parameters' gradients are summed over the ranks, so each rank has the full
 ones (`gradients=inside`). Under DistributedDataParallel or fully_shard they are scaled so that the wrapper's average is
@@ -36,6 +40,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,17 +51,20 @@ from torch.fx import Node
 from ...compiler import compat, process_groups
 from ...compiler.errors import UserError
 from ...compiler.framework import Pass, Tier
+from ...compiler.machine import machine_of
 from ...compiler.ops import scale_gradient, sum_gradient
 from ...compiler.program import Program
 from ...compiler.provenance import source_lines
 from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
-from . import breaks, ring
+from . import breaks, choice, parts, ring
+from .choice import Layout, Work
 from .collectives import Group
+from .experts import as_one_op
 from .placement import Axis, Partial, Sharded
 from .retrace import retrace
 from .run import Run
-from .sites import attentions, starts, trace_back
+from .sites import Site, attentions, starts, trace_back
 
 log = logging.getLogger("fuseline")
 
@@ -67,6 +75,14 @@ class Kind(enum.Enum):
     AUTO = "auto"
     ULYSSES = "ulysses"  # each rank has all positions for some heads: any mask
     RING = "ring"  # keys and values go around: no mask or a causal one, any number of heads
+    HYBRID = "hybrid"  # heads among neighbours, keys and values around their groups
+
+
+class Inputs(enum.Enum):
+    """What the caller gives each rank."""
+
+    FULL = "full"  # the whole batch
+    SHARDED = "sharded"  # its own positions, in order, as many as every other rank
 
 
 class Gradients(enum.Enum):
@@ -96,6 +112,8 @@ class SequenceParallel(Pass):
 
     degree: int | None = None  # ranks that share a sequence; auto: all, or the mesh dimension's
     kind: Kind = Kind.AUTO  # heads are exchanged, or keys and values go around
+    ring: int | None = None  # groups that a hybrid passes keys and values around; auto: by the cost model
+    inputs: Inputs = Inputs.FULL  # whether every rank gets the whole batch, or its part
     mesh: str | None = None  # a dimension of a DeviceMesh, by name
     gradients: Gradients = Gradients.AUTO  # who sums them: the graph, or a wrapper around the model
     outputs: Outputs = Outputs.AUTO  # whether logits come back whole
@@ -108,8 +126,12 @@ class SequenceParallel(Pass):
             rewriter.excused = "it goes on behind a graph break, with results that every rank has whole"
             return
         if not found:
+            rewriter.excused = breaks.between_blocks(program)
             return
+        breaks.tell_of_blocks()
         _refuse_writes(program)
+        as_one_op(program, rewriter)
+        found = attentions(program.graph)
         ranks = process_groups.find(self.degree, self.mesh, f"pass '{self.name}'")
         if ranks.size == 1:
             raise UserError(
@@ -119,19 +141,25 @@ class SequenceParallel(Pass):
             )
         process_groups.agree(ranks, _facts(self, program), f"pass '{self.name}'")
         group = Group(ranks.name, ranks.size, ranks.rank)
-        around = self.kind is Kind.RING
-        families = Families(ranks.size, zigzag=around and ring.check([site.node for site in found]))
-        reached = trace_back(found, families.of)
-        first = starts(reached)
+        outside = self._averaged(program)
+        given = program
+        if self.inputs is Inputs.SHARDED:
+            given = parts.gathered(program, found, group, outside)
+            found = attentions(given.graph)
+        layout = self._layout(found, ranks.size)
+        inner, rings = _groups(ranks, layout)
+        balanced = rings is not None and ring.check([site.node for site in found])
+        families = Families(ranks.size, layout.ring if balanced else 0)
+        first = starts(trace_back(found, families.of))
         if not first:
             raise breaks.inside_attention(program, found[0].node)
-        outside = self._averaged(program)
 
         def one_rank(values: Sequence[Any], weights: dict[Node, torch.Tensor]) -> Any:
-            run = Run(program.module, group, first, self.gather)
-            run.ring = around
+            run = Run(given.module, group, first, self.gather)
+            run.inner, run.rings = inner, rings
             run.weights = weights if outside else {n: _summed(w, group) for n, w in weights.items()}
-            results = run.run(*(_arriving(v, group, outside) for v in values))
+            whole = self.inputs is Inputs.FULL
+            results = run.run(*(_arriving(v, group, outside) if whole else v for v in values))
             left = leave(run, results, self.outputs, outside)
             tell_of_gathers(run)
             return left
@@ -139,10 +167,46 @@ class SequenceParallel(Pass):
         rewriter.replace_all(
             found[0].node,
             [site.node for site in found],
-            lambda: retrace(program, one_rank),
+            lambda: retrace(given, one_rank),
             "attention",
         )
         breaks.cut(program)
+
+    def needs_symbols(self) -> bool:
+        return self.inputs is Inputs.SHARDED
+
+    def _layout(self, found: Sequence[Site], degree: int) -> Layout:
+        """How the ranks share the degree between heads and a ring.
+
+        Raises:
+            UserError: a hybrid was asked for that the degree has no two factors for.
+        """
+        if self.ring is not None and self.kind is not Kind.HYBRID:
+            raise UserError(f"pass '{self.name}': ring={self.ring} says how kind=hybrid shares the degree",
+                            [f"kind={self.kind.value}"], f"kind=hybrid,ring={self.ring}")  # fmt: skip
+        if self.kind is Kind.ULYSSES:
+            return Layout(degree, 1)
+        if self.kind is Kind.RING:
+            return Layout(1, degree)
+        nodes = [site.node for site in found]
+        machine = machine_of(choice.device_of(nodes))
+        if self.kind is Kind.AUTO:
+            if self.inputs is Inputs.SHARDED or self.outputs is Outputs.SHARDED:
+                return Layout(degree, 1)  # the caller reads results in the order of positions, not in a ring's
+            if any(map(ring.reason, nodes)) or len(set(map(ring.is_causal, nodes))) > 1:
+                return Layout(degree, 1)
+            works = [Work.of(n, ring.is_causal(n)) for n in nodes]
+            return choice.choose(works, list(choice.layouts(degree)), machine)
+        ring.check(nodes)
+        mixed = [k for k in choice.layouts(degree) if k.kind == "hybrid" and self.ring in (None, k.ring)]
+        if not mixed:
+            fits = [str(k.ring) for k in choice.layouts(degree) if k.kind == "hybrid"]
+            raise UserError(
+                f"pass '{self.name}' cannot share degree {degree} between heads and a ring"
+                + (f" of {self.ring}" if self.ring is not None else ""),
+                remedy=f"ring={' or '.join(fits)}" if fits else "kind=ulysses or kind=ring",
+            )
+        return choice.choose([Work.of(n, ring.is_causal(n)) for n in nodes], mixed, machine)
 
     def _averaged(self, program: Program) -> bool:
         """Whether a wrapper will average gradients over the ranks."""
@@ -161,7 +225,7 @@ class SequenceParallel(Pass):
 class Families:
     """Sequence lengths of a program, and how each is cut: equal lengths in the same way."""
 
-    def __init__(self, degree: int, zigzag: bool = False):
+    def __init__(self, degree: int, zigzag: int = 0):
         self._degree, self._zigzag = degree, zigzag
         self._known: dict[str, Axis] = {}
 
@@ -179,7 +243,8 @@ class Families:
                     ["every rank needs one position at least"],
                     f"longer sequences, or degree={max(1, compat.size_hint(length))} or less",
                 )
-            parts = 2 * self._degree if self._zigzag else self._degree
+            # A member of a zigzag ring has two halves, and is cut for its ranks: parts that serve both.
+            parts = self._zigzag * math.lcm(2, self._degree // self._zigzag) if self._zigzag else self._degree
             even = bool(length % parts == 0)  # for a symbolic length a guard: the other case compiles apart
             part = length // parts if even else (length + parts - 1) // parts
             block = part * (parts // self._degree)
@@ -187,12 +252,24 @@ class Families:
         return self._known[text]
 
 
+def _groups(ranks: process_groups.Ranks, layout: Layout) -> tuple[Group | None, Group | None]:
+    """The ranks that exchange heads within a member of a ring, and those that a ring goes through."""
+    if layout.ring == 1:
+        return None, None
+    if layout.heads == 1:
+        return None, Group(ranks.name, ranks.size, ranks.rank)
+    inner, rings = process_groups.split(ranks, layout.heads)
+    return Group(inner.name, inner.size, inner.rank), Group(rings.name, rings.size, rings.rank)
+
+
 def _facts(step: Pass, program: Program) -> str:
     """What ranks have to have in common before they wait for one another in collectives."""
     given = [program.examples[i] for i in program.arguments] if program.examples else []
     shapes = [f"{n.name} {tuple(compat.size_hint(s) for s in v.shape)}" for n, v in zip(program.placeholders, given)
               if isinstance(v, torch.Tensor)]  # fmt: skip
-    return f"{step}; {', '.join(shapes)}; {len(program)} nodes"
+    # Of symbolic sizes and strides a rank may have more than another (a view that begins elsewhere).
+    values = (n.meta.get("val") for n in program.graph.nodes if n.op == "call_function")
+    return f"{step}; {', '.join(shapes)}; {sum(isinstance(v, torch.Tensor) for v in values)} operations"
 
 
 def _summed(weight: torch.Tensor, group: Group) -> torch.Tensor:

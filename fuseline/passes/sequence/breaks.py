@@ -6,12 +6,14 @@ import logging
 
 from torch.fx import Node
 
+from ...compiler import compat_distributed
 from ...compiler.errors import UserError
 from ...compiler.program import Program
 from ...compiler.provenance import source_line
 
 log = logging.getLogger("fuseline")
 REMEDY = "keep that line out of the model's forward, or put it under torch.compiler.disable behind the last layer"
+_told: list[bool] = []
 _open: list[str] = []  # the break behind which the last graph that was cut goes on
 
 
@@ -30,6 +32,25 @@ def goes_on(program: Program) -> bool:
     """Whether a graph without attention is the rest of a model that was cut before: its inputs are whole, so every rank
     computes the same, and the gradients that it hands back are those of whole values."""
     return bool(_open) and program.ends_at is None
+
+
+def between_blocks(program: Program) -> str | None:
+    """Why a graph without attention may stay as it is where `fully_shard` gathers each block by itself: its hooks end
+    Dynamo's graph at each block, and what lies between them works on whole values on every rank."""
+    if not compat_distributed.sharded_by_block():
+        return None
+    return "fully_shard gathers each block by itself, and this graph lies between blocks"
+
+
+def tell_of_blocks() -> None:
+    """Says once what sharding block by block costs."""
+    if compat_distributed.sharded_by_block() and not _told:
+        _told.append(True)
+        log.warning(
+            "sequence-parallel: fully_shard gathers each block by itself, so the graph ends at each block and hidden "
+            "states are gathered on every rank between them; fully_shard(model) alone, after model.compile, keeps them "
+            "cut from the first layer to the loss"
+        )
 
 
 def named(program: Program) -> list[str]:

@@ -43,9 +43,12 @@ class Group:
     def positions(self, axis: Axis, device: torch.device) -> torch.Tensor:
         """The positions that this rank holds, [block]; beyond the sequence's end they go on."""
         if axis.zigzag:
-            half = axis.block // 2
-            chunks = (self.rank, 2 * self.degree - 1 - self.rank)
-            return torch.cat([torch.arange(c * half, c * half + half, device=device) for c in chunks])
+            ranks = self.degree // axis.zigzag
+            member, place = divmod(self.rank, ranks)
+            half = axis.block * ranks // 2
+            chunks = (member, 2 * axis.zigzag - 1 - member)
+            both = torch.cat([torch.arange(c * half, c * half + half, device=device) for c in chunks])
+            return both.narrow(0, place * axis.block, axis.block)
         start = self.rank * axis.block
         return torch.arange(start, start + axis.block, device=device)
 
@@ -70,8 +73,10 @@ class Group:
         """Shard → Replicate; the gradient is reduced and scattered."""
         axis, dim = shard.axis, shard.dim
         parts = self.all_gather(x.unflatten(dim, (shard.outer, axis.block, shard.inner)))
-        if axis.zigzag:  # chunks 0 … degree − 1 are the first halves, the others the second ones backwards
-            first, second = parts.unflatten(dim + 2, (2, axis.block // 2)).unbind(dim + 2)
+        if axis.zigzag:  # of 2·n chunks 0 … n − 1 are the members' first halves, the others the second ones backwards
+            ranks = self.degree // axis.zigzag
+            members = parts.unflatten(0, (axis.zigzag, ranks)).movedim(1, dim + 2).flatten(dim + 2, dim + 3)
+            first, second = members.unflatten(dim + 2, (2, axis.block * ranks // 2)).unbind(dim + 2)
             parts = torch.cat((first, second.flip(0)))
         whole = parts.movedim(0, dim + 1).flatten(dim + 1, dim + 2)  # [..., outer, degree · block, inner, ...]
         if not axis.even:

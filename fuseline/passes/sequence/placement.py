@@ -29,8 +29,9 @@ class Axis:
     """A sequence of `length` positions in `degree` blocks of `block` positions; the last blocks may be short.
 
     heads: what is cut are attention heads, between two exchanges, and not the sequence.
-    zigzag: a block is two chunks of half its size, of 2·degree in all: rank r holds r and 2·degree − 1 − r, so that a
-    causal mask gives every rank the same work.
+    zigzag: members of a ring whose causal mask is balanced, 0 for blocks that lie in order. Member r of n holds chunks
+    r and 2·n − 1 − r of 2·n, so that a causal mask gives every one the same work; where a member is several ranks, they
+    share its two chunks in order.
     even: every block is whole, for sure.
     """
 
@@ -39,7 +40,7 @@ class Axis:
     degree: int
     even: bool
     heads: bool = False
-    zigzag: bool = False
+    zigzag: int = 0
 
     def cut(self, length: Any) -> Axis:
         """The first `length` positions, in the same blocks."""

@@ -13,7 +13,7 @@ from ...compiler.provenance import source_line
 from ...compiler.traits import arguments
 
 if TYPE_CHECKING:
-    from .run import Run
+    from .collectives import Group
 
 
 CALLS = ("scaled_dot_product_attention", "attention")
@@ -62,9 +62,9 @@ def check(attentions: list[Node]) -> bool:
     return kinds.pop()
 
 
-def around(run: Run, node: Node, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: Any) -> torch.Tensor:
-    """This rank's block of the result."""
-    given, group = arguments(node), run.group
+def around(group: Group, node: Node, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: Any) -> torch.Tensor:
+    """This member's block of the result, over the ring of `group`."""
+    given = arguments(node)
     scale = given.get("scale")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return ring_attention(q, k, v, scale, is_causal(node), length, group.rank, group.degree, group.name)[0]

@@ -36,7 +36,8 @@ class Run(Inliner):
         self.weights: dict[Node, torch.Tensor] = {}
         self.cut: dict[Node, Shard] = {}
         self._moved: dict[tuple[Any, ...], torch.Tensor] = {}
-        self.ring = False
+        self.rings: Group | None = None  # where keys and values go around; within a member of it heads are exchanged
+        self.inner: Group | None = None
         self.started: list[Node] = []
         self.collected: list[Node] = []
 

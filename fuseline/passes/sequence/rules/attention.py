@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from ....compiler.traits import arguments
 from ...raising.repeat_kv import _Repeat
-from ..collectives import pad_to
+from ..collectives import Group, pad_to
 from ..heads import Heads
 from ..placement import Axis, Shard, Sharded, is_one, same_size
 from ..ring import around
@@ -55,19 +55,29 @@ class Attention(Rule):
             return run.refuse(node, "it is cut along another dimension than the sequence")
         if not same_size(value(query).shape[2], value(key).shape[2]):
             return run.refuse(node, "its queries and keys are sequences of two lengths (cross-attention)")
-        if run.ring:
-            shard = next(s for s in shards if s is not None)
-            q, k, v = (run.local(n, [0, 1, 2, 3], shard, node) for n in (query, key, val))
-            return Sharded(around(run, node, q, k, v, shard.axis.length), shard)
+        if run.rings is not None:
+            return self._around(run, run.rings, node, query, key, val)
         return self._by_heads(run, node, query, key, val, mask)
+
+    def _around(self, run: Run, rings: Group, node: Node, query: Node, key: Node, val: Node) -> Sharded:
+        """Around a ring, each of whose members may be several ranks: they exchange heads for their positions first."""
+        shard = next(run.values[n].shard for n in (query, key, val) if isinstance(run.values[n], Sharded))
+        q, k, v = (run.local(n, [0, 1, 2, 3], shard, node) for n in (query, key, val))
+        inner, length = run.inner, shard.axis.length
+        if inner is None:
+            return Sharded(around(rings, node, q, k, v, length), shard)
+        heads = Heads(int(value(query).shape[1]), int(value(key).shape[1]), inner.degree)
+        member = Axis(inner.degree * shard.axis.block, shard.axis.block, inner.degree, True)
+        q, k, v = exchange(inner, heads, member, q, k, v)
+        return Sharded(bring_back(inner, heads, member, around(rings, node, q, k, v, length)), shard)
 
     def _by_heads(self, run: Run, node: Node, query: Node, key: Node, val: Node, mask: Node | None) -> Sharded:
         shard = next(run.values[n].shard for n in (query, key, val) if isinstance(run.values[n], Sharded))
         q, k, v = (run.local(n, [0, 1, 2, 3], shard, node) for n in (query, key, val))
         heads = Heads(int(value(query).shape[1]), int(value(key).shape[1]), run.group.degree)
-        q, k, v = exchange(run, heads, shard.axis, q, k, v)
+        q, k, v = exchange(run.group, heads, shard.axis, q, k, v)
         result = self._call(run, node, q, k, v, run.mask_of_heads(mask, heads), heads)
-        return Sharded(bring_back(run, heads, shard.axis, result), shard)
+        return Sharded(bring_back(run.group, heads, shard.axis, result), shard)
 
     def _call(self, run: Run, node: Node, q: Any, k: Any, v: Any, mask: Any, heads: Heads) -> torch.Tensor:
         given = {name: run.whole(a) if isinstance(a, Node) and i > 3 else a
@@ -98,7 +108,7 @@ class Attention(Rule):
         return Sharded(result, shard)
 
 
-def exchange(run: Run, heads: Heads, axis: Axis, *parts: torch.Tensor) -> list[torch.Tensor]:
+def exchange(group: Group, heads: Heads, axis: Axis, *parts: torch.Tensor) -> list[torch.Tensor]:
     """q [B, H, block, D], k and v [B, K, block, D] → this rank's heads of all positions, in one all-to-all.
 
     What is sent is laid out [degree, block, B, heads · D]: its first two dimensions are the sequence once it has
@@ -115,24 +125,24 @@ def exchange(run: Run, heads: Heads, axis: Axis, *parts: torch.Tensor) -> list[t
         if order is not None:
             x = x.index_select(2, order)
         sent.append(x.unflatten(2, (degree, count)).permute(2, 0, 1, 3, 4).flatten(3))
-    arrived = run.group.all_to_all(torch.cat(sent, -1)).flatten(0, 1)
+    arrived = group.all_to_all(torch.cat(sent, -1)).flatten(0, 1)
     if not axis.even:
         arrived = arrived.narrow(0, 0, axis.length)
     found = []
     for x, part, count in zip(parts, arrived.split([s.shape[-1] for s in sent], -1), counts):
         found.append(part.unflatten(2, (count, x.shape[3])).permute(1, 2, 0, 3))
-    places = heads.read_by(run.group.rank, device)
+    places = heads.read_by(group.rank, device)
     if places is not None:
         found[1:] = [x.index_select(1, places) for x in found[1:]]
     return found
 
 
-def bring_back(run: Run, heads: Heads, axis: Axis, x: torch.Tensor) -> torch.Tensor:
+def bring_back(group: Group, heads: Heads, axis: Axis, x: torch.Tensor) -> torch.Tensor:
     """[B, heads of this rank, S, D] → [B, H, block, D], stored as [B, block, H, D], as the next layer reads it."""
     degree, (batch, count, _, width) = heads.degree, x.shape
     rows = pad_to(x, SEQUENCE, degree * axis.block, axis).permute(2, 0, 1, 3)
     sent = rows.reshape(degree, axis.block, batch, count * width)
-    arrived = run.group.all_to_all(sent).permute(2, 1, 0, 3)  # [B, block, degree, heads · D]
+    arrived = group.all_to_all(sent).permute(2, 1, 0, 3)  # [B, block, degree, heads · D]
     whole = arrived.reshape(batch, axis.block, degree * count, width)
     whole = whole if degree * count == heads.queries else whole.narrow(2, 0, heads.queries)
     return whole.transpose(1, 2)

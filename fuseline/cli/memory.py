@@ -31,6 +31,7 @@ def memory(
     device: Annotated[str, typer.Option(metavar="D", help="a100, h100, h200, b200 or cpu.")] = "h100",
     rows: Annotated[int, typer.Option(metavar="N", min=1, help="Rows of the table.")] = 16,
     points: Annotated[int, typer.Option(metavar="N", min=0, help="Points of the Pareto curve.")] = 5,
+    lengths: Annotated[int, typer.Option(metavar="N", min=0, help="Plans by the length, from --seq on.")] = 0,
     plot: Annotated[str | None, typer.Option(metavar="FILE.svg", help="Memory over the step, drawn.")] = None,
     json: options.Json = None,
 ) -> None:
@@ -52,9 +53,9 @@ def memory(
     problem = _at_length(step, program, seq, device, layers)
     symbol = sequence_symbol(problem.tape)
     announce("solving")
-    choice = choose(problem, step.policy, step.limit(problem))
-    everything = choose(problem, Policy.NONE)
     owned = 2.0 * find_shape(model).parameters if layers else input_bytes(problem.tape, problem.at)
+    choice = choose(problem, step.policy, step.limit(problem, owned))
+    everything = choose(problem, Policy.NONE)
     peak, most = problem.peak(choice.execution), problem.peak(everything.execution)
     of = f", {layers} layers by {problem.traced} traced" if layers else ""
     output.line(f"{model}: a step on {seq:,} tokens{of}, rates of {device}")
@@ -81,7 +82,9 @@ def memory(
         output.line()
         cells = [[r["name"], size_text(r["peak"]), f"{r['seconds'] * 1e3:.3g}"] for r in curve]
         table(output, ["choice", "peak", "ms computed again"], cells)
-    reach = None
+    reach, stretches = None, []
+    if lengths and symbol is None:
+        raise UserError("--lengths needs a length that is symbolic: this model was captured with a fixed one")
     if symbol is not None:
         formula = step_formula(problem, choice, symbol, layers)
         room = read_memory(limit) - owned
@@ -89,6 +92,8 @@ def memory(
         output.line(f"\nby the length S: {formula}")
         output.line(f"longest S in {limit} less {size_text(owned)} of parameters and inputs: {reach:,}")
         output.line(f"  = {closed_text(closed)}, where M is what is left")
+        stretches = _lengths(problem, layers, room, seq, lengths) if lengths else []
+        _tell_lengths(output, stretches, limit)
     if plot is not None:
         Path(plot).write_text(_svg(lines), encoding="utf-8")
         output.line(f"\nwrote {plot}")
@@ -97,7 +102,38 @@ def memory(
     output.write({"model": model, "sequence": seq, "device": device, "pass": str(step), "peak": peak,
                   "peak_kept": most, "owned": owned, "activations": found,
                   "forward": lines[0].tolist(), "backward": lines[1].tolist(),
-                  "curve": curve, "longest": reach})  # fmt: skip
+                  "curve": curve, "longest": reach, "lengths": [_stretch(s) for s in stretches]})  # fmt: skip
+
+
+def _lengths(problem: Any, layers: int | None, room: float, seq: int, most: int) -> list[Any]:
+    """The fastest plans within a device's memory, from a length on."""
+    from dataclasses import replace
+
+    from fuseline.passes.checkpointing import sequence_symbol
+    from fuseline.planning import by_length
+
+    at = lambda length: replace(problem, at={**problem.at, symbol: length}, layers=layers, patience=6.0)
+    symbol = sequence_symbol(problem.tape)
+    announce("solving for longer sequences")
+    return by_length(at, symbol, room, layers, seq, most)
+
+
+def _tell_lengths(output: Output, stretches: list[Any], limit: str) -> None:
+    """Which plan is the fastest from which length to which, and how far each reaches by the memory."""
+    from fuseline.planning.formulas import closed_text
+
+    if not stretches:
+        return
+    output.line(f"\nthe fastest within {limit} by the length:")
+    cells = [[f"{s.first:,}", f"{s.last:,}", f"{s.share:.2%}", closed_text(s.closed)] for s in stretches]
+    table(output, ["from", "to", "again", "it fits to, by the memory M that is left"], cells)
+
+
+def _stretch(one: Any) -> dict[str, Any]:
+    return {
+        "first": one.first, "last": one.last, "seconds": one.seconds, "share": one.share,
+        "bytes": [str(t) for t in one.formula.terms], "longest_by_memory": str(one.closed),
+    }  # fmt: skip
 
 
 def _program(model: str, seq: int, before: str) -> tuple[Any, int | None]:

@@ -47,6 +47,17 @@ def ranks_of(name: str) -> list[int]:
     return list(dist.get_process_group_ranks(_resolve_process_group(name)))
 
 
+def place_in(name: str) -> tuple[int, int]:
+    """The size of a process group of this name, and this process's place in it; (1, 0) where it is not known."""
+    try:
+        from torch.distributed.distributed_c10d import _resolve_process_group
+
+        group = _resolve_process_group(name)  # type: ignore[arg-type]
+        return int(group.size()), int(group.rank())
+    except (ImportError, KeyError, RuntimeError, TypeError, ValueError):
+        return 1, 0
+
+
 def collectives() -> Any:
     """The namespace of functional collectives that carry gradients: on torch 2.13 `_c10d_functional` itself, whose ops
     partitioners know by name; before, its `_autograd` twin.

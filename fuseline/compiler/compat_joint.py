@@ -13,6 +13,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
+from .compat_distributed import place_in
+
 Partition = Callable[..., tuple[GraphModule, GraphModule]]
 """(joint graph, its inputs, keyword arguments of AOTAutograd's) → forward and backward."""
 
@@ -90,7 +92,9 @@ def split_as_written(joint: GraphModule, inputs: Sequence[Any], **given: Any) ->
 
 def inductor_through(module: GraphModule, inputs: Sequence[Any], partition: Partition, key: str) -> Callable[..., Any]:
     """A training graph compiled by Inductor, its joint graph split by `partition`; key: what tells this partition from
-    others in Inductor's cache."""
+    others in Inductor's cache. AOTAutograd's own cache is left out: a hit would skip the partition, and with it what it
+    refuses, guards and agrees on with other ranks. Inductor's kernels are cached as ever."""
+    from torch._functorch import config as functorch
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import CustomPartitionerFn
@@ -106,7 +110,7 @@ def inductor_through(module: GraphModule, inputs: Sequence[Any], partition: Part
         def __reduce__(self) -> Any:  # Inductor's cache hashes what its settings pickle to
             return str, (key,)
 
-    with config.patch(custom_partitioner_fn=Ours()):
+    with config.patch(custom_partitioner_fn=Ours()), functorch.patch(enable_autograd_cache=False):
         return compile_fx(module, list(inputs))
 
 
@@ -134,12 +138,7 @@ def is_random(node: Node) -> bool:
 
 def group_size(name: Any) -> int:
     """How many devices take part in a process group of this name; 1 where it is not known."""
-    try:
-        from torch.distributed.distributed_c10d import _resolve_process_group
-
-        return int(_resolve_process_group(name).size())
-    except (ImportError, KeyError, RuntimeError, TypeError, ValueError):
-        return 1
+    return place_in(name)[0]
 
 
 def joint_graph(function: Callable[..., Any], inputs: Sequence[Any]) -> GraphModule:
@@ -170,6 +169,12 @@ def joint_graph(function: Callable[..., Any], inputs: Sequence[Any]) -> GraphMod
     except Found:
         pass
     return found[0]
+
+
+def hold_at_most(size: Any, most: int) -> None:
+    """Guards that a symbolic size is at most a number, which it is at capture: larger ones are captured again."""
+    if size.node.hint is not None:
+        bool(size <= most)
 
 
 def symbolic_length(hint: int) -> tuple[Any, Any]:

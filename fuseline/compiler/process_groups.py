@@ -132,3 +132,34 @@ def agree(ranks: Ranks, facts: str, what: str, patience: datetime.timedelta | No
                 [f"rank {ranks.rank}: {facts}", f"rank {other}: {theirs}"],
                 "give every rank of a sequence the same batch, and the same code",
             )
+
+
+def named(name: str) -> Ranks:
+    """The group of that name, as functional collectives carry it; of one rank where this process does not know it."""
+    size, rank = compat.place_in(name)
+    return Ranks(name, size, rank, dist.get_world_size() if size > 1 else 1)
+
+
+def follow(ranks: Ranks, said: str, what: str, patience: datetime.timedelta = PATIENCE) -> str:
+    """What the first rank of a group says, where this process says `said`.
+
+    Raises:
+        UserError: the first rank said nothing in time, as one that went on with a graph that it had.
+    """
+    store = compat.shared_store() if ranks.size > 1 else None
+    if store is None:
+        return said
+    _compared[ranks.name] += 1
+    key = f"fuseline/{ranks.name}/{_compared[ranks.name]}/first"
+    if ranks.rank == 0:
+        store.set(key, said)
+        return said
+    try:
+        store.wait([key], patience)
+    except (RuntimeError, dist.DistStoreError) as error:
+        raise UserError(
+            f"{what}: the first rank of the group compiled no graph {_compared[ranks.name]} within {patience}",
+            ["it runs a graph that it had, or it has ended: batches of different lengths do that"],
+            "give every rank of a group batches of the same sizes",
+        ) from error
+    return str(store.get(key).decode())

@@ -22,7 +22,7 @@ def test_memory_of_a_shape(capsys, tmp_path):
     assert code == 0, said.err
     assert "peak of activations and gradients" in said.out and "attention" in said.out and "next: " in said.out
     found = json.loads(data.read_text())
-    assert found["peak"] < found["peak_kept"]
+    assert found["peak"] < found["peak_kept"] and found["lengths"] == []
     kept = {row["why"] for row in found["activations"] if row["decision"] == "kept"}
     assert {"a block's input", "attention's result"} <= kept
     assert found["longest"] > 4096 and "polygon" in plot.read_text()
@@ -30,6 +30,21 @@ def test_memory_of_a_shape(capsys, tmp_path):
     assert names[0] == "smallest" and names[-1] == "none"
     times = {row["name"]: row["seconds"] for row in found["curve"]}
     assert times["none"] == 0 < times["budget"] < times["full"]
+
+
+@pytest.mark.slow
+def test_plans_by_the_length(capsys, tmp_path):
+    data = tmp_path / "memory.json"
+    code, said = run(
+        capsys, "memory", "shape:smollm2-135m", "-p", "checkpoint{policy=budget,memory=12GB}", "--memory", "12GB",
+        "--seq", "8192", "--points", "0", "--lengths", "2", "--json", str(data),
+    )  # fmt: skip
+    assert code == 0, said.err
+    assert "the fastest within 12GB by the length" in said.out
+    found = json.loads(data.read_text())
+    first, second = found["lengths"]
+    assert first["first"] == 8192 and second["first"] == first["last"] + 1 and second["share"] > first["share"]
+    assert found["peak"] + found["owned"] <= 12e9  # parameters of all layers count, not of those that were traced
 
 
 def test_plan_of_a_shape(capsys, tmp_path):

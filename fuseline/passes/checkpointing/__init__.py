@@ -17,7 +17,8 @@ for all, and an integer program over it is solved exactly. Exchanges between dev
 `collectives=auto` runs one again where that takes less time than its result would take to the host's memory and back;
 `keep` and `rerun` say so. Random operations that run again draw the same numbers. Regions of `torch.utils.checkpoint`
 are left as they are asked for. `offload=cpu` moves kept values to pinned host memory while the blocks compute.
-`target_seq` decides for another length than the one captured, where that is symbolic.
+`target_seq` decides for another length than the one captured, where that is symbolic. A plan within a size holds it at
+every length that it is used for: a longer sequence is captured again, with a plan of its own.
 
 Exact: an operation that runs again gets the same inputs, so gradients are equal bit by bit where the same kernels run.
 Sources: Chen et al., 2016; Checkmate (Jain et al., 2020); selective recomputation (Korthikanti et al., 2022); AutoSP's
@@ -32,11 +33,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import Node
-
-from ...compiler.compat import size_hint, symbolic_expression
-from ...compiler.compat_joint import is_tangent, tag
-from ...compiler.costs import bytes_of, is_attention
+from ...compiler.compat_joint import tag
 from ...compiler.errors import UserError
 from ...compiler.framework import Level, Pass, Tier
 from ...compiler.joint import after_split
@@ -44,9 +41,11 @@ from ...compiler.machine import find_machine, machine_of
 from ...compiler.program import Program
 from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
-from ...compiler.tape import At, Tape, saved_bytes, tape, value_at
+from ...compiler.tape import At, Tape, saved_bytes, tape
+from .lengths import hints, hold_limit, input_bytes, sequence_symbol
 from .offload import move_to_host
-from .policies import Choice, Collectives, Policy, Problem, choose
+from .policies import Choice, Collectives, Policy, Problem, choose, gigabytes
+from .ranks import agreed
 
 
 class Objective(enum.Enum):
@@ -81,16 +80,20 @@ class Checkpoint(Pass):
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         problem = self.problem(program)
-        choice = choose(problem, self.policy, self.limit(problem))
+        choice = agreed(problem, choose(problem, self.policy, self.limit(problem)))
+        predicted = self._predicted(problem, choice)
+        if self.policy is Policy.BUDGET and (size := read_memory(self.memory)) > 1:
+            predicted["longest"] = hold_limit(program, problem, choice.execution, size)
         self._tag(problem, choice, rewriter)
-        program.module.meta["checkpoint"] = self._predicted(problem, choice)
+        program.module.meta["checkpoint"] = predicted
         if choice.offloaded:
             moved = problem.sections.spread(choice.offloaded) & choice.execution.saved
             after_split(program, move_to_host([problem.tape.storages[s].node.name for s in moved]))
 
     def _predicted(self, problem: Problem, choice: Choice) -> dict[str, float]:
         """Bytes and seconds of the step: its peak apart from parameters and inputs, what is kept between forward and
-        backward on the device, what is on the host, and the time that is computed again."""
+        backward on the device, what is on the host, and the time that is computed again; of a plan within a size
+        also the longest sequence that it holds it for."""
         outside = problem.sections.spread(choice.offloaded) & choice.execution.saved
         kept = choice.execution.saved - outside
         return {
@@ -112,8 +115,8 @@ class Checkpoint(Pass):
         at = _sizes(program, found, self.target_seq)
         return Problem(found, machine, at, self.collectives, self.offload is Offload.CPU, layers)
 
-    def limit(self, problem: Problem) -> float | None:
-        """Bytes for activations and gradients.
+    def limit(self, problem: Problem, owned: float | None = None) -> float | None:
+        """Bytes for activations and gradients. owned: those of parameters and inputs, where not all were traced.
 
         Raises:
             UserError: the option `memory` is no size and no share, or parameters and inputs alone are more.
@@ -127,10 +130,10 @@ class Checkpoint(Pass):
         size = read_memory(self.memory)
         if size <= 1:
             return size * problem.peak(problem.run(problem.everything))
-        owned = input_bytes(problem.tape, problem.at)
+        owned = input_bytes(problem.tape, problem.at) if owned is None else owned
         if owned >= size:
             raise UserError(
-                f"checkpoint cannot keep a step within {self.memory}: parameters and inputs take {owned / 1e9:.3g}GB",
+                f"checkpoint cannot keep a step within {self.memory}: parameters and inputs take {gigabytes(owned)}",
                 remedy="more memory, or parameters that are sharded or in a smaller type",
             )
         return size - owned
@@ -175,12 +178,6 @@ def read_memory(text: str) -> float:
     return float(match[1]) * (units[match[2]] if match[2] else 1.0)
 
 
-def input_bytes(found: Tape, at: At) -> float:
-    """Bytes of what the caller owns: parameters, buffers and inputs."""
-    owned = [n for n in found.nodes if n.op == "placeholder" and not is_tangent(n)]
-    return sum(value_at(bytes_of(n.meta.get("val")), at) for n in owned)
-
-
 def _device(program: Program) -> Any:
     devices = [v.device for n in program.graph.nodes if hasattr(v := n.meta.get("val"), "device")]
     return next((d for d in devices if d.type == "cuda"), devices[0])
@@ -198,27 +195,3 @@ def _sizes(program: Program, found: Tape, target: int) -> At:
             remedy="torch._dynamo.mark_dynamic(input_ids, 1) before the first call, or leave target_seq out",
         )
     return {**at, symbol: target}
-
-
-def hints(program: Program) -> At:
-    """The sizes that symbols had at capture."""
-    at: At = {}
-    for node in program.placeholders:
-        value = node.meta.get("val")
-        for size in getattr(value, "shape", (value,)):
-            expression = symbolic_expression(size)
-            if getattr(expression, "is_Symbol", False):
-                at.setdefault(expression, size_hint(size))
-    return at
-
-
-def sequence_symbol(found: Tape) -> Any:
-    """The symbol of the sequence's length: of attention's queries, or the only one there is; None where it is fixed."""
-    for i in found.forward:
-        node: Node = found.nodes[i]
-        if is_attention(node):
-            query = node.args[0].meta["val"]  # type: ignore[union-attr]
-            symbols = [e for s in query.shape[-2:-1] if (e := symbolic_expression(s)) is not s and e.free_symbols]
-            if symbols:
-                return sorted(symbols[0].free_symbols, key=str)[0]
-    return found.symbols[0] if len(found.symbols) == 1 else None

@@ -53,6 +53,7 @@ class Problem:
     offload: bool = False
     layers: int | None = None  # blocks to decide for, where fewer were traced
     sharded: bool = False  # gradients of parameters leave the device as they come, and take no memory
+    patience: float = SECONDS  # seconds that the solver may take for one choice
     sizes: np.ndarray = field(init=False)
     seconds: np.ndarray = field(init=False)
     sections: Sections = field(init=False)
@@ -226,7 +227,8 @@ def _long_context(problem: Problem, why: dict[int, str]) -> Choice:
     return _labelled(problem, Policy.LONG_CONTEXT, best, found, why)
 
 
-def _solve(problem: Problem, limits: Limits, time: float = SECONDS) -> Solution | None:
+def _solve(problem: Problem, limits: Limits, time: float | None = None) -> Solution | None:
+    time = problem.patience if time is None else time
     if problem.offload:
         values = {s for section in problem.sections.sections if section.copies > 1 for s in section.values}
         large = {s for s in values if problem.sizes[problem.tape.storages[s].size] >= 2**20 or _on_cpu(problem)}
@@ -252,10 +254,10 @@ def _budget(problem: Problem, limit: float, why: dict[int, str]) -> Choice:
     allowed = limit
     started = time.monotonic()
     for _ in range(3):  # the program's peak is a bound: what it is too high by may be given back
-        left = SECONDS - (time.monotonic() - started)
-        if best is not None and left < SECONDS / 2:
+        left = problem.patience - (time.monotonic() - started)
+        if best is not None and left < problem.patience / 2:
             break
-        solution = _solve(problem, problem.limits(memory=allowed), max(left, SECONDS / 4))
+        solution = _solve(problem, problem.limits(memory=allowed), max(left, problem.patience / 4))
         if solution is None:
             break
         execution = problem.run(solution.saved, solution.offloaded)
@@ -276,7 +278,7 @@ def _budget(problem: Problem, limit: float, why: dict[int, str]) -> Choice:
 
 def smallest(problem: Problem) -> tuple[Solution, Execution]:
     """The choice of the smallest peak that the solver finds."""
-    solution = _solve(problem, problem.limits(), 5.0)
+    solution = _solve(problem, problem.limits(), max(5.0, problem.patience))
     if solution is None:  # its time was over: the better of two that need no solver
         found = min(
             (choose(problem, p) for p in (Policy.FULL, Policy.MIN_CUT)), key=lambda c: problem.peak(c.execution)

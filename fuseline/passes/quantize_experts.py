@@ -31,9 +31,9 @@ def rounded_experts(step: Quantize, program: Program, rewriter: Rewriter) -> Non
             rewriter.refuse(node, UNTRAINED if TRAINS in program.state else reason)
             continue
         schemes = step.candidates(found.path)
-        reason = _refuse(step, program, found, schemes)
-        if reason is not None:
-            rewriter.refuse(found.node, reason)
+        refused = _refuse(step, program, found, schemes)
+        if refused is not None:
+            rewriter.refuse(found.node, refused)
         elif schemes:
             rewriter.rewrite(
                 found.node, [found.node], lambda new, f=found, s=schemes[0]: _build(step, new, f, s), "experts"  # type: ignore[misc]

@@ -28,6 +28,7 @@ from fuseline.compiler import registry
 from fuseline.compiler.errors import FuselineError
 from fuseline.compiler.recipes import recipes
 from fuseline.models.decoder import TinyDecoder
+from fuseline.models.encoder import TinyEncoder
 from fuseline.models.mixture import TinyMixture
 
 WORLD = 4
@@ -53,6 +54,11 @@ class WithLoss(torch.nn.Module):
         return F.cross_entropy(self.body(ids)[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 
+def encoder() -> Model:
+    torch.manual_seed(0)
+    return TinyEncoder(hidden=64, layers=1).eval().requires_grad_(False), (torch.randn(2, 16, 48),)
+
+
 def training() -> Model:
     torch.manual_seed(0)
     ids = torch.arange(32).reshape(2, 16)
@@ -69,6 +75,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     "One decoder layer": decoder,
     "One decoder layer and the loss": training,
     "One layer of routed experts": experts,
+    "One encoder layer": encoder,
 }
 
 

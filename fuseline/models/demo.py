@@ -1,4 +1,5 @@
-"""Models that need no path: `demo:smollm2`, `demo:tiny-llama`, `demo:tiny-decoder`, `demo:tiny-moe`."""
+"""Models that need no path: `demo:smollm2`, `demo:tiny-llama`, `demo:tiny-decoder`, `demo:tiny-moe`,
+`demo:tiny-encoder`."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from fuseline.compiler.errors import UserError, nearest
 from fuseline.models.cache import cache_dir
 from fuseline.models.checks import require
 from fuseline.models.decoder import TinyDecoder
+from fuseline.models.encoder import TinyEncoder
 from fuseline.models.fetch import VERSION, smollm2_gguf
 from fuseline.models.gguf import load_converted
 from fuseline.models.huggingface import as_loaded, load_directory
@@ -91,9 +93,19 @@ def tiny_moe(name: str, dtype: torch.dtype | None) -> LoadedModel:
     return LoadedModel(name, model, (ids,), {}, ByteTokenizer(), {"ids": {1: "sequence"}})
 
 
+def tiny_encoder(name: str, dtype: torch.dtype | None) -> LoadedModel:
+    """A random encoder of two layers over patches of an image, in plain PyTorch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = TinyEncoder().to(dtype or torch.float32).eval()
+        patches = torch.randn(2, 64, 48, dtype=dtype or torch.float32)
+    return LoadedModel(name, model, (patches,), {}, None, {})
+
+
 DEMOS: dict[str, Callable[[str, torch.dtype | None], LoadedModel]] = {
     "smollm2": smollm2,
     "tiny-llama": tiny_llama,
     "tiny-decoder": tiny_decoder,
     "tiny-moe": tiny_moe,
+    "tiny-encoder": tiny_encoder,
 }

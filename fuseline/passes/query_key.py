@@ -70,6 +70,7 @@ class QueryKey(Pass):
     name = "query-key"
     tier = Tier.EXACT
     example = "raise,query-key"
+    trial = f'fuseline run demo:tiny-encoder -p "{example}"'
     requires = frozenset({"raised"})
 
     only: tuple[str, ...] = ()  # module paths of the queries' products to take

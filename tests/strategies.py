@@ -14,7 +14,7 @@ from hypothesis import reject, settings, strategies as st
 
 from fuseline.compiler.compensated import Compensated
 from fuseline.compiler.errors import UserError
-from fuseline.compiler.expert_expressions import Mixed, Paired, PairedCodes
+from fuseline.compiler.expert_expressions import Mixed, Paired, PairedCodes, PairsInWords
 from fuseline.compiler.expressions import (
     Add,
     Blocks,
@@ -111,6 +111,7 @@ def expressions() -> st.SearchStrategy[Expression]:
             st.builds(Mixed, x, groups, st.lists(st.tuples(numbers), max_size=3).map(tuple), st.booleans()),
             st.builds(Paired, x, groups, numbers, st.none() | planned, st.booleans(), st.booleans()),
             st.builds(PairedCodes, x, groups, numbers, st.sampled_from(("fp8", "int4")), small, st.none() | planned),
+            st.builds(PairsInWords, x, st.sampled_from(("fp8", "int4")), small, small, small, st.sampled_from((8, 64))),
             st.builds(Range, x, schemes()),
             st.builds(Decided, x, planned, planned, st.none() | planned, st.tuples(numbers, numbers)),
             st.builds(Fitted, x, planned, st.tuples(numbers, numbers)),

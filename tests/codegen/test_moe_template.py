@@ -68,7 +68,7 @@ def test_the_words_of_a_pair_are_loaded_once_for_both_experts() -> None:
 def test_pairs_of_few_bits_are_decoded_once_for_both_experts(name: str) -> None:
     """Their words are loaded, and made magnitudes, as often as for one expert; twice as many products are taken."""
     both, one = (kernel(BY_NAME[name], f"up_{kind}").source for kind in ("few", "many"))
-    for once in ("tl.load(chunk_gate", "size_gate = size_gate *", "gate_up_scale_ptr +"):
+    for once in ("tl.load(chunk_gate", "w_gate = size_gate * w_gate", "gate_up_scale_ptr +"):
         assert both.count(once) == one.count(once) > 0
     assert both.count("tl.dot(") == 2 * one.count("tl.dot(")
 

@@ -32,12 +32,12 @@ def low_body(experts: Experts, matrices: Matrices, tile: TileConfig, kind: str) 
         text.add(
             "ranks = n < rank",
             f"x_columns = {x} + {at}.to(tl.int64)[None, :] * {width}",
-            f"down_rows = {table}_low_down_ptr + (first + n).to(tl.int64)[:, None] * {width}",
+            f"low_down_rows = {table}_low_down_ptr + (first + n).to(tl.int64)[:, None] * {width}",
             "low = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)",
         )
         live = f"(k < {width})" if width % tile.block_k else None
         with text.block(f"for k0 in range(0, {width}, BLOCK_K):"):
-            w = load("down_rows + k[None, :]", ("ranks[:, None]", live and f"{live}[None, :]"), "0")
+            w = load("low_down_rows + k[None, :]", ("ranks[:, None]", live and f"{live}[None, :]"), "0")
             text.add(
                 "k = k0 + tl.arange(0, BLOCK_K)",
                 f"x = {load('x_columns + k[:, None]', ('inside_m[None, :]', live and f'{live}[:, None]'))}",
@@ -66,11 +66,11 @@ def add_low(text: Text, tiles: Tiles, rows: dict[str, str]) -> None:
         text.add(
             f"r = r0 + tl.arange(0, {RANKS})",
             f"low = {load('low_rows + r[:, None]', ('inside_m[None, :]', '(r < rank)[:, None]'))}",
-            f"up_rows = {table}_low_up_ptr + ((first + r){wide} * {matrices.height})[None, :]",
+            f"low_up_rows = {table}_low_up_ptr + ((first + r){wide} * {matrices.height})[None, :]",
         )
         for name, row in rows.items():
             masks = joined(("(r < rank)[None, :]", tiles.inside_n and f"{tiles.inside_n}[:, None]"))
-            loaded = f"tl.load(up_rows + ({row})[:, None]{masks}, other=0)"
+            loaded = f"tl.load(low_up_rows + ({row})[:, None]{masks}, other=0)"
             text.add(f"w_{name} = {_as(loaded, low, 'up', dtype)}")
             text.add(f"{name} = tl.dot(w_{name}, low, {name}{tiles.precision})")
 

@@ -92,7 +92,7 @@ def memory(
         output.line(f"\nby the length S: {formula}")
         output.line(f"longest S in {limit} less {size_text(owned)} of parameters and inputs: {reach:,}")
         output.line(f"  = {closed_text(closed)}, where M is what is left")
-        stretches = _lengths(problem, layers, room, seq, lengths) if lengths else []
+        stretches = _lengths(problem, symbol, layers, room, seq, lengths) if lengths else []
         _tell_lengths(output, stretches, limit)
     if plot is not None:
         Path(plot).write_text(_svg(lines), encoding="utf-8")
@@ -105,15 +105,13 @@ def memory(
                   "curve": curve, "longest": reach, "lengths": [_stretch(s) for s in stretches]})  # fmt: skip
 
 
-def _lengths(problem: Any, layers: int | None, room: float, seq: int, most: int) -> list[Any]:
+def _lengths(problem: Any, symbol: Any, layers: int | None, room: float, seq: int, most: int) -> list[Any]:
     """The fastest plans within a device's memory, from a length on."""
     from dataclasses import replace
 
-    from fuseline.passes.checkpointing import sequence_symbol
     from fuseline.planning import by_length
 
     at = lambda length: replace(problem, at={**problem.at, symbol: length}, layers=layers, patience=6.0)
-    symbol = sequence_symbol(problem.tape)
     announce("solving for longer sequences")
     return by_length(at, symbol, room, layers, seq, most)
 

@@ -39,7 +39,6 @@ from .compat_distributed import (
     group_name as group_name,
     is_wrapper as is_wrapper,
     mesh_groups as mesh_groups,
-    place_in as place_in,
     shared_store as shared_store,
 )
 from .compat_joint import Around, boxed

@@ -47,7 +47,7 @@ class Cost:
         compute = at(self.products) / (peak * machine.product_share)
         compute += at(self.attention) / (peak * machine.attention_share)
         memory = at(self.bytes) / (machine.bandwidth * machine.bandwidth_share)
-        lane = machine.link if self.peers <= machine.per_node else machine.network
+        lane = machine.lane(self.peers)
         return machine.launch + max(compute, memory) + at(self.link) / (lane * machine.bandwidth_share)
 
 

@@ -35,6 +35,10 @@ class Machine:
     attention_share: float = 0.45
     bandwidth_share: float = 0.8
 
+    def lane(self, ranks: int) -> float:
+        """Bytes a second that a device can send within a group of that many neighbours: `link` within a node."""
+        return self.link if ranks <= self.per_node else self.network
+
 
 MACHINES = {
     m.name: m

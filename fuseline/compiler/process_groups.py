@@ -136,7 +136,7 @@ def agree(ranks: Ranks, facts: str, what: str, patience: datetime.timedelta | No
 
 def named(name: str) -> Ranks:
     """The group of that name, as functional collectives carry it; of one rank where this process does not know it."""
-    size, rank = compat.place_in(name)
+    size, rank = compat_distributed.place_in(name)
     return Ranks(name, size, rank, dist.get_world_size() if size > 1 else 1)
 
 

@@ -128,7 +128,7 @@ def choose(works: Sequence[Work], candidates: Sequence[Layout], machine: Machine
 
 def _lane(machine: Machine, ranks: int) -> float:
     """Bytes a second that a rank sends within a group of that many neighbours."""
-    return (machine.link if ranks <= machine.per_node else machine.network) * machine.bandwidth_share
+    return machine.lane(ranks) * machine.bandwidth_share
 
 
 def device_of(nodes: Sequence[Node]) -> torch.device:

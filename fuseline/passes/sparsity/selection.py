@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
 from typing import TypeVar
 
 LEVEL = 0.05
@@ -48,16 +48,7 @@ def gain(losses: Sequence[float], base: Sequence[float], compared: int) -> Gain:
 
 
 def quantile(share: float, freedom: int) -> float:
-    """Student's t; exact for one and two degrees, else to some 1% (Abramowitz and Stegun, 26.7.5)."""
-    if freedom == 1:
-        return math.tan(math.pi * (share - 0.5))
-    if freedom == 2:
-        return (2 * share - 1) / math.sqrt(2 * share * (1 - share))
-    z = NormalDist().inv_cdf(share)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
+    """Student's t."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, share))

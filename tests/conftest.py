@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    thin(items)
     for item in items:
         if item.path in QUICK and not any(item.get_closest_marker(mark) for mark in ("slow", "gpu", "distributed")):
             item.add_marker(pytest.mark.quick)
@@ -47,6 +49,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def thin(items: list[pytest.Item]) -> None:
+    """`one_in(n)`: of a test's cases, one in n stays, the others are slow. Which, is drawn by a hash of their names, so
+    that cases of several parameters are not all of one value, and every process draws the same."""
+    families: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("one_in") is not None:
+            families.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for cases in families.values():
+        share = cases[0].get_closest_marker("one_in").args[0]
+        quick = [item for item in cases if not item.get_closest_marker("slow")]
+        quick.sort(key=lambda item: crc32(item.name.encode()))
+        for item in quick[-(-len(quick) // share) :]:
+            item.add_marker(pytest.mark.slow)
 
 
 #: Optional packages, and what installs them. A test that asks for one that is not there is skipped, whatever it is.

@@ -70,6 +70,7 @@ def test_the_blocks_of_the_readme_run(tmp_path: Path) -> None:
     assert "aten.silu.default" in printed and "aten.sigmoid" not in printed  # the pass of one's own
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("peft") is None, reason="the block trains adapters: pip install --no-deps peft")
 def test_the_block_on_adapters_runs(tmp_path: Path) -> None:
     (block,) = [path for path in write_blocks("docs/quantization.md", tmp_path) if path.name == "adapters.py"]
@@ -78,6 +79,7 @@ def test_the_block_on_adapters_runs(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("transformers") is None, reason="the block loads a transformers model")
 def test_the_block_on_a_cache_of_codes_runs(tmp_path: Path) -> None:
     (block,) = write_blocks("docs/kv-cache.md", tmp_path)

@@ -153,6 +153,7 @@ REFUSED: list[tuple[Callable[[torch.nn.Module], object], str, str]] = [
 ]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("use", "message", "remedy"), REFUSED)
 def test_what_needs_the_originals_is_refused(use, message: str, remedy: str) -> None:
     model, x = small(), torch.randn(2, 8)

@@ -84,6 +84,7 @@ print(type(model).__name__, model.config._attn_implementation, len(fuseline.repo
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_fresh_process_computes_the_same_and_saves_the_same(tmp_path: Path) -> None:
     """generate() included, and the loaded model is saved again."""
     ids = torch.arange(8)[None]

@@ -88,6 +88,7 @@ def test_what_is_recovered() -> None:
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["W4A4KV4", "W8A8 stream"])
 def test_a_row_of_a_tiny_model(name: str) -> None:
     benchmark = outliers.Benchmark(outliers.parse(SMALL))
@@ -98,6 +99,7 @@ def test_a_row_of_a_tiny_model(name: str) -> None:
     assert row["recovered"] == 1 - (row["planted_rotated"] - row["quantized"]) / (row["planted"] - row["quantized"])
 
 
+@pytest.mark.slow
 def test_every_case_is_checked_in_float64() -> None:
     row: dict[str, Any] = {}
     outliers.Benchmark(outliers.parse(SMALL)).check(row)

@@ -11,6 +11,7 @@ import torch
 from training import Corpus
 
 
+@pytest.mark.slow
 def test_a_few_steps(tmp_path: Path) -> None:
     path = tmp_path / "qat.json"
     words = "--device cpu --quick --steps 12 --qat-steps 6 --windows 4 --seeds 2 --hidden 32 --layers 1 --converted"

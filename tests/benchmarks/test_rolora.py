@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft", reason="pip install --no-deps peft")
 
 
+@pytest.mark.slow
 def test_a_few_steps_of_a_tiny_model(tmp_path: Path) -> None:
     path = tmp_path / "rolora.json"
     words = "--device cpu --model demo:tiny-llama --steps 4 --batch 2 --length 32 --windows 1 --rank 4 --lr 0.01"

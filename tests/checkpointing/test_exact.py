@@ -87,6 +87,7 @@ def agree(ours, theirs):
     return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_gradients_are_equal_bit_for_bit(traced, choice):
     forward, backward, joint = traced.split(choice)
@@ -94,6 +95,7 @@ def test_gradients_are_equal_bit_for_bit(traced, choice):
     assert agree(traced.step(forward, backward), uncheckpointed(traced))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("choice", CHOICES[:4])
 def test_the_partition_is_the_schedule_that_was_counted(traced, choice):
     """The split keeps the storages, runs the calls, and in the order, that the simulation says."""
@@ -153,6 +155,7 @@ class _Deny(Observer):
         return not self.which(action)
 
 
+@pytest.mark.one_in(3)
 def test_a_skipped_decision_is_kept(traced):
     forward, backward, joint = traced.split("checkpoint{policy=full}", (_Deny(lambda a: a.number % 3 == 0),))
     assert agree(traced.step(forward, backward), uncheckpointed(traced))
@@ -160,6 +163,7 @@ def test_a_skipped_decision_is_kept(traced):
     assert len(kept(backward)) > len(kept(every))
 
 
+@pytest.mark.one_in(3)
 def test_a_limit_that_cannot_be_met_is_refused_with_the_smallest(traced):
     with pytest.raises(UserError) as refused:
         traced.split("checkpoint{policy=budget,memory=0.01}")
@@ -248,6 +252,7 @@ def compiled(model, x, pipeline):
     return [p.grad.clone() for p in model.parameters()], seen[0][1] if seen else None
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["whole", "policy"])
 def test_the_users_regions_are_kept(kind):
     torch.manual_seed(0)

@@ -60,6 +60,7 @@ def owned(model, length):
     return sum(p.numel() * 4 for p in model.parameters()) + 2 * length * 8 * 4
 
 
+@pytest.mark.slow
 def test_a_longer_sequence_is_captured_again_and_a_hopeless_one_refused():
     all_kept = Training(1000.0)
     whole = all_kept(16)["peak"] + owned(all_kept.model, 16)

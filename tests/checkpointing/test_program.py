@@ -74,6 +74,7 @@ def test_what_must_be_kept_is_and_what_must_not_is_not():
     assert set(some[:2]) <= solution.saved and not set(some[3:5]) & solution.saved
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("blocks", [32, 128])
 def test_a_deep_stack_is_solved_in_time(blocks):
     """One block is solved for all of them: the time of the solver does not grow with their number."""

@@ -63,6 +63,7 @@ def test_it_says_what_each_rotation_brought(cli: Callable, tmp_path: Path) -> No
     assert [set(name.split("+")) for name in kept][-1:] == ([set(decided["keep"])] if decided["keep"] else [])
 
 
+@pytest.mark.slow
 def test_a_plan_is_used_by_the_other_verbs(cli: Callable, learned: str, tmp_path: Path) -> None:
     """It brings its pipeline; -p with the same one is right as well."""
     ran = cli("run", "demo:tiny-decoder", "--plan", learned, "--windows", "0", "--tokens", "0", "--json", "-")
@@ -86,6 +87,7 @@ def test_a_plan_is_used_by_the_other_verbs(cli: Callable, learned: str, tmp_path
     assert drawn.code == 0 and "4 stages" in drawn.out.replace(" \n", " ").replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_learned_rotation_is_exported(cli: Callable, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     plan, out = str(tmp_path / "plan.json"), str(tmp_path / "out")

@@ -193,6 +193,7 @@ def every_kernel_is_mapped(tmp_path: Path, model: str, pipeline: str) -> tuple[d
     return cold, warm
 
 
+@pytest.mark.slow
 def test_every_kernel_is_mapped_on_a_cold_and_a_warm_cache(tmp_path: Path, mlp: str, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     cold, _ = every_kernel_is_mapped(tmp_path, mlp, "fuse")

@@ -97,6 +97,7 @@ def test_passes_lists_the_recipes(cli: Callable) -> None:
     assert "quantize{weights=int4:g64" in one.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["demo:tiny-decoder", pytest.param("demo:tiny-llama", marks=pytest.mark.slow)])
 def test_opt_writes_a_program_that_computes_the_same(cli: Callable, tmp_path: Path, model: str) -> None:
     out = tmp_path / "out.pt2"
@@ -118,6 +119,7 @@ def test_opt_writes_a_program_that_computes_the_same(cli: Callable, tmp_path: Pa
     assert json.loads(again.out)["passes"][0]["nodes_before"] > 0
 
 
+@pytest.mark.slow
 def test_kernels_shows_sources(cli: Callable, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     result = cli("kernels", "demo:tiny-decoder", "-p", "fuse", "-o", str(tmp_path / "module"), "--json", "-")

@@ -27,6 +27,7 @@ def refused(function: object, *inputs: torch.Tensor) -> str:
     return answer.reason
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("name", ["cache", "lowest", "sliding", "odd head"])
 def test_kernels_compile_for_every_target(name: str, target: str) -> None:
@@ -35,6 +36,7 @@ def test_kernels_compile_for_every_target(name: str, target: str) -> None:
         compile_kernel(kernel, target)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head", [64, 128, 256])
 def test_shared_memory_is_that_of_a_small_gpu(head: int, dtype: torch.dtype) -> None:

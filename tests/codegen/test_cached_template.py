@@ -36,6 +36,7 @@ def with_ptx(kernel: Kernel) -> Kernel:
 TARGETS = [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90", "gfx942"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     "case",
@@ -53,6 +54,7 @@ def test_kernels_compile_for_every_target(case: Cached, target: str) -> None:
         compile_kernel(with_ptx(kernel) if nvidia else kernel, target)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("scheme", "values"), [("int4:channel:g64", False), ("fp8:token:g64", True)])
 def test_writes_compile_for_every_target(scheme: str, values: bool, target: str) -> None:

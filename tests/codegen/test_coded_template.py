@@ -30,6 +30,7 @@ def emitted(case: Coded, dtype: torch.dtype = torch.bfloat16, tiles: CodedTiling
     return launcher
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_without_a_gpu(name: str, target: str) -> None:
@@ -38,6 +39,7 @@ def test_compiles_without_a_gpu(name: str, target: str) -> None:
         compile_kernel(kernel, target)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", [c for c in WITH_CODES if c.k in (256, 300)], ids=str)
 def test_products_of_codes_compile_for_hopper(case: Coded) -> None:
     for kernel in emitted(case).kernels:
@@ -97,6 +99,7 @@ def test_codes_are_multiplied_as_they_are(case: Coded, instruction: str) -> None
     assert instruction in str(compile_kernel(kernel, "sm_90").asm["ptx"])
 
 
+@pytest.mark.slow
 def test_shared_memory_is_enough_for_the_tiles_that_are_picked() -> None:
     """A multiprocessor of Hopper has 227 KB for one program."""
     for scheme in ("int4:g128", "int2:g128", "int3:g128", "int8", "binary"):

@@ -29,6 +29,7 @@ def emitted(case: Case, dtype: torch.dtype = torch.bfloat16) -> Launcher:
     return launcher
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ["plain", "odd sizes", "clamped", "pairs and alone", "int4:g32", "fp8", *FEW_BITS])
 def test_compiles_without_a_gpu(name: str) -> None:
     for kernel in emitted(BY_NAME[name]).kernels:

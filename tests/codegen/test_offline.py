@@ -73,6 +73,7 @@ FAMILIES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], dict[int
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiles_for_every_target(family: str) -> None:
     function, inputs, dynamic = FAMILIES[family]

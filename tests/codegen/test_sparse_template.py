@@ -23,6 +23,7 @@ def emitted(case: Case, config: GatherConfig | None = None) -> Launcher:
     return launcher
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["gate, up", "int4 g48 zero", "int8 channel"])
 def test_compiles_without_a_gpu(name: str, target: str) -> None:

@@ -187,6 +187,7 @@ for size in (4, 6):
 """
 
 
+@pytest.mark.slow
 def test_the_environment_limits_a_script_that_knows_nothing_of_it(tmp_path: Path) -> None:
     def run(**variables: str) -> list[Entry]:
         folder = tmp_path / f"journal{len(list(tmp_path.iterdir()))}"

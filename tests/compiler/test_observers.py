@@ -150,6 +150,7 @@ def run_file(path: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_stage_runs_in_a_fresh_process_and_prints_its_error(tmp_path: Path) -> None:
     Pipeline("quantize{weights=int4:g8,activations=int8},fuse").run(mlp(), [Dump(tmp_path)])
     stages = sorted(p.name for p in tmp_path.glob("*.py"))

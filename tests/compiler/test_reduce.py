@@ -63,6 +63,7 @@ def targets(reduction: Reduction) -> list[str]:
     return [str(n.target) for n in calls(reduction.after.program)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("pipeline", "kind", "left"),
     [

@@ -167,6 +167,7 @@ class Nothing(fuseline.Pass):
 """
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("named", ["{folder}/my_pass.py", "my_pass"])
 def test_a_pass_of_a_file_or_a_module_is_named_by_the_environment(tmp_path: Path, named: str) -> None:
     (tmp_path / "my_pass.py").write_text(PASS)

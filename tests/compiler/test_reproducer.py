@@ -271,6 +271,7 @@ program = Program.from_fx(torch.fx.symbolic_trace(torch.nn.ReLU()), (torch.ones(
 """
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("guarded", [True, False])
 def test_a_pass_of_the_script_that_runs(tmp_path: Path, guarded: bool) -> None:
     import subprocess

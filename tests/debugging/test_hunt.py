@@ -73,6 +73,7 @@ def test_the_corpus_is_whole() -> None:
     assert len(places) == len(FAULTS), "each has a line of its own"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("fault", QUICK)
 def test_a_fault_in_a_tiny_model(fault: str, tmp_path: Path) -> None:
     found = search("demo:tiny-llama", fault, 1, 60)
@@ -86,6 +87,7 @@ def test_a_tiny_model_without_a_fault_is_not_accused() -> None:
     assert found.kind == "nothing" and found.runs == 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("fault", ["dropped-residual", "stale-metadata"])
 def test_a_small_reproducer_of_a_tiny_model(fault: str, tmp_path: Path) -> None:
     _, nodes = hunted("demo:tiny-llama", fault, 1, 60, tmp_path)

@@ -179,6 +179,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "case", [c if c != "stacked experts" else pytest.param(c, marks=pytest.mark.slow) for c in REFUSED]
 )

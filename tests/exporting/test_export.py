@@ -32,6 +32,7 @@ MORE = ["Llama", "Qwen 3", "Mistral", "Qwen 3 MoE, grouped_mm", "Gemma", "Granit
 BOUNDARY = {"Gemma 2", "OLMo 2"}
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE)])
 def test_a_family_loads_in_plain_transformers(name: str, tmp_path: Path) -> None:
     model = model_of(name)
@@ -50,6 +51,7 @@ def test_a_family_loads_in_plain_transformers(name: str, tmp_path: Path) -> None
     assert ("would be left at run time" in refused) == (name in BOUNDARY)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_needs_no_fuseline(tmp_path: Path) -> None:
     model = model_of("Qwen 2")
     fuseline.export(model, tmp_path / "out", ROTATED)

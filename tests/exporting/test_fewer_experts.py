@@ -19,6 +19,7 @@ ALL = [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS 
 
 
 @torch.no_grad()
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("family", "options"), ALL)
 def test_logits_after_reload(family: str, options: str, tmp_path: Path) -> None:
     import transformers

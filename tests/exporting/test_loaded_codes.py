@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @needs_package
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_reads_the_codes(kind: str, tmp_path: Path) -> None:
     method, options, name = KINDS[kind]
@@ -71,6 +72,7 @@ def refused(folder: Path, source: Path, *args: Any, dtype: torch.dtype | None = 
     return str(raised.value)
 
 
+@pytest.mark.slow
 def test_refusals(tmp_path: Path) -> None:
     awq, out = write(tmp_path / "awq", "awq").folder, tmp_path / "out"
     assert "and a plain checkpoint has no place for them" in refused(out, awq)

@@ -71,6 +71,7 @@ CASES = {
 QUICK = ("r1 of tied tables", "codes")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_a_refusal_names_a_pipeline_that_works(case: str, tmp_path: Path) -> None:
     make, pipeline, reason, remedy = CASES[case]
@@ -135,6 +136,7 @@ IDS = torch.arange(10).reshape(2, 5) % VOCABULARY
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(shapes, st.sampled_from(("hadamard", "random-hadamard", "orthogonal")), st.booleans())
+@pytest.mark.slow
 def test_the_solution_is_the_model_or_refused(shape: Shape, kind: str, untie: bool) -> None:
     """In float64, on models of every shape: a copy with the solved parameters computes the same."""
     model = Decoder(shape)

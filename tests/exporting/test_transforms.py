@@ -28,6 +28,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("pipeline", INPUTS)
 def test_the_text_and_the_matrices_say_it_all(pipeline: str, tmp_path: Path) -> None:
     model = model_of("Llama")
@@ -60,6 +61,7 @@ needs_package = pytest.mark.skipif(
 
 
 @needs_package
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "pipeline",
     [*INPUTS, "raise,rotate{r3}", "raise,rotate{r1,r2,r3,r4,untie}", "raise,rotate{r3,kind=random-hadamard,seed=1}"],

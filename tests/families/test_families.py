@@ -30,6 +30,7 @@ def slow(row: str, column: str) -> tuple[pytest.MarkDecorator, ...]:
     return () if quick else (pytest.mark.slow,)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("row", "column"), [pytest.param(r, c, marks=slow(r, c), id=f"{r}-{c}") for r, c in CELLS])
 def test_a_row_is_what_its_record_says(row: str, column: str) -> None:
     recorded = records()["rows"][row]["passes"][column]

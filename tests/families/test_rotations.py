@@ -22,6 +22,7 @@ PRE_NORM = [
 INNER = ("no product reads what this norm returns", "which R cannot be folded into, and nothing else")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("row", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ORDER])
 def test_a_row_is_what_its_record_says(row: str) -> None:
     found, recorded = measured(ORDER[row]), records()["rows"][row]

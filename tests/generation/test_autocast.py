@@ -18,6 +18,7 @@ def _fresh():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_right_results_and_a_readable_reason() -> None:
     pair = Pair(decoder("LlamaConfig", num_hidden_layers=1))
     inputs = prompt(1, 12)

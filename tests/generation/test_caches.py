@@ -26,6 +26,7 @@ def kind(cache: str | None) -> dict[str, str]:
 
 
 @CACHES
+@pytest.mark.one_in(2)
 def test_one_sequence_takes_two_captures(cache: str | None) -> None:
     pair = Pair(decoder("LlamaConfig", num_hidden_layers=1))
     assert pair.check(prompt(1, 12), **kind(cache)) == 2
@@ -37,6 +38,7 @@ def test_one_sequence_takes_two_captures(cache: str | None) -> None:
 
 
 @CACHES
+@pytest.mark.one_in(2)
 def test_batches_and_strategies_take_two_more(cache: str | None) -> None:
     pair = Pair(decoder("LlamaConfig"))
     assert pair.check(prompt(1, 12), **kind(cache)) == 2
@@ -51,6 +53,7 @@ def test_batches_and_strategies_take_two_more(cache: str | None) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_quantized_weights_serve_both_caches() -> None:
     """The caches differ, the model does not: same tokens, and after an edit of the weights again."""
     pair = Pair(decoder("LlamaConfig", num_hidden_layers=1), "quantize{weights=int8}")

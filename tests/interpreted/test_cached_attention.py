@@ -32,6 +32,7 @@ def run(case: Cached, dtype: torch.dtype, folder: Path) -> None:
 IN_SINGLE = {"kivi", "groups", "fp8", "tada", "int8", "empty", "softcap"}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cases(case: Cached, tmp_path: Path) -> None:
     run(case, torch.float16, tmp_path)

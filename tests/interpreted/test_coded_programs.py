@@ -48,6 +48,7 @@ def check(options: str, rows: int = 5) -> Compilation:
     return compilation
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_weights(weights: str) -> None:
     compilation = check(f"weights={weights}")

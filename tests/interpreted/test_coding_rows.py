@@ -39,6 +39,7 @@ def hard(rows: int, channels: int) -> torch.Tensor:
     return x
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ENCODED)
 def test_encode(name: str, tmp_path: Path) -> None:
     form = FORMATS[name]
@@ -56,6 +57,7 @@ def test_encode(name: str, tmp_path: Path) -> None:
             assert same(codes, expected), (codes[codes.view(torch.uint8) != expected.view(torch.uint8)], name)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("packed", [False, True], ids=["bytes", "packed"])
 def test_decode(name: str, packed: bool, tmp_path: Path) -> None:

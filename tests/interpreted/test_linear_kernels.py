@@ -24,23 +24,27 @@ def run(case: Case, folder: Path, rows: dict[torch.dtype, tuple[int, ...]], tile
         linear_runs.run(case, dtype, folder, counts, tiles)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_row(case: Case, tmp_path: Path) -> None:
     run(case, tmp_path, {torch.float32: (1,), torch.bfloat16: (1,)})
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_many_rows(case: Case, tmp_path: Path) -> None:
     """In float16: the interpreter multiplies the bits of bfloat16 tiles as integers. bfloat16 is in tests/gpu."""
     run(case, tmp_path, {torch.float32: (17,), torch.float16: (17,)})
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ["int4 g32 zero", "qkv mixed formats", "everything"])
 def test_few_and_very_many_rows(name: str, tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == name)
     run(case, tmp_path, {torch.float32: (0, 3, 4, 5, 67)})
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "case",
     [
@@ -54,6 +58,7 @@ def test_sizes_of_a_real_layer(case: Case, tmp_path: Path) -> None:
     run(case, tmp_path, {torch.float32: (1, 17)}, Tiling(RowConfig(64, 512, 4), TileConfig(32, 256, 16)))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("elements", [32, 256, 1024])
 @pytest.mark.parametrize("block_n", [1, 16])
 def test_any_row_tile(elements: int, block_n: int, tmp_path: Path) -> None:

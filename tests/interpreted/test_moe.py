@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -54,6 +53,7 @@ def run(
         assert torch.equal(result, again)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_token_some_and_none(case: Case, tmp_path: Path) -> None:
     run(case, torch.float32, tmp_path, (1, 5, 0))
@@ -65,6 +65,7 @@ def test_16_bits(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     run(BY_NAME[name], dtype, tmp_path, (1, 4))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", PAIRS, ids=str)
 def test_pairs(case: Case, tmp_path: Path) -> None:
     run(case, torch.bfloat16, tmp_path, (1, 5))
@@ -81,34 +82,28 @@ RANKS = [
 ]  # fmt: skip
 
 
-def marked(cases: list[tuple[Any, ...]], quick: int) -> list[Any]:
-    """The first of them quick, the others slow."""
-    return [pytest.param(*case, marks=() if i < quick else pytest.mark.slow) for i, case in enumerate(cases)]
-
-
-QUICK = ("int4:g32", "int4", "int8:g32:asym", "fp8", "nvfp4")
-
-
-@pytest.mark.parametrize(
-    "case", [c if c.name in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CODED], ids=str
-)
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize("case", CODED, ids=str)
 def test_codes(case: Case, tmp_path: Path) -> None:
     """Sums are scaled where there are few tokens, values where there are many."""
     run(case, torch.bfloat16 if case.name in ("int4:g32", "mxfp4") else torch.float32, tmp_path, (1, 5), CODES)
 
 
-@pytest.mark.parametrize(("name", "dtype", "counts"), marked(FEW_BITS, 2))
+@pytest.mark.one_in(5)
+@pytest.mark.parametrize(("name", "dtype", "counts"), FEW_BITS)
 def test_pairs_of_few_bits(name: str, dtype: torch.dtype, counts: tuple[int, ...], tmp_path: Path) -> None:
     """One token; few, where a tile has both experts of a pair; many, where it has one of them."""
     run(BY_NAME[name], dtype, tmp_path, counts, SMALL)
 
 
-@pytest.mark.parametrize(("name", "dtype", "counts"), marked(RANKS, 1))
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize(("name", "dtype", "counts"), RANKS)
 def test_low_ranks_beside_codes(name: str, dtype: torch.dtype, counts: tuple[int, ...], tmp_path: Path) -> None:
     """Ranks that differ, none among them, as numbers and as codes."""
     run(BY_NAME[name], dtype, tmp_path, counts, CODES)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "name, counts",
     [("plain", (3, 5, 7, 14)), ("odd sizes", (8,)), ("pairs", (1, 2, 3, 4)), ("pairs and alone", (7,))],
@@ -183,6 +178,7 @@ PIPELINES = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_a_compiled_layer(pipeline: str) -> None:
     """Through torch.compile, with a router whose choice the kernels are given: as in eager."""

@@ -46,12 +46,14 @@ def test_one_row(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     run(case, tmp_path, (1,), dtype)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["gate, up", "int4 g48 zero", "dense above 2", "several chunks"])
 def test_few_and_many_rows(name: str, tmp_path: Path) -> None:
     """Each row has a mask of its own; with more rows than kernels take, PyTorch multiplies."""
     run(BY_NAME[name], tmp_path, (2, 4, 5, 19))
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("chunk, block_k, block_n", [(32, 8, 16), (128, 32, 32), (512, 16, 256)])
 @pytest.mark.parametrize("name", ["odd sizes", "qkv", "int8 g16 zero", "int4 g48 zero"])

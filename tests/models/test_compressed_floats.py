@@ -119,6 +119,7 @@ QUICK = ("quantize{weights=fp8,activations=fp8}", "quantize{weights=nvfp4}")
 
 
 @needs_package
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("pipeline", [pytest.param(p, marks=[] if p in QUICK else slow) for p in EXPORTS])
 def test_what_fuseline_wrote(pipeline: str, tmp_path: Path) -> None:
     """transformers reads it, and Fuseline again; loaded, it is written once more with the same tensors."""

@@ -167,6 +167,7 @@ def off(model: nn.Module, pipeline: str, plan: Plan | None = None) -> float:
     return ((after.to_module()(ids()) - reference).norm() / reference.norm()).item()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method, rest", [("smooth", "weights=int8,activations=int8"), ("awq", "weights=int4:g16:sym")])
 def test_in_a_program(method: str, rest: str, tmp_path) -> None:
     model = outlying()

@@ -62,6 +62,7 @@ def test_a_model_is_cut_where_one_value_crosses() -> None:
     assert all("no single value crosses" in reason for reason in refused.values())
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "options",
     [

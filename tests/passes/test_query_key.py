@@ -196,6 +196,7 @@ def train(qat: nn.Module, optimizer: Any, x: torch.Tensor, wanted: torch.Tensor,
     return losses
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("text", [TRAINED, TRAINED.replace("weights=midrise2", "weights=ternary,method=paretoq")])
 def test_training_rounds_the_product_and_convert_gives_it_back(text: str) -> None:
     torch.manual_seed(0)

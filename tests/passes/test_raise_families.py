@@ -38,6 +38,7 @@ def lines_kept(program: Program) -> float:
     return sum(source_line(n) is not None for n in computed) / len(computed)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_exported(family: str, dynamic: bool) -> None:
@@ -82,6 +83,7 @@ def test_a_dynamic_program_serves_other_lengths() -> None:
             assert max_error(module(**inputs).logits, model(**inputs).logits) < BOUND
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_through_dynamo(family: str) -> None:
     model = without_cache(family)
@@ -96,6 +98,7 @@ def test_through_dynamo(family: str) -> None:
     assert lines_kept(graph.after) >= 0.99
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("family", ["llama", "gemma2", pytest.param("phi3", marks=pytest.mark.slow), "gpt2", "bert"])
 def test_eager_attention(family: str) -> None:
     """Attention written out, with an additive mask that is proved all the same; unpadded, so that no row is empty."""

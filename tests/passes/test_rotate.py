@@ -46,6 +46,7 @@ def counts(report: Report, label: str) -> dict[str, int]:
     return {rule.removeprefix(f"{label} "): n for rule, n in report["rotate"].rules.items() if rule.startswith(label)}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("norm", ["rms", "unit", "layer"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_what_folds_leaves_nothing_at_run_time(norm: str, fused: bool) -> None:

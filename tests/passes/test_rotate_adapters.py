@@ -70,6 +70,7 @@ def refusal(model: nn.Module) -> str:
     return reason
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("options", ["r1", "r1,r4,kind=random-hadamard", "r1,r2,r3,r4,kind=orthogonal"])
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_gradients_are_those_of_the_model_as_it_is(options: str, everywhere: bool) -> None:
@@ -89,6 +90,7 @@ def test_only_thin_weights_are_rotated_at_run_time() -> None:
     assert all(p.grad is None for p in mine.parameters() if not p.requires_grad)
 
 
+@pytest.mark.slow
 def test_wide_trained_weights_refuse() -> None:
     model = adapted(Shape(width=16, inner=32, head=8, layers=4), rank=8)
     assert "operations would be left at run time" in refusal(model)
@@ -100,6 +102,7 @@ def test_dropout_before_an_adapter_refuses() -> None:
     assert "operations would be left at run time" in refusal(model)
 
 
+@pytest.mark.slow
 def test_trained_scales_of_norms_stay_and_get_their_gradients() -> None:
     model = adapted(Shape(width=16, inner=32, head=8, layers=4))
     for norms in model.norms:

@@ -78,6 +78,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {n.removeprefix("base_model.model."): p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("adapt", [before, behind, injected])
 def test_adapters_train_and_the_rotation_stays_exact(llama: Any, adapt: Any) -> None:
     torch.compiler.reset()
@@ -105,6 +106,7 @@ def compilations(model: Any) -> list[Any]:
         return fuseline.reports(model.base_model.model)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("adapt", [before, behind])
 def test_merged_adapters_are_in_what_is_folded_next(llama: Any, adapt: Any) -> None:
     """peft merges by edits of `.data`, which no version tells of."""

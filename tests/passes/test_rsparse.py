@@ -109,6 +109,7 @@ def test_many_rows_are_dense_and_few_are_not() -> None:
         assert error(fast(**few).logits, model(**few).logits) > 1e-3
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("budgets", ["uniform", "sensitivity", "greedy", "searched,trials=9,calls=1"])
 @pytest.mark.parametrize("budget", [0.3, 0.6])
 def test_every_division_keeps_the_budget(budgets: str, budget: float) -> None:
@@ -125,6 +126,7 @@ def test_every_division_keeps_the_budget(budgets: str, budget: float) -> None:
     assert spent / total == pytest.approx(budget, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_the_closed_form_and_the_search_beat_equal_shares() -> None:
     """By the divergence on the data itself: sensitivities know which inputs can lose channels."""
     model, found = tiny_llama(), {}
@@ -209,6 +211,7 @@ def test_reloaded_in_another_process_it_generates_the_same_tokens(tmp_path: Path
     assert done.stdout.strip().splitlines()[-1] == str(expected)
 
 
+@pytest.mark.slow
 def test_quantized_behind_it_codes_lie_along_the_outputs() -> None:
     model = tiny_llama()
     pipeline = f"raise,{UNIFORM},quantize{{weights=int4:g16}}"

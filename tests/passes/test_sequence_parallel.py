@@ -48,6 +48,7 @@ def cut(model: torch.nn.Module, length: int, pipeline: str = "sequence-parallel"
     return seen[0]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("world", "keys"), [(8, 2), (8, 8), (64, 2), (512, 8)])
 def test_what_a_rank_sends(ranks: Any, world: int, keys: int) -> None:
     """Length and degree grow together: so many positions a rank, and so much to send, up to its own share of heads."""
@@ -70,6 +71,7 @@ def test_volume_is_constant(ranks: Any) -> None:
     assert each[512] - each[8] < 0.13 * whole
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("world", "ring", "keys"), [(8, 2, 2), (64, 8, 8), (512, 64, 8)])
 def test_what_a_rank_of_a_hybrid_sends(ranks: Any, world: int, ring: int, keys: int) -> None:
     """Heads among neighbours, keys and values around their groups."""

@@ -81,6 +81,7 @@ def stored(kind: str) -> list[str]:
     return found
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2"])
 def test_a_step_is_eagers(family: str) -> None:
     model = build(family)
@@ -101,6 +102,7 @@ def test_in_float64(family: str) -> None:
     assert worst(model, compiled(model), batch()) < 1e-6
 
 
+@pytest.mark.slow
 def test_other_lengths_are_one_more_graph() -> None:
     model = build("llama")
     twin = compiled(model)
@@ -130,6 +132,7 @@ def test_a_count_of_items_divides_the_sum() -> None:
         assert worst(model, compiled(model), {**batch(), "num_items_in_batch": count}) < 2e-6
 
 
+@pytest.mark.slow
 def test_under_autocast() -> None:
     """The call stays PyTorch's and says is_causal; the head works in bfloat16, the loss in float32."""
     model = build("llama")
@@ -199,6 +202,7 @@ def pair() -> tuple[torch.nn.Module, torch.nn.Module]:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
+@pytest.mark.slow
 def test_any_length_and_any_labels(pair: Any, data: st.DataObject) -> None:
     length = data.draw(st.integers(3, 24))
     inputs = batch(length)

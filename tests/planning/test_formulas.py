@@ -35,6 +35,7 @@ def whole():
         return tape(joint_of_shape(SMALL))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("policy", [Policy.NONE, Policy.MIN_CUT, Policy.LONG_CONTEXT, Policy.FULL])
 def test_four_blocks_say_what_seven_take_at_ten_lengths(traced, whole, policy):
     symbol, theirs = sequence_symbol(traced), sequence_symbol(whole)
@@ -92,6 +93,7 @@ def test_closed_forms_read_as_they_are_computed():
     assert closed_text(closed) == "(M - 1 GB) / 2 KB"
 
 
+@pytest.mark.slow
 def test_seventy_billion_parameters_on_64_gpus(traced):
     shape = SHAPES["llama-3.1-70b"]
     assert abs(shape.parameters - 70.55e9) < 0.05e9

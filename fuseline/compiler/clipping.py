@@ -2,8 +2,8 @@
 
 A range that is narrower than the weights clips the largest and rounds all others more finely. `least_error` tries the
 whole range and the parts that a format names (integers: 80, down to a fifth) and keeps, group by group, the one with
-the least Σ(ŵ − w)². Source: QuaRot's and SpinQuant's clipped weights (Ashkboos et al., 2024; Liu et al., 2024), there
-with the power 2.4.
+the least Σ|ŵ − w|^p: squares, LLM-FP4's measure, for floating point, 2.5 for integers. Source of those: QuaRot's and
+SpinQuant's clipped weights (Ashkboos et al., 2024; Liu et al., 2024), with the power 2.4.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _search(groups: torch.Tensor, grid: Grid) -> torch.Tensor:
     best, kept = torch.full_like(groups[:, :1], torch.inf), torch.ones_like(groups[:, :1])
     for tried in (kept.unsqueeze(0), *parts.split(at_once)):
         rounded = grid.element.rounded(groups, *grid.of(groups, tried))
-        error, which = rounded.sub_(groups).square_().sum(-1, keepdim=True).min(0)
+        error, which = grid.element.loss(rounded.sub_(groups)).sum(-1, keepdim=True).min(0)
         better = error < best
         chosen = tried.expand(-1, len(groups), 1).gather(0, which.unsqueeze(0)).squeeze(0)
         best, kept = torch.where(better, error, best), torch.where(better, chosen, kept)

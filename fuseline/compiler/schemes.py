@@ -21,7 +21,7 @@ class Scheme:
 
     format: a name of `formats.FORMATS`; group: channels that share a scale (0: the whole last dimension, "channel" for
     weights and "token" for activations; block formats have their own); rows: rows that share it too (0: all, "tensor");
-    symmetric: without a zero point; mse: a weight's range is narrowed to what costs the least squared error; static:
+    symmetric: without a zero point; mse: a weight's range is narrowed to what costs the least error; static:
     values of the run have one range for all calls, known before; thresholds: they have levels between thresholds that
     training places (`ops/staircase.py`).
     """

@@ -53,6 +53,10 @@ class Element(ABC):
         """The parts of a range that `:mse` tries beside the whole one: [steps, 1, 1], or [steps, rows, 1]."""
         return linear_parts(reach)
 
+    def loss(self, error: torch.Tensor) -> torch.Tensor:
+        """What errors count for in that search, in `error` itself: their squares."""
+        return error.square_()
+
     def rounded(self, groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """The groups as their codes stand for them."""
         return self.nearest(groups / scale + zero).sub_(zero).mul_(scale)

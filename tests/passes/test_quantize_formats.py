@@ -34,7 +34,7 @@ def quantized(model: torch.nn.Module, args: tuple, options: str):
 
 def rounded(text: str, weight: torch.Tensor) -> torch.Tensor:
     scheme = Scheme.parse(text, weights=True)
-    return scheme.rounded(weight.detach(), scheme.narrowed(weight.detach())).double()
+    return scheme.rounded(weight.detach(), scheme.nearest(weight.detach())).double()
 
 
 @torch.no_grad()

@@ -200,7 +200,7 @@ class Scheme:
 
     def nearest(self, weight: torch.Tensor) -> torch.Tensor | float:
         """The same among the few ranges that rounding to nearest compares, without `mse`."""
-        if self.mse or len(self.element.ranges) == 1:
+        if self.mse or len(self.element.ranges) == 1 or self.of.scaling == "e8m0":
             return self.narrowed(weight)
         return least_error(*self.grid(weight), self.element.ranges[1:])
 

@@ -31,6 +31,8 @@ PAGES = [
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FULL = os.environ.get("FUSELINE_DOCS") == "full"
 SMALL = {"demo:smollm2": "demo:tiny-llama", "MODEL": "demo:tiny-llama", "pow_37": "pow_3"}
+#: Where another small model is needed: the fault of this page shows only where norms have scales.
+SMALL_OF = {"docs/debugging.md": {"demo:smollm2": "demo:tiny-moe"}}
 COMMAND = re.compile(r"^(?:\w+=\S+ )*(?:fuseline|python|pytest|pip|make|sed|torchrun|accelerate)\s")
 #: Pages whose Python blocks another test runs, by its function.
 PYTHON_ELSEWHERE = {
@@ -125,10 +127,10 @@ def work_folder(page: Path, folder: Path) -> Path:
     return work
 
 
-def small(command: str) -> str:
+def small(command: str, page: Path) -> str:
     if FULL:
         return command.replace("MODEL", SMALL["MODEL"])
-    for old, new in SMALL.items():
+    for old, new in (SMALL | SMALL_OF.get(name(page), {})).items():
         command = re.sub(rf"(?<![\w:]){re.escape(old)}(?![\w:])", new, command)
     command = re.sub(r"^((?:\w+=\S+ )*fuseline run \S+)", r"\1 --windows 1", command)
     return re.sub(r"^((?:\w+=\S+ )*fuseline analyze \S+)", r"\1 --windows 4 --length 32", command)
@@ -148,7 +150,7 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
         if kind_of(command) != "run":
             continue
         again = command.startswith("fuseline analyze") and "--windows" in command
-        line = command if again else small(command)
+        line = command if again else small(command, page)
         done = subprocess.run(["bash", "-c", line], cwd=work, env=variables, capture_output=True, text=True)
         assert done.returncode in (0, 1), f"{line}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, f"{line}\n{done.stderr}"

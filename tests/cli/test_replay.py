@@ -78,6 +78,7 @@ def test_codegen_is_deterministic(recorded: Path, cli: Callable) -> None:
     assert re.fullmatch(rf"no difference from {re.escape(str(recorded))}: \d+ kernels of 2 cases", said)
 
 
+@pytest.mark.slow
 def test_codegen_is_deterministic_for_every_family(tmp_path: Path) -> None:
     """The same for every row of tests/families; whatever the model, its manifest keeps to the published schema.
 

@@ -77,6 +77,7 @@ def test_quantize_and_generate(run: Callable[..., str]) -> None:
     assert original.startswith("A compiler is a program that") and quantized.startswith("A compiler is a program that")
 
 
+@pytest.mark.slow
 def test_observe(run: Callable[..., str], tmp_path: Path) -> None:
     stages = tmp_path / "stages"
     printed = run("observe.py", str(stages))

@@ -73,6 +73,7 @@ def test_a_dropped_parameter_is_still_itself() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_decode_loop_is_compiled_once_more_at_most() -> None:
     """Dynamo guards strides, so the graph that was compiled before the drop is compiled again, and no other."""
     ids = torch.arange(8)[None]

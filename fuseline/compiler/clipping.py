@@ -17,24 +17,18 @@ CHUNK = 1 << 16  # elements that are searched at once on a CPU, so that they sta
 AT_ONCE = 1 << 25  # elements, times ranges, that are searched at once on a GPU, where each step costs a launch
 
 
-def least_error(groups: torch.Tensor, grid: Grid, among: tuple[float, ...] | None = None) -> torch.Tensor:
-    """The best of the parts of the range, [..., 1], for each of groups [..., g]; 1 where none is better.
-
-    among: parts to compare with the whole range; left out, those that the format names.
-    """
+def least_error(groups: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The best of the parts of the range, [..., 1], for each of groups [..., g]; 1 where none is better."""
     if not is_real(groups) or groups.is_meta:
         return torch.ones_like(groups[..., :1])  # the shape alone is asked for
     flat = groups.reshape(-1, groups.shape[-1])
     rows = max(1, CHUNK // flat.shape[-1]) if flat.device.type == "cpu" else max(1, len(flat))
-    return torch.cat([_search(part, grid, among) for part in flat.split(rows)]).view(*groups.shape[:-1], 1)
+    return torch.cat([_search(part, grid) for part in flat.split(rows)]).view(*groups.shape[:-1], 1)
 
 
-def _search(groups: torch.Tensor, grid: Grid, among: tuple[float, ...] | None) -> torch.Tensor:
+def _search(groups: torch.Tensor, grid: Grid) -> torch.Tensor:
     at_once = 1 if groups.device.type == "cpu" else max(1, AT_ONCE // max(1, groups.numel()))
-    if among is None:
-        parts = grid.scales.parts(grid.element, grid.element.reach(groups))
-    else:
-        parts = groups.new_tensor(among).view(-1, 1, 1)
+    parts = grid.scales.parts(grid.element, grid.element.reach(groups))
     best, kept = torch.full_like(groups[:, :1], torch.inf), torch.ones_like(groups[:, :1])
     for tried in (kept.unsqueeze(0), *parts.split(at_once)):
         rounded = grid.element.rounded(groups, *grid.of(groups, tried))

@@ -353,14 +353,6 @@ class Quantize(Expression):
 
 
 @dataclass(frozen=True)
-class Nearest(Quantize):
-    """The same, in the best of the format's `ranges`: for weights that no longer change."""
-
-    def compute(self, values: list[Any], lookup: Lookup) -> Any:
-        return self.scheme.quantize(values[0], self.scheme.nearest(values[0]))
-
-
-@dataclass(frozen=True)
 class HalfQuadratic(Quantize):
     """The same by half-quadratic splitting (`half_quadratic.py`)."""
 
@@ -537,7 +529,7 @@ GRAMMAR: dict[str, type[Expression]] = {
     for kind in (
         Param, Constant, Cast, Matmul, Scale, Add, Offset, Centre, Slice, Concat, Transpose, Reshape, HadamardCore,
         Signs, Hadamard, Orthogonal, Planned, Blocks, Quantize,
-        Nearest, HalfQuadratic, Decided, Fitted, Range, Steps, Output, Pack, InWords, Dequantize, Decode,
+        HalfQuadratic, Decided, Fitted, Range, Steps, Output, Pack, InWords, Dequantize, Decode,
     )
 }  # fmt: skip
 

@@ -165,16 +165,15 @@ class Scheme:
         dividing = [g for g in range(16, channels // 2 + 1, 16) if channels % g == 0]
         return sorted(dividing, key=lambda g: abs(g - self.group))[:count]
 
-    def quantize(self, weight: torch.Tensor, part: torch.Tensor | float | None = None) -> dict[str, torch.Tensor]:
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Round to nearest. weight: [..., n] → the tensors named by `outputs`: codes; scale [..., n/group]; zero
         (uint8, of scale's shape) when asymmetric; outer [1], the tensor's float32 scale, where the format has one.
 
-        part: of each group's range, [..., n/group, 1]; left out, the whole, or what `mse` finds.
         Computed in float32 at least, the scale rounded to its stored type first so that codes fit what will be
         multiplied back. A scale that several rows share is repeated for each of them: kernels and gathers read rows.
         """
         groups, grid = self.grid(weight)
-        scale, zero = grid.of(groups, self.narrowed(weight) if part is None else part)
+        scale, zero = grid.of(groups, self.narrowed(weight))
         return self.stored(weight, grid, grid.codes(groups, scale, zero), scale, zero)
 
     def stored(
@@ -197,12 +196,6 @@ class Scheme:
     def narrowed(self, weight: torch.Tensor) -> torch.Tensor | float:
         """The part of each group's range that costs the least, [..., n/group, 1]; 1 without `mse`."""
         return least_error(*self.grid(weight)) if self.mse else 1.0
-
-    def nearest(self, weight: torch.Tensor) -> torch.Tensor | float:
-        """The same among the few ranges that rounding to nearest compares, without `mse`."""
-        if self.mse or len(self.element.ranges) == 1 or self.of.scaling == "e8m0":
-            return self.narrowed(weight)
-        return least_error(*self.grid(weight), self.element.ranges[1:])
 
     def rounded(self, weight: torch.Tensor, part: torch.Tensor | float) -> torch.Tensor:
         """The weight [..., n] as its codes stand for it, for `part` of each group's range."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..compiler.expressions import Decided, Expression, HalfQuadratic, Nearest, Planned, Scale
+from ..compiler.expressions import Decided, Expression, HalfQuadratic, Planned, Quantize as QuantizeExpression, Scale
 from ..compiler.plan import SitePlan
 from ..compiler.program import TRAINS
 from ..compiler.rewriter import Rewriter
@@ -32,7 +32,7 @@ def coded(step: Quantize, rewriter: Rewriter, site: Site) -> Coded | None:
     if step.method is Method.HQQ:
         return Coded(HalfQuadratic(site.weight, scheme), scheme)
     if decision is None or step.method not in PLANNED:
-        return Coded(Nearest(site.weight, scheme), scheme)
+        return Coded(QuantizeExpression(site.weight, scheme), scheme)
     device = str(site.node.meta["val"].device)
     found = {name: Planned.of(decision.tensors[name], device) for name in scheme.outputs}
     one, other = decision.structure["probe"]

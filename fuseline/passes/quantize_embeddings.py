@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from ..compiler.expressions import Nearest, Param
+from ..compiler.expressions import Param, Quantize as QuantizeExpression
 from ..compiler.program import Program
 from ..compiler.rewriter import Builder, Rewriter
 from ..compiler.schemes import Scheme
@@ -34,7 +34,7 @@ def rounded_embedding(program: Program, rewriter: Rewriter, node: Node, scheme: 
             rounded = trained_weight(new, table, scheme, Method.RTN)
             return new(aten.embedding.default, rounded, *node.args[1:], **node.kwargs)
         gathered = lambda part: new(aten.embedding.default, part, indices)
-        codes = Nearest(expression, scheme)
+        codes = QuantizeExpression(expression, scheme)
         return rounded_weight(new, codes, scheme, channels, node.meta["val"].dtype, gathered)
 
     rewriter.rewrite(node, [node], build, "embedding")

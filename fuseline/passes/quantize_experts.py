@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..compiler import ops
-from ..compiler.expressions import Expression, HalfQuadratic, Nearest, Reshape, Transpose
+from ..compiler.expressions import Expression, HalfQuadratic, Quantize as QuantizeExpression, Reshape, Transpose
 from ..compiler.program import TRAINS, Program
 from ..compiler.rewriter import Builder, Rewriter
 from ..compiler.schemes import Scheme
@@ -65,6 +65,6 @@ def _rounded(step: Quantize, new: Builder, layer: Layer, name: str, scheme: Sche
     value = layer.given[name].meta["val"]
     e, m, n = (int(size) for size in value.shape)
     weight: Expression = Transpose(stack.weight, 1, 2) if stack.turned else stack.weight
-    kind = HalfQuadratic if step.method is Method.HQQ else Nearest
+    kind = HalfQuadratic if step.method is Method.HQQ else QuantizeExpression
     table = rounded_weight(new, kind(Reshape(weight, (e * m, n)), scheme), scheme, n, value.dtype)
     return new(aten.view.default, table, [e, m, n])

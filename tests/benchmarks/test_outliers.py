@@ -88,7 +88,7 @@ def test_what_is_recovered() -> None:
     )
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["W4A4KV4", "W8A8 stream"])
 def test_a_row_of_a_tiny_model(name: str) -> None:
     benchmark = outliers.Benchmark(outliers.parse(SMALL))

@@ -252,7 +252,7 @@ def compiled(model, x, pipeline):
     return [p.grad.clone() for p in model.parameters()], seen[0][1] if seen else None
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "policy"])
 def test_the_users_regions_are_kept(kind):
     torch.manual_seed(0)

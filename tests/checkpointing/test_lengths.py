@@ -101,6 +101,7 @@ def test_the_reach_is_the_last_length_that_fits():
     assert reach(problem, execution, symbol, 1e18) == LONGEST
 
 
+@pytest.mark.slow
 def test_a_plan_for_a_shorter_sequence_than_the_one_at_hand_is_refused():
     all_kept = Training(1000.0)
     whole = all_kept(16)["peak"] + owned(all_kept.model, 16)

@@ -42,6 +42,7 @@ def hunt(cli: Callable, folder: Path, model: str, norms: int, broken: int) -> No
     assert cli("compare", str(stage), "-p", "raise").code == 0
 
 
+@pytest.mark.slow
 def test_one_norm_of_a_tiny_model(cli: Callable, tmp_path: Path) -> None:
     hunt(cli, tmp_path, "demo:tiny-llama", norms=5, broken=2)
 

@@ -87,7 +87,7 @@ def test_a_tiny_model_without_a_fault_is_not_accused() -> None:
     assert found.kind == "nothing" and found.runs == 1
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["dropped-residual", "stale-metadata"])
 def test_a_small_reproducer_of_a_tiny_model(fault: str, tmp_path: Path) -> None:
     _, nodes = hunted("demo:tiny-llama", fault, 1, 60, tmp_path)

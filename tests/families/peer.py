@@ -2,7 +2,7 @@
 
     pip install --no-deps --target DIRECTORY torchao && PYTHONPATH=DIRECTORY python -m tests.families
 
-Both round to nearest, one scale an output channel; torchao divides the largest weight by 127.5, we by that or by 127,
+Both round to nearest, one scale an output channel; torchao divides the largest weight by 127.5 where we divide by 127,
 so that the two divergences of one model differ by chance, by 10% and more. Compared is therefore the geometric mean of
 their ratio over many draws of weights and inputs, with its standard error. The compiled model is the same for all
 draws: its weights are changed in place, and it notices. Mixtures route every token to every expert here: otherwise the

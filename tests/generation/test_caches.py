@@ -38,7 +38,7 @@ def test_one_sequence_takes_two_captures(cache: str | None) -> None:
 
 
 @CACHES
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 def test_batches_and_strategies_take_two_more(cache: str | None) -> None:
     pair = Pair(decoder("LlamaConfig"))
     assert pair.check(prompt(1, 12), **kind(cache)) == 2

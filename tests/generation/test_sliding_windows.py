@@ -23,6 +23,7 @@ def run(config: str, cache: str | None, batch: int, lengths: tuple[int, ...], pa
     return [pair.check(prompt(batch, length), **settings) for length in lengths]
 
 
+@pytest.mark.slow
 def test_beyond_the_window() -> None:
     """Sliding and full layers in turn."""
     assert run("Gemma2Config", "static", 1, LONG) == [2, 0, 0]

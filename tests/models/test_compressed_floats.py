@@ -142,6 +142,7 @@ def test_what_fuseline_wrote(pipeline: str, tmp_path: Path) -> None:
     assert config == config_of(tmp_path / "once more")["quantization_config"]
 
 
+@pytest.mark.slow
 def test_without_a_format(tmp_path: Path) -> None:
     model = model_of("Llama")
     for pipeline, reason in {

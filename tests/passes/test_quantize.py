@@ -11,7 +11,6 @@ import fuseline
 from fuseline import Pipeline, Program, UserError
 from fuseline.compiler.errors import EmptyPassError
 from fuseline.compiler.expressions import Pack, Param, Transpose
-from tests.helpers import rounding
 from tests.helpers.models import Mlp, Tied, error, ops, tiny_llama
 from tests.strategies import schemes
 
@@ -30,7 +29,10 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group: int, symmetric: boo
         for start in range(0, weight.shape[1], group):
             w = weight[row, start : start + group].double()
             if symmetric:
-                result[row, start : start + group] = rounding.symmetric(w.float(), bits)
+                top = 2 ** (bits - 1) - 1
+                scale = (w.abs().max() / top).float().double()
+                codes = (w / scale).round().clamp(-top - 1, top)
+                result[row, start : start + group] = codes * scale
             else:
                 low, high = min(w.min().item(), 0.0), max(w.max().item(), 0.0)
                 scale = torch.tensor((high - low) / (2**bits - 1)).float().double()

@@ -34,12 +34,7 @@ def quantized(model: torch.nn.Module, args: tuple, options: str):
 
 def rounded(text: str, weight: torch.Tensor) -> torch.Tensor:
     scheme = Scheme.parse(text, weights=True)
-    return scheme.rounded(weight.detach(), scheme.nearest(weight.detach())).double()
-
-
-def of_the_run(text: str, values: torch.Tensor) -> torch.Tensor:
-    """Values of the run reach to the last code, always."""
-    return Scheme.parse(text, weights=True).rounded(values, 1.0).double()
+    return scheme.rounded(weight.detach(), scheme.narrowed(weight.detach())).double()
 
 
 @torch.no_grad()
@@ -85,9 +80,9 @@ def test_activations(text: str) -> None:
     assert ops(after) == ["encode", "getitem", "getitem", "decode", "linear"]
     inputs = x.flatten(0, 1)
     if text == "nvfp4":  # each token has its own outer scale
-        inputs = torch.cat([of_the_run(text, row) for row in inputs.split(1)])
+        inputs = torch.cat([rounded(text, row) for row in inputs.split(1)])
     else:
-        inputs = of_the_run(text.replace(":token", ""), inputs)
+        inputs = rounded(text.replace(":token", ""), inputs)
     expected = F.linear(inputs.view(x.shape), model.fc.weight.double(), model.fc.bias.double())
     assert error(after.to_module()(x).double(), expected) < 1e-5
 
@@ -111,7 +106,7 @@ def test_keys_and_values() -> None:
     after, report = Pipeline(text).run(fuseline.capture(model, (x,)), verification="full")
     assert report["quantize"].matched == 2 and ops(after).count("encode") == 2
     q, k, v = model.heads(x)
-    expected = F.scaled_dot_product_attention(q.double(), of_the_run("mxfp8", k), of_the_run("fp4", v), is_causal=True)
+    expected = F.scaled_dot_product_attention(q.double(), rounded("mxfp8", k), rounded("fp4", v), is_causal=True)
     assert error(after.to_module()(x).double(), expected) < 1e-5
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -223,6 +224,7 @@ def assert_visible(program: Program, node: torch.fx.Node, build: Build, argument
 
 @settings(max_examples=150, **FUZZ)
 @given(build=masks(), sizes=st.sampled_from([(5, 5), (4, 4), (3, 6), (1, 5), (6, 2), (1, 1)]))
+@pytest.mark.slow
 def test_claims_are_the_mask(build: Build, sizes: tuple[int, int]) -> None:
     s, t = sizes
     arguments = inputs(s, t)

@@ -78,7 +78,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {n.removeprefix("base_model.model."): p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("adapt", [before, behind, injected])
 def test_adapters_train_and_the_rotation_stays_exact(llama: Any, adapt: Any) -> None:
     torch.compiler.reset()

@@ -140,6 +140,7 @@ def test_predicted_seconds_are_the_closed_form(degree: int) -> None:
     assert predict(one, Layout(degree, 1), MACHINE).exposed == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_an_attention_of_few_heads_goes_around_by_itself(ranks: Any) -> None:
     """`kind=auto` on one head of a long sequence; the same with a mask that nobody knows stays with heads."""
     ranks(8)
@@ -161,6 +162,7 @@ def test_ring_without_a_hybrid(ranks: Any) -> None:
     assert "try: ring=2 or 4" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_parts_are_symbolic(ranks: Any) -> None:
     """`inputs=sharded`: the length of a part comes as a symbol at the first call already, and stands for a part of
     it in each linear and for the whole around attention."""

@@ -35,7 +35,7 @@ def whole():
         return tape(joint_of_shape(SMALL))
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [Policy.NONE, Policy.MIN_CUT, Policy.LONG_CONTEXT, Policy.FULL])
 def test_four_blocks_say_what_seven_take_at_ten_lengths(traced, whole, policy):
     symbol, theirs = sequence_symbol(traced), sequence_symbol(whole)

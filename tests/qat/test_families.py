@@ -46,6 +46,7 @@ PIPELINES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     (pytest.param(llama, marks=pytest.mark.slow), pytest.param(gpt2, marks=pytest.mark.slow), bart),

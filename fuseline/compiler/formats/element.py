@@ -25,14 +25,13 @@ class Element(ABC):
     """A finite set of numbers, their codes, and how codes lie in memory.
 
     name: as in a scheme's text. bits: of a code before it is packed. top: the largest number. symmetric: codes stand
-    for numbers without a zero point. ranges: parts of a range of which rounding to nearest takes the best.
+    for numbers without a zero point.
     """
 
     name: str
     bits: int
     top: float
     symmetric: bool = True
-    ranges: tuple[float, ...] = (1.0,)
 
     @property
     def stored(self) -> torch.dtype:

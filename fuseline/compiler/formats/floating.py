@@ -63,12 +63,6 @@ class Float(Element):
         return 2 ** (self.bits - 1) - 1 - _UNUSED.get(self.name, 0)
 
     @property
-    def ranges(self) -> tuple[float, ...]:  # type: ignore[override]
-        """With one bit of mantissa the largest number is half as large again as the one before: 6 and 4 (Cook et al.,
-        2025, "Four Over Six")."""
-        return (1.0, 1.5) if self.mantissa == 1 and self.bits <= 4 else (1.0,)
-
-    @property
     def top(self) -> float:  # type: ignore[override]
         exponent, mantissa = divmod(self.last, 2**self.mantissa)
         if exponent == 0:

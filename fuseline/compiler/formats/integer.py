@@ -1,10 +1,8 @@
 """Integers of 2 to 8 bits, with or without a zero point: `int8` … `int2`.
 
 Without one, codes are −2^(b−1) … 2^(b−1) − 1 and the positive end reaches the largest magnitude: scale = max|w| /
-(2^(b−1) − 1). The lowest code then stands for nothing, so that rounding to nearest also tries max|w| / (2^(b−1) − ½),
-the division of torchao and llm-compressor: the largest is half a step from the last code on either side. With a zero
-point, codes are 0 … 2^b − 1 over the range with 0 in it, h − l: scale = (h − l) / (2^b − 1), zero = round(−l /
-scale). Source: Jacob et al., 2018, section 2.1.
+(2^(b−1) − 1). With one, codes are 0 … 2^b − 1 over the range with 0 in it, h − l: scale = (h − l) / (2^b − 1), zero =
+round(−l / scale). Source: Jacob et al., 2018, section 2.1.
 """
 
 from __future__ import annotations
@@ -40,10 +38,6 @@ class Integer(Element):
     @property
     def top(self) -> float:  # type: ignore[override]
         return self.ends[1]
-
-    @property
-    def ranges(self) -> tuple[float, ...]:  # type: ignore[override]
-        return (1.0, self.top / (self.top + 0.5)) if self.symmetric else (1.0,)
 
     def fit(
         self, groups: torch.Tensor, part: float | torch.Tensor, scales: Scales

@@ -65,8 +65,8 @@ def gptq(
         return grid.of(columns, scheme.narrowed(columns.flatten(-2)))
 
     scale, zero = (part.clone() for part in ranges(groups))
-    plain_scale, plain_zero = grid.of(groups, scheme.nearest(start))
-    plain = grid.codes(groups, plain_scale, plain_zero)
+    plain = grid.codes(groups, scale, zero)
+    plain_scale, plain_zero = scale.clone(), zero.clone()
     columns = torch.arange(n, device=weight.device)
     if order:
         columns = torch.argsort(hessian.diagonal(), descending=True, stable=True)

@@ -115,7 +115,7 @@ def _costs(
     rows, slopes = (part[:, taken].float() for part in (rows, slopes))
     found = []
     for scheme in schemes:
-        lost = (scheme.rounded(weight, scheme.nearest(weight)) - weight).float().reshape(groups, -1, weight.shape[1])
+        lost = (scheme.rounded(weight, scheme.narrowed(weight)) - weight).float().reshape(groups, -1, weight.shape[1])
         moved = ((rows @ lost.transpose(1, 2)) * slopes).sum(-1)
         found.append(0.5 * float(moved.square().sum()) * count / len(taken))
     return found

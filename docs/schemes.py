@@ -51,19 +51,18 @@ NOTES = """\
 - A row `recipe NAME` is what the recipe quantizes with: see [quantization.md](quantization.md#recipes).
 - torchao's W8A8 and W4A8 give activations a scale a token, W4A8 with a zero point. It refuses FP8 activations on a CPU,
   and its GPTQ is a prototype, which was not tried.
-- So few tokens, {tokens}, tell perplexities apart by 2 to 3% where activations are rounded or a Hessian decides: two
-  runs of the same code, llm-compressor's W8A8 among them (1.050 and 1.027), differ by that with the order of sums
-  alone. KL is steadier, by 1 to 3%.
 - Settings of `benchmarks/compared/settings.py` that have no row have not been measured yet.
 - Rows of keys and values, of rotations and of formats that these libraries do not have stand alone.
 - A perplexity of 1024 tokens is known to a percent or two: on 2048 tokens of the same text the standard error of the
-  ratio, token by token, was 0.8% for int6 and 2.5% for int4:g64:sym. Of two ways to round, the divergence says more.
+  ratio, token by token, was 0.8% for int6 and 2.5% for int4:g64:sym. Two runs of unchanged code differed as much where
+  activations are rounded or a Hessian decides (llm-compressor's W8A8: 1.050 and 1.027). Of two ways to round, the
+  divergence says more.
 - Symmetric integers: torchao and llm-compressor divide the largest magnitude by 2^(b−1) − ½, which clips it by half a
   step where it is positive, and Fuseline by 2^(b−1) − 1. Theirs leaves 3% less squared error at 6 bits and 9% less at
   4; on those 2048 tokens the perplexity of int6 was 1.7% ± 0.6% lower by it, that of int4:g64:sym the same (0.3% ±
   2.4%), its divergence 6% lower. That is what int6, int4:g64:sym and W4A8 are behind by; `:mse` finds such ranges.
-- `:mse` of llm-compressor sums |error|^2.4 over parts of the range down to 0.8; ours sums squares, and goes down to a
-  fifth. Which of the two int4:g64:mse is behind by was not looked into, nor was nvfp4.
+- `:mse` of llm-compressor sums |error|^2.4 over parts of the range down to 0.8; ours |error|^2.5 for integers, down to
+  a fifth. With squares, int4:g64:mse was behind. What nvfp4 is behind by was not looked into.
 """
 
 
@@ -87,7 +86,7 @@ def page() -> str:
         table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         parts.append(f"## {part[0].upper()}{part[1:]}\n\n{table}")
     failures = list(failed(rows))
-    notes = NOTES.format(tokens=options["tokens"]) + "".join(f"{wrapped(f'- {line}', '  ')}\n" for line in failures)
+    notes = NOTES + "".join(f"{wrapped(f'- {line}', '  ')}\n" for line in failures)
     return "\n".join([*parts, notes])
 
 

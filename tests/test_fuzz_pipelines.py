@@ -163,9 +163,9 @@ def test_exact_pipelines_keep_results(network: Blocks, pipeline: Pipeline, symbo
     check_exact(network, pipeline, symbolic)
 
 
+@pytest.mark.slow
 @fuzzed(15)
 @given(blocks(), pipelines(quantize=True), st.booleans())
-@pytest.mark.slow
 def test_a_lossy_pass_is_all_that_rounds(network: Blocks, pipeline: Pipeline, symbolic: bool) -> None:
     check_quantized(network, pipeline, symbolic)
 

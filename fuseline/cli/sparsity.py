@@ -51,7 +51,7 @@ def sparsity(
     dtype: options.Dtype = None,
     json: options.Json = None,
 ) -> None:
-    """Show activations by site, thresholds, and what budgets cost."""
+    """Show activations, what thresholds keep, and what budgets cost."""
     from fuseline.compiler.framework import Study
     from fuseline.models import load, parse_dtype
     from fuseline.passes.sparsity import RSparse

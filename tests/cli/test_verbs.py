@@ -98,7 +98,7 @@ def test_passes_lists_the_recipes(cli: Callable) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["demo:tiny-decoder", pytest.param("demo:tiny-llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["demo:tiny-decoder", "demo:tiny-llama"])
 def test_opt_writes_a_program_that_computes_the_same(cli: Callable, tmp_path: Path, model: str) -> None:
     out = tmp_path / "out.pt2"
     result = cli("opt", model, "-p", "quantize{weights=int8}", "-o", str(out), "--json", "-")

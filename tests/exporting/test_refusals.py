@@ -134,9 +134,9 @@ def test_one_parameter_with_two_values() -> None:
 IDS = torch.arange(10).reshape(2, 5) % VOCABULARY
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(shapes, st.sampled_from(("hadamard", "random-hadamard", "orthogonal")), st.booleans())
-@pytest.mark.slow
 def test_the_solution_is_the_model_or_refused(shape: Shape, kind: str, untie: bool) -> None:
     """In float64, on models of every shape: a copy with the solved parameters computes the same."""
     model = Decoder(shape)

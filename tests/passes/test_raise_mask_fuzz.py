@@ -222,9 +222,9 @@ def assert_visible(program: Program, node: torch.fx.Node, build: Build, argument
     assert torch.equal(seen, written.expand(full))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, **FUZZ)
 @given(build=masks(), sizes=st.sampled_from([(5, 5), (4, 4), (3, 6), (1, 5), (6, 2), (1, 1)]))
-@pytest.mark.slow
 def test_claims_are_the_mask(build: Build, sizes: tuple[int, int]) -> None:
     s, t = sizes
     arguments = inputs(s, t)

@@ -200,9 +200,9 @@ def pair() -> tuple[torch.nn.Module, torch.nn.Module]:
     return model, twin
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-@pytest.mark.slow
 def test_any_length_and_any_labels(pair: Any, data: st.DataObject) -> None:
     length = data.draw(st.integers(3, 24))
     inputs = batch(length)

@@ -47,11 +47,7 @@ PIPELINES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family",
-    (pytest.param(llama, marks=pytest.mark.slow), pytest.param(gpt2, marks=pytest.mark.slow), bart),
-    ids=lambda make: make.__name__,
-)
+@pytest.mark.parametrize("family", (llama, gpt2, bart), ids=lambda make: make.__name__)
 def test_a_family(family: Any) -> None:
     torch.manual_seed(0)
     model, example = family()

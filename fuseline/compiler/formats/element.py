@@ -54,7 +54,7 @@ class Element(ABC):
         return linear_parts(reach)
 
     def loss(self, error: torch.Tensor) -> torch.Tensor:
-        """What errors count for in that search, in `error` itself: their squares."""
+        """What errors count for in that search: their squares. `error` is overwritten."""
         return error.square_()
 
     def rounded(self, groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:

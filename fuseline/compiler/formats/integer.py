@@ -50,8 +50,8 @@ class Integer(Element):
         return scale, torch.round(-low / scale).clamp(0, self.top)
 
     def loss(self, error: torch.Tensor) -> torch.Tensor:
-        """The power 2.5, which the root gives in two passes and is near QuaRot's and llm-compressor's 2.4. Squares clip
-        the large weights of a group with a zero point by so much that a model is worse off than with whole ranges."""
+        """The power 2.5, which a root gives cheaply and is near QuaRot's and llm-compressor's 2.4. Squares clip the
+        large weights of a group with a zero point so much that whole ranges can cost less (docs/quantization.md)."""
         return error.abs().sqrt_().mul_(error.square_())
 
     def nearest(self, scaled: torch.Tensor) -> torch.Tensor:

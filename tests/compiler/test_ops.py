@@ -139,8 +139,8 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
     "round_through": [(torch.randn(3, 8), "int4:g4:sym", True), (torch.randn(2, 3, 8), "int8", False)],
     "staircase": [(torch.randn(3, 8), torch.randn(3).sort().values, torch.rand(1), torch.randn(1))],
     "fake_staircase": [(torch.randn(3, 8), torch.tensor([*[2 / 3] * 3, -1.0, 0.5, 2.0]), 2)],
-    "to_host": [(torch.randn(3, 4),)],
-    "from_host": [(torch.randn(3, 4), torch.device("cpu"))],
+    "to_host": [(torch.randn(3, 4),), (torch.randn(2, 3, 4).transpose(0, 2),)],
+    "from_host": [(torch.randn(3, 4), torch.device("cpu")), (torch.randn(3, 4).t(), torch.device("cpu"))],
     "arrived": [(torch.randn(3, 4),)],
     "decode_words": [
         (codes(9, torch.int32, 1, 1, 64, 16), torch.rand(4, 3), codes(9, torch.uint8, 4, 3), None, "int4", 32, 16,

@@ -12,10 +12,11 @@ _events: dict[int, torch.cuda.Event] = {}
 
 @op("to_host(Tensor x) -> Tensor", kind=Kind.OTHER)
 def to_host(x: torch.Tensor) -> torch.Tensor:
-    """x on the host, in pinned memory where x is on a GPU: copied on its own stream while the caller's goes on."""
+    """x on the host, in pinned memory where x is on a GPU: copied on its own stream while the caller's goes on. Strides
+    stay as they are, for whoever views the value later."""
     if x.device.type != "cuda":
         return x.clone()
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host = torch.empty_like(x, device="cpu", pin_memory=True)
     stream = _stream(x.device)
     stream.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(stream):
@@ -26,7 +27,7 @@ def to_host(x: torch.Tensor) -> torch.Tensor:
 
 @to_host.fake
 def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    return torch.empty_like(x, device="cpu")
 
 
 @op("from_host(Tensor x, Device device) -> Tensor", kind=Kind.OTHER)
@@ -35,7 +36,7 @@ def from_host(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     device = torch.device(device)
     if device.type != "cuda":
         return x.clone()
-    here = torch.empty(x.shape, dtype=x.dtype, device=device)
+    here = torch.empty_like(x, device=device)
     stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))  # the memory may be in use by what was launched before
     with torch.cuda.stream(stream):
@@ -49,7 +50,7 @@ def from_host(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @from_host.fake
 def _(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=device)
+    return torch.empty_like(x, device=device)
 
 
 @op("arrived(Tensor(a!) x) -> ()", kind=Kind.OTHER)

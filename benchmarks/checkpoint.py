@@ -5,16 +5,16 @@
     python benchmarks/checkpoint.py --small --device cpu   tries it out
 
 Each point runs in a process of its own. All share the model, its attention (is_causal), and a loss that is computed in
-chunks outside of the compiled graph, so that no point stores logits; the step is forward and backward at batch 1. The
-graph is compiled at a short length with the length symbolic, several processes at a time, and measured at the long
-one, one process at a time. `peak_gb` is the allocator's, parameters and gradients included; `predicted_gb` what our
-pass said before the run; `beaten_by` the other points with no more memory and no more time.
+chunks outside of the compiled graph, so that no point stores logits; the step is forward and backward at batch 1.
+Several processes compile at the length that is measured, and each waits before its first step until the GPU is its own;
+with --longest the length is symbolic. `peak_gb` is the allocator's, parameters and gradients included; `predicted_gb`
+what our pass said before the run; `compile_s` counts processor time, as processes share the cores; `beaten_by` the
+other points with no more memory and no more time.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fcntl
 import json
 import os
@@ -23,13 +23,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Run, arguments
+from harness import Run, arguments, synchronize
+from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
 COLUMNS = ("name", "peak_gb", "step_ms", "predicted_gb", "off", "kept_gb", "compile_s", "beaten_by")
@@ -116,15 +118,45 @@ class Stack(torch.nn.Module):
         return d.norm(x)
 
 
-def compiled(name: str, model: torch.nn.Module, settings: argparse.Namespace, record: list[Any]) -> Any:
+class Turn:
+    """The GPU for one process: taken once, when what was compiled is about to run for the first time. With `early` it
+    is not waited for then: what runs first is short."""
+
+    def __init__(self, path: str, early: bool):
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT)  # until the process ends
+        self.taken, self.early = False, early
+
+    def take(self) -> None:
+        if not self.taken:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+            self.taken = True
+
+    def before(self, backend: str, **given: Any) -> Callable[..., Any]:
+        """The backend, whose compiled graphs take the turn."""
+        inner = lookup_backend(backend)
+
+        def compile_first(module: Any, inputs: Any) -> Any:
+            function = inner(module, inputs, **given)
+
+            def run(*arguments: Any) -> Any:
+                self.take()
+                return function(*arguments)
+
+            return function if self.early else run
+
+        return compile_first
+
+
+def compiled(name: str, model: torch.nn.Module, settings: argparse.Namespace, record: list[Any], turn: Turn) -> Any:
     target = "inductor" if settings.device == "cuda" or settings.inductor else "eager"
     if name in OURS:
         import fuseline  # noqa: F401
 
-        pipeline = f"{OURS[name]},target_seq={settings.length}}}"
+        pipeline = OURS[name] + (f",target_seq={settings.length}}}" if settings.longest else "}")
         options = {"pipeline": pipeline, "target": target, "record": record.append}
-        return torch.compile(model, backend="fuseline", options=options)
+        return torch.compile(model, backend=turn.before("fuseline", options=options))
     if name == "full-block eager":
+        turn.take()
         return model
     if name.startswith("torch budget"):
         from torch._functorch import config as functorch_config
@@ -142,7 +174,8 @@ def compiled(name: str, model: torch.nn.Module, settings: argparse.Namespace, re
                 return "autosp"
 
         config.custom_partitioner_fn = Rule()
-    return torch.compile(model, backend="inductor" if target == "inductor" else "aot_eager_decomp_partition")
+    plain = "inductor" if target == "inductor" else "aot_eager_decomp_partition"
+    return torch.compile(model, backend=turn.before(plain))
 
 
 def point(name: str, settings: argparse.Namespace) -> dict[str, Any]:
@@ -161,12 +194,14 @@ def point(name: str, settings: argparse.Namespace) -> dict[str, Any]:
     head = model.decoder.embed.weight if shape.tied else torch.nn.Parameter(
         torch.randn(shape.vocabulary, shape.hidden, dtype=dtype, device=device) / 50)  # fmt: skip
     record: list[Any] = []
-    run = compiled(name, model, settings, record)
+    turn = Turn(settings.lock, settings.longest)
+    run = compiled(name, model, settings, record, turn)
 
     def step(length: int) -> float:
         ids = torch.randint(0, shape.vocabulary, (1, length + 1), device=device)
         inputs = ids[:, :-1].contiguous()
-        torch._dynamo.mark_dynamic(inputs, 1)
+        if settings.longest:
+            torch._dynamo.mark_dynamic(inputs, 1)
         hidden = run(inputs)
         loss = ChunkedLoss.apply(hidden[0], head, ids[0, 1:])
         del hidden
@@ -174,32 +209,27 @@ def point(name: str, settings: argparse.Namespace) -> dict[str, Any]:
         return float(loss.detach())
 
     row: dict[str, Any] = {"name": name}
-    began = time.perf_counter()
-    step(settings.warm)
-    row["compile_s"] = time.perf_counter() - began
-    with contextlib.ExitStack() as held:
-        lock = held.enter_context(open(settings.lock, "w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        if settings.longest:
-            row["longest"] = furthest(step, settings, row)
-            return row
-        step(settings.length)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(settings.repeats):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            row["loss"] = step(settings.length)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - began) * 1e3)
-        row["step_ms"], row["times_ms"] = statistics.median(times), times
-        if device.type == "cuda":
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    if settings.longest:
+        step(settings.warm)
+        row["compile_s"] = time.process_time()
+        turn.take()
+        row["longest"] = furthest(step, settings, row)
+        return row
+    step(settings.length)
+    row["compile_s"] = time.process_time()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(settings.repeats):
+        synchronize(device)
+        began = time.perf_counter()
+        row["loss"] = step(settings.length)
+        synchronize(device)
+        times.append((time.perf_counter() - began) * 1e3)
+    row["step_ms"], row["times_ms"] = statistics.median(times), times
+    if device.type == "cuda":
+        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     if record and record[-1].joint is not None:
         said = record[-1].joint.module.meta["checkpoint"]
         owned = {p.data_ptr(): p.numel() * p.element_size() for p in [*model.parameters(), head]}
@@ -244,11 +274,12 @@ def child(name: str, settings: argparse.Namespace) -> dict[str, Any]:
     given = json.dumps({**{k: v for k, v in vars(settings).items() if k != "json"}, "point": name}, default=str)
     done = subprocess.run(
         [sys.executable, __file__, "--given", given], capture_output=True, text=True,
-        timeout=max(settings.budget, 60), env={**os.environ, "FUSELINE_REPRO": "off"},
+        timeout=max(settings.budget, 60),
+        env={"TORCHINDUCTOR_COMPILE_THREADS": "4", **os.environ, "FUSELINE_REPRO": "off"},
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
-        raise RuntimeError("\n".join(done.stderr.strip().splitlines()[-8:]) or f"exit code {done.returncode}")
+        raise RuntimeError("\n".join(done.stderr.strip().splitlines()[-30:]) or f"exit code {done.returncode}")
     return json.loads(lines[-1])
 
 
@@ -268,7 +299,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3.2-1b")
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
     parser.add_argument("--length", type=int, default=32768)
-    parser.add_argument("--warm", type=int, default=1024, help="the length that is compiled at")
+    parser.add_argument("--warm", type=int, default=1024, help="of --longest: the length that is compiled at")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--at-a-time", type=int, default=7, help="processes that compile at the same time")
     parser.add_argument("--longest", action="store_true")

@@ -33,7 +33,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpointing", action="store_true", help="recompute each layer (not fuseline: its pipeline)"
     )
-    parser.add_argument("--pipeline", default="raise,sequence-parallel", help="fuseline's passes")
+    parser.add_argument("--pipeline", default="raise,fuse-loss,sequence-parallel", help="fuseline's passes")
     parser.add_argument("--target", default="inductor", help="fuseline's target")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser

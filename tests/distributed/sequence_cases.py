@@ -135,6 +135,13 @@ def raised_first() -> dict[str, Any]:
     return compare(decoder(), [batch(2, 11)], "raise,sequence-parallel")
 
 
+def fused_loss() -> dict[str, Any]:
+    """Logits that are never stored: ranks without valid labels, tied embeddings, smoothing, an odd length."""
+    pipeline = "raise,fuse-loss,sequence-parallel"
+    batches = [batch(3, 12, prompt=7), batch(2, 11)]
+    return compare(decoder(vocabulary=4096, tied=True, smoothing=0.1), batches, pipeline)
+
+
 class Outside(nn.Module):
     """A model whose loss its caller computes."""
 
@@ -325,14 +332,14 @@ def family(name: str) -> Callable[[], dict[str, Any]]:
 
 
 SHORT: list[Callable[[], dict[str, Any]]] = [
-    grouped_queries, heads_that_do_not_divide, attention_written_out, weighted_loss, loss_outside, under_ddp,
-    unknown_op, break_inside_attention, too_short, degree_that_does_not_fit, unknown_mesh, different_lengths,
+    grouped_queries, heads_that_do_not_divide, attention_written_out, weighted_loss, fused_loss, loss_outside,
+    under_ddp, unknown_op, break_inside_attention, too_short, degree_that_does_not_fit, unknown_mesh, different_lengths,
 ]  # fmt: skip
 REFUSED = [unknown_op, break_inside_attention, too_short, degree_that_does_not_fit, unknown_mesh, different_lengths]
 LONG: list[Callable[[], dict[str, Any]]] = [
     grouped_queries, one_sequence, one_key_head, many_key_heads, heads_that_do_not_divide, key_heads_across_ranks,
     attention_written_out, written_out_odd_heads, sliding_window, packed_documents, masks_by_head, tied_embeddings,
-    keys_are_values, weighted_loss, raised_first, ring_causal, ring_one_head, ring_without_mask,
+    keys_are_values, weighted_loss, raised_first, fused_loss, ring_causal, ring_one_head, ring_without_mask,
     ring_with_a_window, loss_outside, sharded_logits, without_gradients, under_ddp,
     under_fsdp, unknown_op_gathered, named_mesh,
 ]  # fmt: skip

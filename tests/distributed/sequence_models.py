@@ -18,18 +18,19 @@ class Decoder(nn.Module):
     written_out: attention as two products and a softmax; window: keys that a query sees; tied: one embedding.
     """
 
-    def __init__(self, heads=4, keys=2, written_out=False, window=None, tied=False, shared=False, smoothing=0.0):
+    def __init__(self, heads=4, keys=2, written_out=False, window=None, tied=False, shared=False, smoothing=0.0,
+                 vocabulary=VOCABULARY):  # fmt: skip
         super().__init__()
         self.heads, self.keys, self.written_out, self.window = heads, keys, written_out, window
         self.shared, self.smoothing = shared, smoothing
         width = 8 * heads
-        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.embedding = nn.Embedding(vocabulary, width)
         self.q, self.o = nn.Linear(width, width), nn.Linear(width, width)
         self.k = nn.Linear(width, 8 * keys, bias=False)
         self.v = nn.Linear(width, 8 * keys)
         self.gate, self.up, self.down = nn.Linear(width, 40), nn.Linear(width, 40), nn.Linear(40, width)
         self.norm = nn.Parameter(torch.rand(width) + 0.5)
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         if tied:
             self.head.weight = self.embedding.weight
 
@@ -66,7 +67,7 @@ class Decoder(nn.Module):
         if labels is None:
             return logits
         target = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
-        return F.cross_entropy(logits.view(-1, VOCABULARY), target, weight, label_smoothing=self.smoothing)
+        return F.cross_entropy(logits.flatten(0, 1), target, weight, label_smoothing=self.smoothing)
 
 
 def batch(size: int, length: int, prompt: int = 0) -> dict[str, Any]:

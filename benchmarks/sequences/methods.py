@@ -108,9 +108,19 @@ def ring(options: argparse.Namespace, length: int, device: torch.device) -> tupl
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
 
+    from transformers import AttentionInterface
+
+    def attention(module: torch.nn.Module, q: Any, k: Any, v: Any, mask: Any, **more: Any) -> tuple[Any, None]:
+        """Causal, without the mask that Hugging Face makes of positions: a ring takes none."""
+        result = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=more.get("scaling"), enable_gqa=True)
+        return result.transpose(1, 2), None
+
+    AttentionInterface.register("ring", attention)
     world = dist.get_world_size()
     mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("cp",))
-    body = _by_hand(_model(options, length, device))
+    model = _model(options, length, device)
+    model.set_attn_implementation("ring")
+    body = _by_hand(model)
 
     def step(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         targets = _shifted(labels)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -57,7 +58,8 @@ def main() -> None:
         try:
             row.update(measure(chosen, length, device))
         except torch.OutOfMemoryError as error:
-            row["failed"] = f"out of memory: {str(error).splitlines()[0][:120]}"
+            wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
+            row["failed"] = f"out of memory at {wanted[1]}" if wanted else "out of memory"
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
         gc.collect()

@@ -107,7 +107,6 @@ def ring(options: argparse.Namespace, length: int, device: torch.device) -> tupl
     """PyTorch's `context_parallel`: keys and values go around, blocks balanced for causal masks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
-
     from transformers import AttentionInterface
 
     def attention(module: torch.nn.Module, q: Any, k: Any, v: Any, mask: Any, **more: Any) -> tuple[Any, None]:

@@ -2,8 +2,9 @@
 
 A chunk is a product (cuBLAS), a pass over its rows (the kernel of `linear_cross_entropy_kernels.py` for CUDA tensors of
 at most 32 bits, PyTorch elsewhere), and a product for each gradient that is wanted. Gradients are summed over the
-chunks in float32 where the weights are of 16 bits. Nothing waits for the GPU: the number of rows that count stays on
-it. Importing this file registers it, and imports Triton only when a kernel is launched.
+chunks in float32 where the weights are of 16 bits, that of the logits is stored larger in float16 (`enlarged`). Nothing
+waits for the GPU: the number of rows that count stays on it. Importing this file registers it, and imports Triton only
+when a kernel is launched.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from ..compiler.ops import linear_cross_entropy, linear_cross_entropy_gradients
 from ..compiler.ops._define import LIBRARY
-from ..compiler.ops.linear_cross_entropy import accumulates_in, capped, check, reduced, rows
+from ..compiler.ops.linear_cross_entropy import accumulates_in, capped, check, enlarged, reduced, rows
 
 LOGITS = 1 << 29
 """Bytes of logits at a time: 2048 rows of 128K tokens in bfloat16, enough for products to run at their full rate."""
@@ -52,6 +53,9 @@ def both(
     weights = valid.to(accumulates_in(made))
     weights = weights if class_weight is None else weights * class_weight.to(weights.dtype)[known]
     factors = reduced(weights, weights, reduction, upstream)[1]  # the losses are not needed for them
+    wants = of_x or of_weight or of_bias
+    larger = enlarged(factors, scale, x.dtype) if wants else None
+    factors = factors if larger is None else factors * larger
 
     losses = torch.empty_like(weights)
     dx = x.new_empty((count, hidden) if of_x else 0, dtype=wide)
@@ -59,7 +63,6 @@ def both(
     db = weight.new_zeros(vocabulary if of_bias else 0, dtype=wide)
     size = min(chunk or rows_at_a_time(vocabulary, x.element_size()), count)
     buffer = x.new_empty((size, vocabulary))
-    wants = of_x or of_weight or of_bias
     for start in range(0, count, max(size, 1)):
         part = slice(start, min(start + size, count))
         piece, logits = x[part], buffer[: part.stop - start]
@@ -76,6 +79,9 @@ def both(
             _add_product(dw, logits.t(), piece)
         if of_bias:
             db += logits.sum(0, dtype=wide)
+    if larger is not None:
+        for gradient in (dx, dw, db):
+            gradient /= larger.to(wide)
     total = reduced(losses, weights, reduction)[0]
     return total.to(made), dx, dw, db
 

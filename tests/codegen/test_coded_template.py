@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fuseline
-from fuseline.codegen.kernel import Launcher, Refusal
+from fuseline.codegen.kernel import Kernel, Launcher, Refusal
 from fuseline.codegen.lower import lower
 from fuseline.codegen.offline import OTHERS, TARGETS, CompileError, compile_kernel
+from fuseline.codegen.templates.anchor import analyse
+from fuseline.codegen.templates.coded import config
 from fuseline.codegen.templates.coded.config import CodedTiling, Tile
-from fuseline.codegen.templates.coded.host import lacking
+from fuseline.codegen.templates.coded.host import lacking, target_of
 from fuseline.codegen.templates.linear import emit_linear
 from fuseline.compiler.ops import decode, dequantize
 from fuseline.compiler.pipeline import Pipeline
@@ -99,12 +103,62 @@ def test_codes_are_multiplied_as_they_are(case: Coded, instruction: str) -> None
     assert instruction in str(compile_kernel(kernel, "sm_90").asm["ptx"])
 
 
+SHARED = {"sm_90": 232448, "sm_80": 166912, "sm_89": 101376}
+"""target → bytes of shared memory that one program may use: H100 and H200, A100, L4 and RTX 40."""
+
+
+def fills(kernel: Kernel, tiles: CodedTiling) -> Kernel:
+    """A kernel of few rows for the most that it is given."""
+    rows = {"BLOCK_M": tiles.few_rows, "ROWS": tiles.few_rows}
+    return replace(kernel, constants={**kernel.constants, **rows}) if kernel.name.endswith("_few") else kernel
+
+
+def check_shared(case: Coded, dtype: torch.dtype, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "shared_memory", lambda device: SHARED[target])
+    anchor = analyse(case.graph(5, dtype))
+    assert not isinstance(anchor, Refusal)
+    tiles = config.tiling(anchor, target_of(anchor))
+    for kernel in emitted(case, dtype).kernels:
+        found = compile_kernel(fills(kernel, tiles), target).shared_bytes
+        assert found <= SHARED[target], (kernel.name, kernel.constants, found)
+
+
+LARGE = [
+    *(Coded(s, 2048, (512,)) for s in ("int4:g128", "int2:g128", "int3:g128", "int5", "int7", "int8", "binary")),
+    *(Coded(s, 2048, (512, 128, 128), "rms") for s in ("int4:g128", "int3:g128:sym", "fp8", "binary")),
+    *(Coded(s, 2048, (512, 512), "glu") for s in ("int4:g128", "int2:g64", "int7", "nvfp4")),
+]
+
+
+def test_sections_share_one_place_of_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the sides of an if and else they would have one each: 311296 bytes for this case of chunks of 512 channels."""
+    case = next(c for c in CASES if str(c) == "int3:g128:sym 1024 rms x2")
+    check_shared(case, torch.float16, "sm_90", monkeypatch)
+
+
 @pytest.mark.slow
-def test_shared_memory_is_enough_for_the_tiles_that_are_picked() -> None:
-    """A multiprocessor of Hopper has 227 KB for one program."""
-    for scheme in ("int4:g128", "int2:g128", "int3:g128", "int8", "binary"):
-        for kernel in emitted(Coded(scheme, 4096, (4096,))).kernels:
-            assert compile_kernel(kernel, "sm_90").shared_bytes <= 227 * 1024, (scheme, kernel.name)
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
+def test_shared_memory_is_enough(case: Coded, dtype: torch.dtype, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_shared(case, dtype, target, monkeypatch)
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_tiles_are_picked_by_the_device(case: Coded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By calculation, which the tests above compare with Triton's; down to the least that Turing has."""
+    for dtype in (torch.bfloat16, torch.float32):
+        anchor = analyse(case.graph(5, dtype))
+        assert not isinstance(anchor, Refusal)
+        weight, linears = anchor.linears[0].coded, max(len(s.linears) for s in anchor.sections)
+        for room in (*SHARED.values(), 64 << 10):
+            monkeypatch.setattr(config, "shared_memory", lambda device, room=room: room)
+            tiles = config.tiling(anchor, dtype)
+            few = replace(tiles.few, block_m=tiles.few_rows)
+            for tile in (few, tiles.many, *([tiles.some] if tiles.some else [])):
+                meeting = 1 if tile.split > 1 else linears
+                assert config.shared(tile, weight, dtype, meeting) <= room, (tile, room)
 
 
 def test_partial_sums_are_added_by_a_kernel_of_their_own() -> None:

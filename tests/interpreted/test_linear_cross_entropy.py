@@ -84,3 +84,33 @@ def test_whole_losses(reduction: int, classes: bool, monkeypatch: pytest.MonkeyP
             assert (a - e).abs().max() <= 3e-6 * e.abs().max()
         forward = linear_cross_entropy(x, w, b, target, weights, *arguments[9:], None, chunk)
         assert torch.equal(forward, found[0])
+
+
+@pytest.mark.parametrize("reduction", (0, 1))
+@pytest.mark.parametrize("by_kernel", (False, True))
+def test_small_gradients_in_float16(by_kernel: bool, reduction: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probabilities over the number of rows, 4e-8 here, are below what float16 holds, and are stored larger."""
+    if by_kernel:
+        monkeypatch.setattr(runs, "_over_rows", runs.launch)
+    torch.manual_seed(0)
+    x, w, b = (t.half() for t in (torch.randn(40, 16), torch.randn(700, 16) / 16, torch.randn(700) / 16))
+    target = torch.randint(0, 700, (40,))
+    above = torch.rand(40) * 1e-3 if reduction == 0 else None
+    arguments = (x, w, b, target, None, above, True, True, True, reduction, -100, 0.1, 1e-3 if reduction else 1.0, 20.0)
+    exact = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+    truth = linear_cross_entropy_gradients.naive(*exact)
+    for found in (linear_cross_entropy_gradients(*arguments), linear_cross_entropy_gradients.naive(*arguments)):
+        assert all(g.dtype == torch.float32 for g in found[1:])
+        assert all(((g - t).norm() / t.norm()).item() < 1e-3 for g, t in zip(found[1:], truth[1:], strict=True))
+
+
+def test_float16_holds_the_largest_gradients() -> None:
+    """Factors may be of any size; a gradient from above that is infinite stays so (GradScaler looks for it)."""
+    x, w, target = torch.ones(4, 8).half(), torch.randn(6, 8).half(), torch.tensor([0, 1, 2, 3])
+    for above in (1e37, 1e-37, 0.0):
+        upstream = torch.full((4,), above)
+        _, dx, dw, _ = linear_cross_entropy_gradients(x, w, None, target, None, upstream, True, True, False, 0)
+        assert dx.isfinite().all() and dw.isfinite().all() and bool(dx.any()) == (above > 0)
+    upstream = torch.tensor([1.0, float("inf"), 1.0, 1.0])
+    _, dx, dw, _ = linear_cross_entropy_gradients(x, w, None, target, None, upstream, True, True, False, 0)
+    assert not dx.isfinite().all() and not dw.isfinite().all()

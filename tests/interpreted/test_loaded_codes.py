@@ -7,7 +7,7 @@ import torch
 
 import fuseline
 from tests.codegen.regions import error
-from tests.models.gated import CASES, exact, gated
+from tests.models.gated import CASES, exact, gated, reading
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -19,6 +19,4 @@ def test_kernels_read_them(case: str) -> None:
     with torch.no_grad():
         assert error(optimized(x), exact(model, weights, x)) < 1e-5
     (compilation,) = fuseline.reports(optimized)
-    ops = [op for kernel in compilation.kernels for op in kernel.ops]
-    read = [op for op in ops if "decode_words" in op or "dequantize" in op]
-    assert len(read) >= 3, compilation.refusals
+    assert len(reading(compilation)) >= 3, compilation.refusals

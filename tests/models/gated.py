@@ -68,6 +68,12 @@ def gated(case: str) -> tuple[Gated, dict[str, torch.Tensor]]:
     return Gated(**{name: one[0] for name, one in made.items()}).eval(), {name: one[1] for name, one in made.items()}
 
 
+def reading(compilation: Any) -> list[str]:
+    """The ops by which kernels read codes: those of 4 and 8 bits stay bytes, others are laid out in words."""
+    ops = [op for kernel in compilation.kernels for op in kernel.ops]
+    return [op for op in ops if "decode_words" in op or "dequantize" in op]
+
+
 def exact(model: Gated, weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """The same on the CPU in float64."""
     x = x.double().cpu()

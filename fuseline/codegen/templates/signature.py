@@ -68,22 +68,27 @@ def signature(pointers: list[Argument], constants: tuple[str, ...]) -> dict[str,
     return {p.name: p.type for p in pointers} | {"M": "i32"} | dict.fromkeys(constants, "constexpr")
 
 
-def branches(anchor: Anchor) -> Iterator[tuple[Section, str, str | None, str]]:
+def branches(anchor: Anchor, apart: bool = False) -> Iterator[tuple[Section, str, str | None, str]]:
     """For each section: a suffix for its variables, the branch's head, and its block's number within the section.
 
-    Triton wants variables of one name to have one type in all branches, so each section has its own names.
+    Triton wants variables of one name to have one type in all branches, so each section has its own names. It finds the
+    two sides of an `else` places of their own in shared memory, what loops there read ahead and all. apart: branches
+    are ifs that follow each other, for products by tiles: those reuse it.
     """
     before: list[str] = []
     for number, section in enumerate(anchor.sections):
-        blocks = f"tl.cdiv({section.n}, BLOCK_N)"
+        blocks, past = f"tl.cdiv({section.n}, BLOCK_N)", " + ".join(before)
         first = f"(block - {' - '.join(before)})" if before else "block"
         before.append(blocks)
+        upto = f"block < {' + '.join(before)}"
         if len(anchor.sections) == 1:
             yield section, "", None, first
+        elif apart and number:
+            yield section, f"_{number}", f"if (block >= {past}) & ({upto}):", first
         elif number == len(anchor.sections) - 1:
             yield section, f"_{number}", "else:", first
         else:
-            yield section, f"_{number}", f"{'elif' if number else 'if'} block < {' + '.join(before)}:", first
+            yield section, f"_{number}", f"{'elif' if number else 'if'} {upto}:", first
 
 
 def by_format(section: Section) -> list[list[Linear]]:

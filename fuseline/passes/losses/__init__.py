@@ -19,7 +19,8 @@ alone never pays for them. It is refused after a parameter was edited, as the lo
 are logits that anything else reads, and vocabularies below `least`, where storing the logits is cheaper.
 
 Exact: loss and gradients agree with PyTorch's to 1e-12 in float64. With 16-bit weights gradients are summed in float32
-and rounded once. Source: Hsu et al., 2024, "Liger Kernel", section 3.2; Wijmans et al., 2024, "Cut Your Losses in
+and rounded once; in float16 the gradient of the logits is stored multiplied by a power of two, with or without a
+GradScaler. Source: Hsu et al., 2024, "Liger Kernel", section 3.2; Wijmans et al., 2024, "Cut Your Losses in
 Large-Vocabulary Language Models".
 """
 

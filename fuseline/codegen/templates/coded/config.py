@@ -50,24 +50,26 @@ def tiling(anchor: Anchor, target: torch.dtype) -> CodedTiling:
     weight = anchor.linears[0].coded
     widest = max(len(section.linears) for section in anchor.sections)
     room = shared_memory(anchor.x.meta["val"].device)
+    fit = lambda tile: within(replace(tile, scale_after=False), weight, target, widest, room)
     if target == torch.float32:  # no tensor cores: float32 is multiplied as IEEE says
-        return CodedTiling(Tile(16, 32, stages=2), Tile(32, 32, stages=2, scale_after=False))
+        few = within(Tile(FEW_ROWS, 32, stages=2), weight, target, widest, room)
+        return CodedTiling(replace(few, block_m=16), fit(Tile(32, 32, stages=2)), few.block_m)
     few = fewer(anchor, weight, target, widest, room)
-    fit = lambda tile: within(tile, tile.block_m, weight, target, widest, room)
+    few, rows = replace(few, block_m=16), few.block_m
     if weight.chunk > weight.step:  # each tl.dot keeps an x of its own
-        return CodedTiling(few, fit(Tile(64, 64 if widest > 1 else 128, 1, 8, 2, scale_after=False)))
+        return CodedTiling(few, fit(Tile(64, 64 if widest > 1 else 128, 1, 8, 2)), rows)
     if widest > 1:
-        return CodedTiling(few, fit(Tile(128, 64, 1, 8, 3, scale_after=False)))
+        return CodedTiling(few, fit(Tile(128, 64, 1, 8, 3)), rows)
     large = 256 if weight.element.bits <= 4 and target.is_floating_point else 128
-    many = fit(Tile(large, 128, 1, 8, 3, scale_after=False))
+    many = fit(Tile(large, 128, 1, 8, 3))
     if anchor.columns >= 16384:
-        return CodedTiling(few, many)
+        return CodedTiling(few, many, rows)
     small = Tile(128, 128, 1, 8, 3) if anchor.columns > 4096 else Tile(128, 64, 1, 4, 3)
-    return CodedTiling(few, many, some=fit(replace(small, scale_after=False)))
+    return CodedTiling(few, many, rows, fit(small))
 
 
 def fewer(anchor: Anchor, weight: Coded, target: torch.dtype, widest: int, room: int) -> Tile:
-    """The tile for few rows. Programs that share out channels have one linear each, others all that meet."""
+    """The tile for the most of few rows. Programs that share out channels have one linear each, others all meeting."""
     narrow = weight.element.bits > 4
     block_n = 64 if narrow or min(linear.n for linear in anchor.linears) < 128 else 128
     tiles = sum(-(-linear.n // block_n) for linear in anchor.linears)
@@ -75,7 +77,7 @@ def fewer(anchor: Anchor, weight: Coded, target: torch.dtype, widest: int, room:
     if parts == 1 and widest > 1:
         block_n = 64
     linears = widest if parts == 1 else 1
-    return within(Tile(16, block_n, parts, stages=3), 64, weight, target, linears, room)
+    return within(Tile(FEW_ROWS, block_n, parts, stages=3), weight, target, linears, room)
 
 
 def shared_memory(device: torch.device) -> int:
@@ -86,26 +88,36 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(found, "shared_memory_per_block_optin", 0)) or 64 << 10
 
 
-def within(tile: Tile, rows: int, weight: Coded, target: torch.dtype, linears: int, room: int) -> Tile:
-    """The tile with fewer stages, rows or columns, as far as `room` asks for it. rows: the most that it may hold."""
-    while shared(tile, rows, weight, target, linears) > room:
+def within(tile: Tile, weight: Coded, target: torch.dtype, linears: int, room: int) -> Tile:
+    """The tile with fewer stages, rows or columns, as far as `room` asks for it; at last nothing is read ahead."""
+    while shared(tile, weight, target, linears) > room:
         if tile.stages > 2:
             tile = replace(tile, stages=tile.stages - 1)
-        elif tile.block_m == rows and rows > 32:
-            rows //= 2
-            tile = replace(tile, block_m=rows)
+        elif tile.block_m > 32:
+            tile = replace(tile, block_m=tile.block_m // 2)
         elif tile.block_n > 32:
             tile = replace(tile, block_n=tile.block_n // 2)
+        elif tile.block_m > 16:
+            tile = replace(tile, block_m=tile.block_m // 2)
+        elif tile.stages > 1:
+            tile = replace(tile, stages=1)
         else:
             return tile
     return tile
 
 
-def shared(tile: Tile, rows: int, weight: Coded, target: torch.dtype, linears: int) -> int:
-    """Bytes of shared memory, about: what is read ahead, and scales."""
-    codes = tile.block_n * weight.chunk * weight.element.bits // 8 * linears
-    x = tile.stages * weight.chunk * rows * target.itemsize
-    return (tile.stages - 1) * codes + x + tile.block_n * weight.chunk
+def shared(tile: Tile, weight: Coded, target: torch.dtype, linears: int) -> int:
+    """Bytes of shared memory, at most: what is read ahead, and a dot's values on their way between threads.
+
+    Hopper's tensor cores read x where it lies, so that it has a place a stage; elsewhere a stage is in registers.
+    """
+    codes = (tile.stages - 1) * tile.block_n * weight.chunk * weight.element.bits // 8 * linears
+    places = tile.stages if target.itemsize < 4 else tile.stages - 1
+    x = max(places * weight.chunk, weight.step) * tile.block_m * target.itemsize
+    values = tile.block_n * weight.step * target.itemsize * linears
+    if target.itemsize == 2 and weight.chunk == weight.step and not tile.scale_after:
+        values //= 4  # they come from words in the order in which they are multiplied
+    return codes + x + values
 
 
 def split(weight: Coded, tiles: int) -> int:

@@ -103,7 +103,7 @@ def product_body(product: Product) -> str:
         rows, row = ("(1 if ROWS == 1 else M)", "m") if product.few else ("M", "m.to(tl.int64)")
         text.add(f"inside_m = (m < {rows})[:, None]", f"x_rows = x_ptr + {row}[:, None] * {anchor.k}")
         text.add("x_columns = tl.trans(x_rows)", "inside_rows = tl.trans(inside_m)")
-        for section, tag, head, first in branches(anchor):
+        for section, tag, head, first in branches(anchor, apart=True):
             with text.block(head):
                 _Section(product, section, tag, first).write(text)
     return str(text)

@@ -91,7 +91,7 @@ def _parts(experts: Experts, tiles: Tiling) -> Iterator[_Part]:
     ):  # fmt: skip
         assert isinstance(config, RowConfig)
         constants = {"BLOCK_N": config.block_n, "ELEMENTS": config.elements, "STAGES": config.stages}
-        words = (token,) if experts.pairs else ()
+        words = (token, "gate_up", "down") if experts.pairs else ()
         yield _Part(f"{tag}_one", writer(experts, config), constants, (written,), (), words, config.num_warps)
     for kind, stage in (*((("one", tiles.few),) if experts.coded else ()), ("few", tiles.few), ("many", tiles.many)):
         dual = experts.pairs and kind == "few"
@@ -105,6 +105,8 @@ def _parts(experts: Experts, tiles: Tiling) -> Iterator[_Part]:
             values = (LEAST if kind == "one" else config.block_m, config.block_n, config.block_k, config.group_m)
             constants = dict(zip(tile.CONSTANTS, values, strict=True))
             text = body(experts, config, kind)
+            if re.search(r"\bPTX\b", text):
+                constants["PTX"] = False
             launch = (config.num_warps, config.stages)
             matrices = experts.gate_up if tag == "up" else experts.down
             if matrices.low is not None:
@@ -121,8 +123,7 @@ def _pointers(experts: Experts, words: Collection[str]) -> dict[str, tuple[str, 
     """Of every pointer that a kernel may have: its type, the value behind it, its shape where that is scratch."""
     found: dict[str, tuple[str, str, Shape | None]] = {}
     for name, node in experts.tensors.items():
-        in_words = name in words or (experts.pairs and name in ("gate_up", "down"))
-        found[name] = ("*i32" if in_words else _pointer(node.meta["val"].dtype), node.name, None)
+        found[name] = ("*i32" if name in words else _pointer(node.meta["val"].dtype), node.name, None)
     kind = pointer_type(experts.dtype)
     found["order"] = ("*i32", "order", ("s",))
     found["tiles"] = ("*i32", "table", ("tiles + 1", 4))
@@ -171,16 +172,19 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
     for argument, node in experts.tensors.items():
         known[f"{argument}_ptr"] = f"{_bytes(node, value[argument])}.contiguous()"
     for matrices in () if experts.coded else (experts.gate_up, experts.down):
-        known[f"{matrices.name}_ptr"] = value[matrices.name] + view
+        known[f"{matrices.name}_ptr"] = value[matrices.name]
     known |= {"hidden_ptr": "x", "order_ptr": "order", "tiles_ptr": "table", "act_ptr": "act", "parts_ptr": "parts"}
     known |= {"low_ptr": "low", "out_ptr": "out", "S": "s", "block_m": "block_m", "tiles": "tiles"}
+    nvidia = {"PTX": "x.device.type != 'cpu' and torch.version.hip is None"}
     text = Text()
 
     def launch(tag: str, grid: str, **chosen: str) -> None:
         kernel = kernels[tag]
         values = [known[p] for p in kernel.signature if p not in kernel.constants]
         if experts.gate_up.words and tag in ("up_one", "down_one"):
-            values = [v + view if v == ("x" if tag == "up_one" else "act") else v for v in values]
+            viewed = ["x" if tag == "up_one" else "act", value["gate_up" if tag == "up_one" else "down"]]
+            values = [v + view if v in viewed else v for v in values]
+        chosen = nvidia | chosen
         values += [f"{c}={chosen.get(c, setting)}" for c, setting in kernel.constants.items()]
         text.add(
             *call(
@@ -270,10 +274,7 @@ def _tile_size(text: Text, experts: Experts, tiles: Tiling) -> None:
 
 def _given(matrices: Matrices) -> tuple[int, ...]:
     """The strides of the tensor as the graph has it."""
-    if not matrices.words:
-        return matrices.strides
-    first, row, _ = matrices.strides
-    return (2 * first, 2 * row, 1)
+    return matrices.strides
 
 
 def _blocks(columns: int, block: int | float | bool) -> int:

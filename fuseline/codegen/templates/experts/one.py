@@ -108,7 +108,7 @@ def _row_of(experts: Experts, expert: str, chosen: str | None = None) -> list[st
 
 def _offset(matrices: Matrices, row: str | None, n: str | None) -> str:
     """Elements from the start of all matrices to those of `row`, and to their rows n."""
-    first, step, _ = matrices.strides
+    first, step, _ = (s // 2 for s in matrices.strides) if matrices.words else matrices.strides
     wide = ".to(tl.int64)" if matrices.height * matrices.width >= 2**31 else ""
     parts = [f"{row} * {first}"] if row else []
     parts += [f"{n}{wide} * {step}"] if n else []

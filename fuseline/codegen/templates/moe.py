@@ -87,12 +87,13 @@ class _Part:
 
 def _parts(experts: Experts, tiles: Tiling) -> Iterator[_Part]:
     for tag, config, writer, token, written in () if experts.coded else (
-        ("up", tiles.one.up, one.up_body, "hidden", "act"), ("down", tiles.one.down, one.down_body, "act", "out"),
+        ("up", tiles.one.up, one.up_body, "hidden", ("act", "places")),
+        ("down", tiles.one.down, one.down_body, "act", ("out",)),
     ):  # fmt: skip
         assert isinstance(config, RowConfig)
         constants = {"BLOCK_N": config.block_n, "ELEMENTS": config.elements, "STAGES": config.stages}
         words = (token, "gate_up", "down") if experts.pairs else ()
-        yield _Part(f"{tag}_one", writer(experts, config), constants, (written,), (), words, config.num_warps)
+        yield _Part(f"{tag}_one", writer(experts, config), constants, written, (), words, config.num_warps)
     for kind, stage in (*((("one", tiles.few),) if experts.coded else ()), ("few", tiles.few), ("many", tiles.many)):
         dual = experts.pairs and kind == "few"
         if kind == "few" or (kind == "many" and experts.pairs):
@@ -128,6 +129,7 @@ def _pointers(experts: Experts, words: Collection[str]) -> dict[str, tuple[str, 
     found["order"] = ("*i32", "order", ("s",))
     found["tiles"] = ("*i32", "table", ("tiles + 1", 4))
     found["act"] = ("*i32" if "act" in words else kind, "act", ("s", experts.inner))
+    found["places"] = ("*i32", "places", (experts.top,))
     found["low"] = (kind, "low", ("s", experts.most_ranks))
     found["parts"] = (kind, "parts", ("s", experts.hidden))
     found["out"] = (kind, experts.node.name, None)
@@ -162,7 +164,7 @@ def _kernel(experts: Experts, name: str, part: _Part) -> Kernel:
 
 def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]) -> str:
     given, top = experts.given, experts.top
-    local = "torch triton fuseline x m s block_m tiles order table act low parts out block min"
+    local = "torch triton fuseline x m s block_m tiles order table act places low parts out block min"
     names = Names([*local.split(), name, *(k.name for k in kernels.values())])
     wishes = {node: argument for argument, node in reversed(experts.tensors.items())}
     text_of = {node: names.new(wishes.get(node, node.name)) for node in experts.placeholders}
@@ -174,7 +176,14 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
     for matrices in () if experts.coded else (experts.gate_up, experts.down):
         known[f"{matrices.name}_ptr"] = value[matrices.name]
     known |= {"hidden_ptr": "x", "order_ptr": "order", "tiles_ptr": "table", "act_ptr": "act", "parts_ptr": "parts"}
-    known |= {"low_ptr": "low", "out_ptr": "out", "S": "s", "block_m": "block_m", "tiles": "tiles"}
+    known |= {
+        "places_ptr": "places",
+        "low_ptr": "low",
+        "out_ptr": "out",
+        "S": "s",
+        "block_m": "block_m",
+        "tiles": "tiles",
+    }
     nvidia = {"PTX": "x.device.type != 'cpu' and torch.version.hip is None"}
     text = Text()
 
@@ -231,6 +240,8 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
                     products("one")
                     launch("sum", f"1, {_blocks(experts.hidden, kernels['sum'].constants['BLOCK_N'])}")
                 else:
+                    if experts.pairs:
+                        scratch("places", f"({top},)", torch.int32)
                     launch("up_one", f"{top}, {_blocks(experts.inner, up)}")
                     launch("down_one", f"{_blocks(experts.hidden, down)},")
             with text.block("elif m > 1:"):

@@ -12,8 +12,8 @@ the end. That is one instruction for two numbers of slot 0, three for two of slo
 What a slot does not hold thus weighs 2^-32 of its magnitude at most, instead of nothing. The layout is PuzzleMoE's
 (2025, section 3.3), whose kernels rebuild each number with shifts; this way of reading it is ours.
 
-One token reads words two at a time, as int32, and its masks are values of the kernel (`masks`). Tiles read them as int16
-with masks that are constants (`tile`): only then does Triton bring the words from shared memory to where tensor cores
+One token reads words two at a time, as int32, and its masks are values of the kernel (`masks`). Tiles read them as
+int16 with masks that are constants (`tile`): only then does Triton bring them from shared memory to where tensor cores
 want their operand in one move, swizzled. A mask that is a value costs a second trip through shared memory, and 8 of a
 pass's addresses fall on one bank. So a tile has a loop of its own for each slot.
 """
@@ -71,8 +71,10 @@ def tile(text: Text, made: str, words: str, slot: int) -> None:
             ")",
         )
     with text.block("else:"):
-        plain = f"{words} & {_signed(MASKS[0])}" if slot == 0 else (
-            f"({words} & {MASKS[1]}) | (({words} << 1) & {_signed(_SIGN)})"
+        plain = (
+            f"{words} & {_signed(MASKS[0])}"
+            if slot == 0
+            else (f"({words} & {MASKS[1]}) | (({words} << 1) & {_signed(_SIGN)})")
         )
         text.add(f"{made} = ({plain}).to(tl.bfloat16, bitcast=True)")
 

@@ -3,6 +3,7 @@
     python benchmarks/moe_layer.py                                            one table
     python benchmarks/moe_layer.py --shapes olmoe --tokens 1 64 --peers       some of it, ours alone
     python benchmarks/moe_layer.py --shapes olmoe --tokens 16 --sweep         other tiles, too
+    python benchmarks/moe_layer.py --shapes olmoe --peers --sweep pairs       … of one kind alone
     python benchmarks/moe_layer.py --compile-only --sweep                     no GPU: every kernel compiles for sm_90
 
 bfloat16, SwiGLU, random weights, every expert as likely as any other. `bf16` and `pairs` are one layer with the experts
@@ -185,18 +186,22 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[s for s in SHAPES if s != "tiny"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["bf16", "pairs"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--sweep", action="store_true", help="try other tiles than those that the template picks")
+    parser.add_argument(
+        "--sweep", nargs="*", choices=KINDS, help="try other tiles than the template's, for these kinds, or for all"
+    )
     parser.add_argument("--peers", nargs="*", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--compile-only", action="store_true", help="compile for sm_90 and stop; needs no GPU")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 16))
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    options.sweep = [] if options.sweep is None else options.sweep or list(KINDS)
+    return options
 
 
 def main() -> None:
     options = parse()
     folder = Path(tempfile.mkdtemp(prefix="fuseline-experts-"))
     jobs = {
-        (shape, m): {kind: emitted(Layer(shape, kind), m, options.sweep, folder) for kind in options.kinds}
+        (shape, m): {kind: emitted(Layer(shape, kind), m, kind in options.sweep, folder) for kind in options.kinds}
         for shape in options.shapes
         for m in options.tokens
     }
@@ -224,7 +229,7 @@ def main() -> None:
 def columns(options: argparse.Namespace) -> list[str]:
     found = ["name", *(f"{peer}_us" for peer in options.peers)]
     for kind in options.kinds:
-        found += [f"{kind}_us", *([f"{kind}_best_us"] if options.sweep else [])]
+        found += [f"{kind}_us", *([f"{kind}_best_us"] if kind in options.sweep else [])]
         found += ["floor_us" if kind == "bf16" else f"{kind}_floor_us"]
     if "bf16" in options.kinds:
         found += ["of_floor", *(f"to_{peer}" for peer in options.peers)]

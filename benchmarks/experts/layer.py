@@ -220,7 +220,30 @@ def _blocks(default: Tiling, experts: Experts, m: int) -> Iterator[tuple[int, Ti
         yield block, replace(default, means=tuple(everything * x for x in means))
 
 
+ROWS_OF_PAIRS = {
+    "up": ((1, 512, 4), (2, 512, 4), (4, 256, 2), (4, 512, 8)),
+    "down": ((1, 256, 4), (1, 512, 4), (2, 256, 4), (2, 512, 4), (4, 128, 4), (4, 128, 8)),
+}
+TILES_OF_PAIRS = {
+    "few up": ((64, 64, 4, 3), (64, 64, 4, 6), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 8, 3), (128, 64, 8, 4)),
+    "few down": ((64, 64, 4, 4), (64, 64, 4, 8), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3)),
+    "many up": ((128, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 3)),
+    "many down": ((128, 64, 8, 4), (256, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 3)),
+}
+"""What else is tried for pairs: (block_n, elements, warps) with one token, else (block_n, block_k, warps, stages)."""
+
+
 def _others(layer: Layer, kind: str, product: str, own: RowConfig | TileConfig) -> Iterator[RowConfig | TileConfig]:
+    if layer.kind == "pairs":
+        if isinstance(own, RowConfig):
+            for block_n, elements, warps in ROWS_OF_PAIRS[product]:
+                yield replace(own, block_n=block_n, elements=elements, num_warps=warps)
+            return
+        for block_n, block_k, warps, stages in TILES_OF_PAIRS[f"{kind} {product}"]:
+            yield replace(own, block_n=block_n, block_k=block_k, num_warps=warps, stages=stages)
+        if kind == "many":
+            yield replace(own, group_m=16)
+        return
     if isinstance(own, RowConfig):
         for block_n, elements, warps in (
             (1, 1024, 4), (2, 512, 4), (2, 1024, 4), (4, 256, 2), (4, 256, 4), (4, 512, 4), (4, 1024, 8), (8, 256, 4),

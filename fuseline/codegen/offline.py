@@ -72,8 +72,8 @@ _DONE: dict[tuple[object, str, str | None], tuple[Compiled, str]] = {}
 def compile_kernel(kernel: Kernel, target: str, store: Store | None = None) -> Compiled:
     """Compiles `kernel` with its constants for one of GPUS; no GPU is needed.
 
-    Pointers are taken as aligned to 16 bytes, as PyTorch allocates. Equal kernels are compiled once in a process, and
-    never where `store` has them.
+    Pointers are taken as aligned to 16 bytes, as PyTorch allocates. A constant `PTX` is whether the target is NVIDIA's,
+    whatever the kernel says. Equal kernels are compiled once in a process, and never where `store` has them.
 
     Raises:
         UserError: an unknown target, no Triton, or Triton in interpreter mode.
@@ -81,6 +81,8 @@ def compile_kernel(kernel: Kernel, target: str, store: Store | None = None) -> C
     """
     if target not in GPUS:
         raise UserError(f"unknown target {target!r}{nearest(target, GPUS)}")
+    if "PTX" in kernel.constants:
+        kernel = replace(kernel, constants=kernel.constants | {"PTX": GPUS[target][0] == "cuda"})
     if store is None:
         return replace(compile_once(kernel, target)[0], kernel=kernel)
     key = _made_of(kernel, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,10 @@ from fuseline.codegen.kernel import Kernel, Launcher, Refusal
 from fuseline.codegen.lower import lower
 from fuseline.codegen.offline import TARGETS, compile_kernel
 from fuseline.codegen.resources import resources
+from fuseline.codegen.templates.experts.words import SCALES, tile
 from fuseline.codegen.templates.moe import emit_moe
+from fuseline.codegen.templates.text import Text
+from fuseline.compiler.formats.pairs import TOP, unpack_slot
 from fuseline.compiler.ops import moe, moe_pairs
 from tests.codegen.moe_cases import CASES, CODED, LOW_RANK, PAIR_CODED, PAIRS, Case, Layer
 from tests.codegen.regions import region
@@ -58,11 +62,44 @@ def test_products_run_on_tensor_cores_from_shared_memory() -> None:
 def test_the_words_of_a_pair_are_loaded_once_for_both_experts() -> None:
     """As many instructions load them as for one expert, and twice as many products are taken."""
     pairs = Case("pairs", width=512, inner=256, experts=16, top=4, pairs=8)
-    source = kernel(pairs, "up_few").source
-    assert source.count("tl.load(gate_rows") == source.count("tl.load(up_rows") == 1
-    assert source.count("tl.dot(") == 4
-    assert "shr" not in "".join(line for line in source.splitlines() if "words_gate &" in line)
-    assert "wgmma.mma_async" in ptx(pairs, "up_few")
+    for tag, products in (("up_few", 2), ("up_many", 1)):
+        loops = re.split("    if slot [=!]= ", kernel(pairs, tag).source)[1:]
+        assert [loop.count("tl.load(gate_rows") for loop in loops] == [loop.count("tl.load(up_rows") for loop in loops]
+        assert [loop.count("tl.dot(") for loop in loops] == [2] + [2 * products] * (len(loops) - 1)
+
+
+@pytest.mark.parametrize("tag", ["up_few", "down_few", "up_many", "down_many"])
+def test_words_of_pairs_reach_the_operand_in_one_move(tag: str) -> None:
+    """From swizzled shared memory to registers, where both experts' masks are taken, then to the tensor cores: nothing
+    goes back to shared memory, and shared memory holds what is read ahead and no more."""
+    case = Case("pairs", width=512, inner=512, experts=16, top=4, pairs=8)
+    compiled = compile_kernel(kernel(case, tag), "sm_90")
+    text = str(compiled.asm["ttgir"])
+    loops = text[text.index("scf.for") : text.rindex("scf.yield")]
+    words = re.findall(r"ttg.local_load .*xi16, (#\w+), .*-> tensor<\w+xi16, (#ttg.dot_op<)?", loops)
+    assert words and all(kept for _, kept in words)
+    assert all(re.search(rf"^{shared} = .*maxPhase = [248]", text, re.MULTILINE) for shared, _ in words)
+    assert "local_alloc %" not in loops and "local_store" not in loops
+    assert (resources(compiled).spill_bytes or 0) == 0
+    text = str(compiled.asm["ptx"])
+    assert "wgmma.mma_async" in text and "st.shared" not in text.partition("wgmma.mma_async")[0]
+    assert "0xafffafff" in text  # two numbers an instruction
+
+
+def test_masks_of_pairs_give_what_slots_hold() -> None:
+    """The instructions, run by hand on every word: times a power of two the slot's number, or as good as nothing."""
+    words = torch.arange(2**16)
+    for slot in (0, 1):
+        text = Text()
+        tile(text, "made", "words", slot)
+        known: dict[str, torch.Tensor] = {"$1": words}
+        for name, to, first, second in re.findall(r"(\w+)\.b32 (\S+), (\S+), (\S+);", str(text)):
+            a, b = known[first], known[second] if second in known else int(second, 0) & 0xFFFF
+            known[to] = {"and": a & b, "or": a | b, "shl": a << (b if name == "shl" else 0)}[name] & 0xFFFF
+        value = known["$0"].to(torch.int16).view(torch.bfloat16).double() * SCALES[slot]
+        held = words >> (13 - slot) & 1 == 1
+        assert torch.equal(value[held], unpack_slot(words.to(torch.int16), slot).double()[held])
+        assert (value[~held].abs() <= 2.0**-32 * TOP).all()
 
 
 @pytest.mark.parametrize("name", ["pairs in int4:g64", "pairs in fp8:g128"])
@@ -110,6 +147,16 @@ def test_one_token_reads_16_bytes_at_once() -> None:
         for tag in ("up_one", "down_one"):
             text = ptx(case, tag)
             assert "ld.global.v4.b32" in text and "atom" not in text
+
+
+def test_one_token_of_pairs_waits_for_their_places_once() -> None:
+    """`up` looks an expert up, `down` reads what it found; both multiply the halves of words by themselves."""
+    pairs = Case("pairs", width=512, inner=256, experts=16, top=4, pairs=8)
+    up, down = kernel(pairs, "up_one"), kernel(pairs, "down_one")
+    assert "tl.store(places_ptr" in up.source and "tl.load(places_ptr" in down.source
+    assert not {"indices_ptr", "rows_ptr", "slots_ptr"} & down.signature.keys()
+    assert up.signature["gate_up_ptr"] == down.signature["down_ptr"] == "*i32"
+    assert "* x_left +" not in up.source + down.source
 
 
 def test_the_text_of_a_launch() -> None:

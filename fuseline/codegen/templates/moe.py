@@ -87,12 +87,13 @@ class _Part:
 
 def _parts(experts: Experts, tiles: Tiling) -> Iterator[_Part]:
     for tag, config, writer, token, written in () if experts.coded else (
-        ("up", tiles.one.up, one.up_body, "hidden", "act"), ("down", tiles.one.down, one.down_body, "act", "out"),
+        ("up", tiles.one.up, one.up_body, "hidden", ("act", "places")),
+        ("down", tiles.one.down, one.down_body, "act", ("out",)),
     ):  # fmt: skip
         assert isinstance(config, RowConfig)
         constants = {"BLOCK_N": config.block_n, "ELEMENTS": config.elements, "STAGES": config.stages}
-        words = (token,) if experts.pairs else ()
-        yield _Part(f"{tag}_one", writer(experts, config), constants, (written,), (), words, config.num_warps)
+        words = (token, "gate_up", "down") if experts.pairs else ()
+        yield _Part(f"{tag}_one", writer(experts, config), constants, written, (), words, config.num_warps)
     for kind, stage in (*((("one", tiles.few),) if experts.coded else ()), ("few", tiles.few), ("many", tiles.many)):
         dual = experts.pairs and kind == "few"
         if kind == "few" or (kind == "many" and experts.pairs):
@@ -105,6 +106,8 @@ def _parts(experts: Experts, tiles: Tiling) -> Iterator[_Part]:
             values = (LEAST if kind == "one" else config.block_m, config.block_n, config.block_k, config.group_m)
             constants = dict(zip(tile.CONSTANTS, values, strict=True))
             text = body(experts, config, kind)
+            if re.search(r"\bPTX\b", text):
+                constants["PTX"] = False
             launch = (config.num_warps, config.stages)
             matrices = experts.gate_up if tag == "up" else experts.down
             if matrices.low is not None:
@@ -121,12 +124,12 @@ def _pointers(experts: Experts, words: Collection[str]) -> dict[str, tuple[str, 
     """Of every pointer that a kernel may have: its type, the value behind it, its shape where that is scratch."""
     found: dict[str, tuple[str, str, Shape | None]] = {}
     for name, node in experts.tensors.items():
-        in_words = name in words or (experts.pairs and name in ("gate_up", "down"))
-        found[name] = ("*i32" if in_words else _pointer(node.meta["val"].dtype), node.name, None)
+        found[name] = ("*i32" if name in words else _pointer(node.meta["val"].dtype), node.name, None)
     kind = pointer_type(experts.dtype)
     found["order"] = ("*i32", "order", ("s",))
     found["tiles"] = ("*i32", "table", ("tiles + 1", 4))
     found["act"] = ("*i32" if "act" in words else kind, "act", ("s", experts.inner))
+    found["places"] = ("*i32", "places", (experts.top,))
     found["low"] = (kind, "low", ("s", experts.most_ranks))
     found["parts"] = (kind, "parts", ("s", experts.hidden))
     found["out"] = (kind, experts.node.name, None)
@@ -161,7 +164,7 @@ def _kernel(experts: Experts, name: str, part: _Part) -> Kernel:
 
 def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]) -> str:
     given, top = experts.given, experts.top
-    local = "torch triton fuseline x m s block_m tiles order table act low parts out block min"
+    local = "torch triton fuseline x m s block_m tiles order table act places low parts out block min"
     names = Names([*local.split(), name, *(k.name for k in kernels.values())])
     wishes = {node: argument for argument, node in reversed(experts.tensors.items())}
     text_of = {node: names.new(wishes.get(node, node.name)) for node in experts.placeholders}
@@ -171,16 +174,26 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
     for argument, node in experts.tensors.items():
         known[f"{argument}_ptr"] = f"{_bytes(node, value[argument])}.contiguous()"
     for matrices in () if experts.coded else (experts.gate_up, experts.down):
-        known[f"{matrices.name}_ptr"] = value[matrices.name] + view
+        known[f"{matrices.name}_ptr"] = value[matrices.name]
     known |= {"hidden_ptr": "x", "order_ptr": "order", "tiles_ptr": "table", "act_ptr": "act", "parts_ptr": "parts"}
-    known |= {"low_ptr": "low", "out_ptr": "out", "S": "s", "block_m": "block_m", "tiles": "tiles"}
+    known |= {
+        "places_ptr": "places",
+        "low_ptr": "low",
+        "out_ptr": "out",
+        "S": "s",
+        "block_m": "block_m",
+        "tiles": "tiles",
+    }
+    nvidia = {"PTX": "x.device.type != 'cpu' and torch.version.hip is None"}
     text = Text()
 
     def launch(tag: str, grid: str, **chosen: str) -> None:
         kernel = kernels[tag]
         values = [known[p] for p in kernel.signature if p not in kernel.constants]
         if experts.gate_up.words and tag in ("up_one", "down_one"):
-            values = [v + view if v == ("x" if tag == "up_one" else "act") else v for v in values]
+            viewed = ["x" if tag == "up_one" else "act", value["gate_up" if tag == "up_one" else "down"]]
+            values = [v + view if v in viewed else v for v in values]
+        chosen = nvidia | chosen
         values += [f"{c}={chosen.get(c, setting)}" for c, setting in kernel.constants.items()]
         text.add(
             *call(
@@ -227,6 +240,8 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
                     products("one")
                     launch("sum", f"1, {_blocks(experts.hidden, kernels['sum'].constants['BLOCK_N'])}")
                 else:
+                    if experts.pairs:
+                        scratch("places", f"({top},)", torch.int32)
                     launch("up_one", f"{top}, {_blocks(experts.inner, up)}")
                     launch("down_one", f"{_blocks(experts.hidden, down)},")
             with text.block("elif m > 1:"):
@@ -270,10 +285,7 @@ def _tile_size(text: Text, experts: Experts, tiles: Tiling) -> None:
 
 def _given(matrices: Matrices) -> tuple[int, ...]:
     """The strides of the tensor as the graph has it."""
-    if not matrices.words:
-        return matrices.strides
-    first, row, _ = matrices.strides
-    return (2 * first, 2 * row, 1)
+    return matrices.strides
 
 
 def _blocks(columns: int, block: int | float | bool) -> int:

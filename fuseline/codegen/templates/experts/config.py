@@ -81,7 +81,7 @@ def tiling(experts: Experts) -> Tiling:
         few = Stage(TileConfig(most, 64, 128, stages=4), TileConfig(most, 64, 128, stages=4))
         many = Stage(TileConfig(128, 64, 128, 8), TileConfig(128, 128, 128, 8))
     elif experts.pairs:
-        few = Stage(TileConfig(FEW, 64, 64, stages=4), TileConfig(FEW, 64, 128, stages=3))
+        few = Stage(TileConfig(FEW, 64, 64, stages=4), TileConfig(FEW, 64, 64, stages=6))
         many = Stage(TileConfig(128, 128, 64, 8), TileConfig(128, 128, 64, 8))
     else:
         few = Stage(TileConfig(FEW, 64, 64, stages=4), TileConfig(FEW, 128, 64, stages=4))
@@ -130,7 +130,12 @@ def low_rank(beside: TileConfig, dtype: torch.dtype) -> TileConfig:
 
 
 def _one(experts: Experts) -> Stage:
-    return Stage(_row(experts.gate_up, 4096), _row(experts.down, 8192 // next_power_of_two(experts.top)))
+    up, down = _row(experts.gate_up, 4096), _row(experts.down, 8192 // next_power_of_two(experts.top))
+    if (
+        experts.pairs
+    ):  # decoding takes registers, and of too many a compiler puts off loads: smaller programs, more of them
+        down = replace(down, block_n=max(1, down.block_n // 2))
+    return Stage(up, down)
 
 
 def _row(matrices: Matrices, size: int) -> RowConfig:

@@ -3,7 +3,8 @@
     up      grid (K, blocks): some gates and ups of one expert for the token → act [K, I]
     down    grid (blocks): some output columns, all K experts at once, weighted and added up → out [1, H]
 
-A program keeps partial sums in registers, [experts, columns, channels], and reduces them once at the end.
+A program keeps partial sums in registers, [experts, columns, channels], and reduces them once at the end. Where each
+expert's words lie, `up` writes down for `down`: places [K], row·4 + slot, one load to wait for where there were two.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ def up_body(experts: Experts, config: RowConfig) -> str:
             "n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)",
             *([f"inside_n = n < {experts.inner}"] if inside else []),
             "expert = tl.load(indices_ptr + choice)",
-            *_row_of(experts, "expert"),
         )
         if experts.pairs:
+            text.add("row = tl.load(rows_ptr + expert)", "slot = tl.load(slots_ptr + expert)")
+            with text.block("if tl.program_id(1) == 0:"):
+                text.add("tl.store(places_ptr + choice, row * 4 + slot)")
+            text.add("row = row.to(tl.int64)")
             words.masks(text, "slot")
+        else:
+            text.add("row = expert.to(tl.int64)")
         text.add(f"gate_n = n * {between}", f"up_n = gate_n + {other}")
         for name in ("gate", "up"):
             text.add(f"{name}_rows = gate_up_ptr + {_offset(matrices, 'row', f'{name}_n')}[:, None]")
@@ -66,11 +72,15 @@ def down_body(experts: Experts, config: RowConfig) -> str:
             *([f"inside_n = n < {experts.hidden}"] if inside else []),
             f"choice = tl.arange(0, {slots})",
             *([f"chosen = choice < {experts.top}"] if chosen else []),
-            f"expert = {load('indices_ptr + choice', (chosen,), '0')}",
             f"weight = {load('weights_ptr + choice', (chosen,))}.to(tl.float32)",
-            *_row_of(experts, "expert", chosen),
         )
-        if experts.pairs:
+        if not experts.pairs or "down_bias" in experts.tensors:
+            text.add(f"expert = {load('indices_ptr + choice', (chosen,), '0')}")
+        if not experts.pairs:
+            text.add("row = expert.to(tl.int64)")
+        else:
+            text.add(f"place = {load('places_ptr + choice', (chosen,), '0')}")
+            text.add("row = (place >> 2).to(tl.int64)", "slot = place & 3")
             words.masks(text, "slot")
             text.add("keep = keep[:, None, None]", "sign = sign[:, None, None]", "factor = weight * scale")
         first, last = _offset(matrices, "row", None), _offset(matrices, None, "n")
@@ -98,17 +108,9 @@ def down_body(experts: Experts, config: RowConfig) -> str:
     return str(text)
 
 
-def _row_of(experts: Experts, expert: str, chosen: str | None = None) -> list[str]:
-    """Lines that define row, int64, and with pairs slot, of experts."""
-    if not experts.pairs:
-        return [f"row = {expert}.to(tl.int64)"]
-    found = load(f"rows_ptr + {expert}", (chosen,), "0"), load(f"slots_ptr + {expert}", (chosen,), "0")
-    return [f"row = {found[0]}.to(tl.int64)", f"slot = {found[1]}"]
-
-
 def _offset(matrices: Matrices, row: str | None, n: str | None) -> str:
     """Elements from the start of all matrices to those of `row`, and to their rows n."""
-    first, step, _ = matrices.strides
+    first, step, _ = (s // 2 for s in matrices.strides) if matrices.words else matrices.strides
     wide = ".to(tl.int64)" if matrices.height * matrices.width >= 2**31 else ""
     parts = [f"{row} * {first}"] if row else []
     parts += [f"{n}{wide} * {step}"] if n else []
@@ -157,4 +159,4 @@ def _multiply(text: Text, experts: Experts, name: str, loaded: str, around: str 
     w = f"w_{name}"
     text.add(f"{w} = {loaded}", f"{w} = {words.numbers(w)}")
     left, right = words.halves(w)
-    text.add(f"{name} += {left} * x_left + {right} * x_right")
+    text.add(f"{name} += {left} * x_left", f"{name} += {right} * x_right")  # two instructions, not three

@@ -52,7 +52,7 @@ class LowRank:
 class Matrices:
     """One matrix an expert (or a pair), [count, height, width]; `strides` are those of its three dimensions.
 
-    words: two 16-bit words of a row of a pair lie in one int32, as the kernels load them. coded: codes of all experts'
+    words: of pairs (`words.py`), which lie whole two by two. coded: codes of all experts'
     rows, in the layout of `coded/`; strides are then of no meaning. low: what is added to the products of codes.
     """
 
@@ -277,6 +277,4 @@ def _matrices(
     if isinstance(coded, Coded):
         return Matrices(name, height, width, (0, 0, 0), False, coded, low if isinstance(low, LowRank) else None)
     first, row, column = value.stride()
-    if words:
-        return Matrices(name, height, width, (first // 2, row // 2, 1), True)
-    return Matrices(name, height, width, (first, row, column), False)
+    return Matrices(name, height, width, (first, row, column), words)

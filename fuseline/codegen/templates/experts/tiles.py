@@ -30,15 +30,8 @@ class Tiles:
     def start(self, text: Text, columns: int) -> None:
         """Defines place, choice [BLOCK_M] and n [BLOCK_N], or returns where the table has no such tile."""
         self.place(text, columns)
-        if self.words and not self.dual:
-            words.masks(text, "slot")
         if self.coded is not None:
             self.coded.constants(text)
-        if self.words and self.dual:
-            text.add(
-                f"keep = tl.where(slot == {ALONE}, -1, {words.KEPT[0]})",
-                f"scale = tl.where(slot == {ALONE}, 1.0, {words.SCALES[0]!r})",
-            )
 
     def place(self, text: Text, columns: int) -> None:
         """The same, without what decodes words."""
@@ -103,7 +96,17 @@ class Tiles:
     def loop(self, text: Text, names: tuple[str, ...]) -> None:
         if self.coded is not None:
             self.coded.loop(text, names, self.inside_n)
-            return
+        elif not self.words:
+            self._loop(text, names)
+        else:  # a loop for each way to read words: see `words.py`
+            both = ((f"slot != {ALONE}", (0, 1)),)
+            each = (("slot == 0", (0,)), ("slot == 1", (1,)))
+            for condition, slots in ((f"slot == {ALONE}", (ALONE,)), *(both if self.dual else each)):
+                with text.block(f"if {condition}:"):
+                    self._loop(text, names, slots)
+
+    def _loop(self, text: Text, names: tuple[str, ...], slots: tuple[int, ...] = ()) -> None:
+        """slots: whose numbers the words are read as."""
         width, block = self.matrices.width, self.tile.block_k
         column_mask = self.inside_n and f"{self.inside_n}[:, None]"
         live = f"(k < {width})" if width % block else None
@@ -111,29 +114,17 @@ class Tiles:
         with text.block(f"for k0 in range(0, {width}, BLOCK_K):"):
             text.add("k = k0 + tl.arange(0, BLOCK_K)")
             text.add(f"x = {load('x_columns + k[:, None]', ('inside_m[None, :]', live and f'{live}[:, None]'))}")
-            if self.words:
-                text.add("j = k0 // 2 + tl.arange(0, BLOCK_K // 2)")
-                live = f"(j < {width // 2})[None, :]" if live else None
             for name in names:
-                if self.words:
-                    text.add(f"words_{name} = {load(f'{name}_rows + j[None, :]', (column_mask, live), '0')}")
-                    self._pair(text, name)
-                    continue
                 at = f"k[None, :] * {step}" if (step := self.matrices.strides[2]) != 1 else "k[None, :]"
                 mask = (column_mask, live and f"{live}[None, :]")
-                text.add(f"w_{name} = {load(f'{name}_rows + {at}', mask)}.to({dtype})")
-                self._dot(text, name, f"w_{name}")
-
-    def _pair(self, text: Text, name: str) -> None:
-        loaded, w = f"words_{name}", f"w_{name}"
-        if not self.dual:
-            words.tile(text, w, words.numbers(loaded), "BLOCK_K")
-            self._dot(text, name, w)
-            return
-        second = f"({loaded} & {words.KEPT[1]}) | (({loaded} << 1) & {words.SIGN})"
-        for acc, value in zip(self._sums(name), (f"{loaded} & keep", second), strict=True):
-            words.tile(text, f"w_{acc}", value, "BLOCK_K")
-            self._dot(text, acc, f"w_{acc}")
+                if not slots:
+                    text.add(f"w_{name} = {load(f'{name}_rows + {at}', mask)}.to({dtype})")
+                    self._dot(text, name, f"w_{name}")
+                    continue
+                text.add(f"words_{name} = {load(f'{name}_rows + {at}', mask, '0')}")
+                for acc, slot in zip(self._sums(name), slots, strict=False):
+                    words.tile(text, f"w_{acc}", f"words_{name}", slot)
+                    self._dot(text, acc, f"w_{acc}")
 
     def _dot(self, text: Text, acc: str, w: str) -> None:
         text.add(f"{acc} = tl.dot({w}, x, {acc}{self.precision})")
@@ -150,10 +141,11 @@ class Tiles:
             if self.dual:
                 text.add(f"{name} = tl.where(second[None, :], {name}_second, {name})")
         elif self.dual:
-            scaled = f"{name}_second * {words.SCALES[1]!r}"
-            text.add(f"{name} = tl.where(second[None, :], {scaled}, {name} * scale)")
+            first, second, alone = words.SCALES
+            own = f"{name} * tl.where(slot == {ALONE}, {alone!r}, {first!r})"
+            text.add(f"{name} = tl.where(second[None, :], {name}_second * {second!r}, {own})")
         elif self.words:
-            text.add(f"{name} = {name} * scale")
+            text.add(f"{name} = {name} * {words.scale('slot')}")
 
     def bias(self, text: Text, tensor: str, name: str, width: int, column: str) -> None:
         """Adds each token's expert's bias: in a tile of pairs the experts of two tokens may differ."""

@@ -99,7 +99,7 @@ def _parts(experts: Experts, tiles: Tiling) -> Iterator[_Part]:
         if kind == "few" or (kind == "many" and experts.pairs):
             constants = {"BLOCK": ROUTED[0], "KEYS": route.bins(experts, dual)}
             yield _Part(f"route_{kind}", route.route_body(experts, dual), constants, ("order", "tiles"), route.SCALARS)
-        for tag, config, body, written in (
+        for tag, config, body, result in (
             ("up", stage.up, tile.up_body, "act"), ("down", stage.down, tile.down_body, "parts"),
         ):  # fmt: skip
             assert isinstance(config, TileConfig)
@@ -115,7 +115,7 @@ def _parts(experts: Experts, tiles: Tiling) -> Iterator[_Part]:
                 own = constants | {"BLOCK_N": small.block_n, "BLOCK_K": small.block_k}
                 low = lowrank.low_body(experts, matrices, small, kind)
                 yield _Part(f"low_{tag}_{kind}", low, own, ("low",), tile.SCALARS, (), small.num_warps, small.stages)
-            yield _Part(f"{tag}_{kind}", text, constants, (written,), tile.SCALARS, (), *launch)
+            yield _Part(f"{tag}_{kind}", text, constants, (result,), tile.SCALARS, (), *launch)
     block = min(SUM_BLOCK, next_power_of_two(experts.hidden))
     yield _Part("sum", tile.sum_body(experts), {"BLOCK_N": block}, ("out",))
 

@@ -17,6 +17,8 @@ of sums, the list of kept channels and the place of the low-rank branch are ours
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -44,6 +46,10 @@ from .text import Names, Text
 from .weights import Weight
 
 ROWS_MAX = 4
+PROGRAMS = 128
+"""Programs of the first kernel that a product should have: about one for each multiprocessor of a large GPU."""
+WIDE = 400
+"""Programs from which the smaller tiles of a wide product pay."""
 
 
 def emit_sparse(region: GraphModule, name: str, config: GatherConfig | None = None) -> Launcher | Refusal:
@@ -68,11 +74,29 @@ def emit_sparse(region: GraphModule, name: str, config: GatherConfig | None = No
 
 
 def tiles(sparse: Sparse) -> GatherConfig:
-    """By shape: small products want more programs, so fewer columns each."""
+    """By shape, after measurements on an H200: wide products give every multiprocessor several programs; of others a
+    program takes long rows, three of them on their way, and as few channels as make a program for each."""
     stored = max(linear.plain.stored for linear in sparse.anchor.linears)
     bits = max(linear.plain.bits for linear in sparse.anchor.linears)
-    block_n = min(padded(stored), 256 if bits else 512)
-    return GatherConfig(min(512, padded(sparse.anchor.k)), min(16, padded(sparse.anchor.k)), block_n, compact=True)
+    most = padded(sparse.anchor.k)
+
+    def config(chunk: int, block_k: int, block_n: int, stages: int) -> GatherConfig:
+        chunk = min(chunk, most)
+        return GatherConfig(chunk, min(block_k, chunk), min(padded(stored), block_n), compact=True, stages=stages)
+
+    def programs(found: GatherConfig) -> int:
+        columns = sum(-(-linear.plain.stored // found.block_n) for linear in sparse.anchor.linears)
+        return columns * chunks(sparse, found)
+
+    wide = config(512, 16, 256 if bits else 512, 2)
+    if programs(wide) >= WIDE:
+        return wide
+    found = wide if bits else config(512, 8, 1024, 3)
+    while programs(found) < PROGRAMS and found.chunk > 128:
+        found = replace(found, chunk=found.chunk // 2)
+    while programs(found) < PROGRAMS and found.block_n > 128 and not bits:
+        found = replace(found, block_n=found.block_n // 2, block_k=min(found.block_k * 2, found.chunk))
+    return found
 
 
 def read(region: GraphModule) -> Sparse | Refusal:

@@ -81,8 +81,8 @@ def tiling(experts: Experts) -> Tiling:
         few = Stage(TileConfig(most, 64, 128, stages=4), TileConfig(most, 64, 128, stages=4))
         many = Stage(TileConfig(128, 64, 128, 8), TileConfig(128, 128, 128, 8))
     elif experts.pairs:
-        few = Stage(TileConfig(FEW, 64, 64, stages=4), TileConfig(FEW, 64, 64, stages=6))
-        many = Stage(TileConfig(128, 128, 64, 8), TileConfig(128, 128, 64, 8))
+        few = Stage(TileConfig(FEW, 64, 64, stages=6), TileConfig(FEW, 64, 64, stages=6))
+        many = Stage(TileConfig(128, 128, 64, 8, stages=4), TileConfig(128, 128, 64, 4))
     else:
         few = Stage(TileConfig(FEW, 64, 64, stages=4), TileConfig(FEW, 128, 64, stages=4))
         down = TileConfig(128, 256, 64, 8) if experts.inner >= LONG else TileConfig(128, 128, 64, 4)
@@ -131,10 +131,8 @@ def low_rank(beside: TileConfig, dtype: torch.dtype) -> TileConfig:
 
 def _one(experts: Experts) -> Stage:
     up, down = _row(experts.gate_up, 4096), _row(experts.down, 8192 // next_power_of_two(experts.top))
-    if (
-        experts.pairs
-    ):  # decoding takes registers, and of too many a compiler puts off loads: smaller programs, more of them
-        down = replace(down, block_n=max(1, down.block_n // 2))
+    if experts.pairs:  # decoding takes registers, and of too many a compiler puts off loads: smaller programs
+        up, down = (replace(row, block_n=max(1, row.block_n // 2)) for row in (up, down))
     return Stage(up, down)
 
 

@@ -175,6 +175,24 @@ def _attention_flops(node: Node, name: str) -> Size:
     return flops * sympy.Rational(factor) if factor != 1.0 else flops
 
 
+def workspace(node: Node) -> Size:
+    """Bytes that a call has for itself while it runs, beside its results.
+
+    PyTorch's flash attention sums the gradient of the queries in float32, and where key heads are shared it makes
+    their gradients for each query head first (Dao's `mha_bwd`).
+    """
+    if getattr(node.target, "_opname", "") != "_scaled_dot_product_flash_attention_backward":
+        return 0
+    given = list(arguments(node).values())
+    q, k, v = (a.meta["val"] for a in given[1:4])
+    size = numel(q) * 4
+    if not isinstance(q.shape[1], int) or q.shape[1] != k.shape[1]:
+        expanded = _product(tuple(map(symbolic_expression, (q.shape[0], q.shape[1], k.shape[2]))))
+        widths = symbolic_expression(k.shape[3]) + symbolic_expression(v.shape[3])
+        size = size + expanded * widths * k.element_size()
+    return size
+
+
 def _collective(node: Node, name: str, read: Size, written: Size) -> Cost:
     """Bytes that one device sends, for the algorithms that send least (Thakur et al., 2005)."""
     formula = _SENT.get(name)

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from .compat import storages, symbolic_expression
 from .compat_joint import is_tangent
-from .costs import FREE, Cost, Size, cost
+from .costs import FREE, Cost, Size, cost, workspace
 from .joint import FUSED, forward_nodes
 from .machine import Machine
 from .ops import Kind
@@ -134,7 +134,7 @@ def tape(program: Program) -> Tape:
             continue
         tensors = [t for t in torch.utils._pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor)]
         held: list[int] = []
-        virtual = fused and node.op == "call_function" and _is_inlined(node)
+        virtual = fused and node.op == "call_function" and _is_inlined(node, len(read))
         for which, tensor in enumerate(tensors):
             key = next(iter(storages(tensor)), -1)  # -1: sparse, and nobody's alias
             if key in made_from:
@@ -154,6 +154,9 @@ def tape(program: Program) -> Tape:
                 if key != -1:
                     owner_of[key] = len(found) - 1
         holds.append(tuple(dict.fromkeys(held)))
+        if node.op == "call_function" and (size := workspace(node)):  # nobody reads it: alive during the call
+            found.append(Storage(i, sizes.setdefault(size, len(sizes)), node))
+            allocates[i].append(len(found) - 1)
         for s in read:
             found[s].reads.append(i)
         if allocates[i] or virtual:
@@ -210,9 +213,13 @@ def _item(node: Node, which: int) -> Node:
     return items[0] if items else node
 
 
-def _is_inlined(node: Node) -> bool:
-    """Whether code generation writes a value into each of its readers instead of to memory."""
+def _is_inlined(node: Node, reads: int) -> bool:
+    """Whether code generation writes a value into each of its readers instead of to memory: Inductor's rule, by the
+    number of storages that it is made from (`realize_reads_threshold`, `realize_acc_reads_threshold`). A residual
+    stream's gradient, to which every block adds, would else be made from all of them."""
     if kind(node) is not Kind.POINTWISE or not node.users or len(node.users) > 4:
+        return False
+    if reads > (4 if len(node.users) > 1 else 8):
         return False
     return all(u.op == "call_function" and kind(u) in (Kind.POINTWISE, Kind.ROW) for u in node.users)
 

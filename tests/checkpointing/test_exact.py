@@ -17,7 +17,7 @@ from fuseline.compiler.costs import FREE, cost
 from fuseline.compiler.errors import UserError
 from fuseline.compiler.tape import execute, peak, tape
 from fuseline.models.decoder import TinyDecoder
-from tests.helpers.joint import Traced, kept
+from tests.helpers.joint import Traced, agree, kept, uncheckpointed
 
 CHOICES = (
     "checkpoint",
@@ -73,18 +73,6 @@ def models():
 @pytest.fixture(scope="module", params=["decoder", "dropout", "experts"])
 def traced(request):
     return next(Traced(model, x) for name, model, x in models() if name == request.param)
-
-
-def uncheckpointed(traced):
-    from torch._functorch.partitioners import default_partition
-
-    module = traced.program().module
-    forward, backward = default_partition(module, [], num_fwd_outputs=traced.results)
-    return traced.step(forward, backward)
-
-
-def agree(ours, theirs):
-    return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
 @pytest.mark.one_in(4)

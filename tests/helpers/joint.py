@@ -63,6 +63,20 @@ class Traced:
         return [*results, *(g for g in gradients if g is not None)]
 
 
+def uncheckpointed(traced: Traced) -> list[torch.Tensor]:
+    """The results and gradients of a step by PyTorch's default split."""
+    from torch._functorch.partitioners import default_partition
+
+    module = traced.program().module
+    forward, backward = default_partition(module, [], num_fwd_outputs=traced.results)
+    return traced.step(forward, backward)
+
+
+def agree(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
 def kept(backward: GraphModule) -> list[torch.fx.Node]:
     """What a backward is given besides parameters, inputs and gradients."""
     placeholders = [n for n in backward.graph.nodes if n.op == "placeholder"]

@@ -1,6 +1,7 @@
 """The fuseline:: dialect, one op a file."""
 
 from ._define import REGISTRY, Kind, Op, find, op
+from .after import after
 from .attention import attention
 from .cache_attention import cache_attention
 from .cache_read import cache_read
@@ -33,7 +34,7 @@ from .staircase import fake_staircase, staircase
 from .to_host import arrived, from_host, to_host
 
 __all__ = [
-    "REGISTRY", "Kind", "Op", "arrived", "attention", "cache_attention", "cache_read", "cache_write", "decode",
+    "REGISTRY", "Kind", "Op", "after", "arrived", "attention", "cache_attention", "cache_read", "cache_write", "decode",
     "decode_pair_words", "decode_pairs", "decode_words", "dequantize", "encode", "encode_at", "fake_quantize",
     "fake_quantize_backward", "fake_staircase", "find", "from_host", "glu", "hadamard", "layer_norm",
     "linear_cross_entropy", "linear_cross_entropy_gradients", "lowrank_add", "moe", "moe_backward", "moe_pairs",

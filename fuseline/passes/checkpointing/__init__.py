@@ -36,7 +36,7 @@ from typing import Any
 from ...compiler.compat_joint import tag
 from ...compiler.errors import UserError
 from ...compiler.framework import Level, Pass, Tier
-from ...compiler.joint import after_split
+from ...compiler.joint import FUSED, after_split
 from ...compiler.machine import find_machine, machine_of
 from ...compiler.program import Program
 from ...compiler.registry import register
@@ -44,6 +44,7 @@ from ...compiler.rewriter import Rewriter
 from ...compiler.tape import At, Tape, saved_bytes, tape
 from .lengths import hints, hold_limit, input_bytes, sequence_symbol
 from .offload import move_to_host
+from .order import keep_order
 from .policies import Choice, Collectives, Policy, Problem, choose, gigabytes
 from .ranks import agreed
 
@@ -89,6 +90,8 @@ class Checkpoint(Pass):
         if choice.offloaded:
             moved = problem.sections.spread(choice.offloaded) & choice.execution.saved
             after_split(program, move_to_host([problem.tape.storages[s].node.name for s in moved]))
+        if FUSED in program.state:
+            after_split(program, keep_order)
 
     def _predicted(self, problem: Problem, choice: Choice) -> dict[str, float]:
         """Bytes and seconds of the step: its peak apart from parameters and inputs, what is kept between forward and

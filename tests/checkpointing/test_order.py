@@ -1,0 +1,73 @@
+"""Recomputed calls stay where they were planned when a code generator chooses the order of the backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import Node
+
+import fuseline.passes.checkpointing as checkpointing
+from fuseline.compiler.compat_joint import is_backward
+from fuseline.models.shapes import Decoder, Shape
+from tests.helpers.joint import Traced, agree, uncheckpointed
+
+
+def traced(**given: Any) -> Traced:
+    torch.manual_seed(0)
+    model = Decoder(Shape(hidden=32, inner=64, layers=3, heads=4, kv_heads=2, vocabulary=128), loss=False)
+    return Traced(model, torch.randint(0, 128, (1, 16)), **given)
+
+
+def waits(graph: torch.fx.Graph) -> list[Node]:
+    return [n for n in graph.nodes if "after" in str(n.target)]
+
+
+def test_each_block_waits_for_the_gradients_of_the_one_behind_it() -> None:
+    given = traced(fused=True)
+    forward, backward, _ = given.split("checkpoint{policy=long-context}")
+    order = {n: i for i, n in enumerate(backward.graph.nodes)}
+    found = waits(backward.graph)
+    assert len({wait.args[1] for wait in found}) >= 2  # three blocks; the last one's run comes before all gradients
+    for wait in found:
+        saved, gradient = wait.args
+        assert isinstance(saved, Node) and isinstance(gradient, Node)
+        assert saved.op == "placeholder" and not saved.name.startswith("primals") and is_backward(gradient)
+        between = [n for n in backward.graph.nodes if order[gradient] < order[n] < order[wait] and is_backward(n)]
+        assert not [n for n in between if isinstance(n.meta.get("val"), torch.Tensor)]  # it is the last one before
+        assert any(order[u] > order[wait] for u in saved.users)
+    assert not waits(forward.graph)
+    assert agree(given.step(forward, backward), uncheckpointed(given))
+
+
+def test_eager_runs_the_graph_in_its_order_and_needs_no_waiting() -> None:
+    _, backward, _ = traced(fused=False).split("checkpoint{policy=long-context}")
+    assert not waits(backward.graph)
+
+
+def peak(pipeline: str) -> int:
+    """Bytes of the second step under Inductor on the CPU, at most, above those before it."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = Decoder(Shape(hidden=64, inner=256, layers=4, heads=4, kv_heads=2, vocabulary=128), loss=False)
+    ids = torch.randint(0, 128, (1, 1024))
+    run = torch.compile(model, backend="fuseline", options={"pipeline": pipeline, "target": "inductor"})
+    run(ids).square().mean().backward()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run(ids).square().mean().backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.slow
+def test_inductor_holds_no_other_blocks_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = "raise{allow_empty},checkpoint{policy=full}"
+    kept = peak(pipeline)
+    monkeypatch.setattr(checkpointing, "keep_order", lambda forward, backward, results: None)
+    assert kept < 0.85 * peak(pipeline)

@@ -113,6 +113,7 @@ def test_train_tiny_moe(run: Callable[..., str], tmp_path: Path) -> None:
     assert "1,022,112 parameters, 2.0 MB in bfloat16" in printed and out.stat().st_size < 2_100_000
 
 
+@pytest.mark.slow
 def test_qat(run: Callable[..., str]) -> None:
     printed = run("qat.py")
     found = re.search(r"loss (\S+) → (\S+); the codes compute what training saw, to (\S+)$", printed, re.M)

@@ -176,12 +176,14 @@ def test_the_first_rewrites_alone_keep_results(network: Blocks, pipeline: Pipeli
     check_prefix(network, pipeline, share)
 
 
+@pytest.mark.slow
 @fuzzed(10)
 @given(blocks(5), st.booleans().flatmap(pipelines), st.booleans())
 def test_stages_read_back(folder: Path, network: Blocks, pipeline: Pipeline, symbolic: bool) -> None:
     check_stages(network, pipeline, symbolic, folder)
 
 
+@pytest.mark.slow
 @fuzzed(6)
 @given(blocks(5), st.booleans().flatmap(pipelines))
 def test_lowering_is_deterministic(network: Blocks, pipeline: Pipeline) -> None:

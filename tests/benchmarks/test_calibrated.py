@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 
 
+@pytest.mark.slow
 def test_a_tiny_model(tmp_path: Path) -> None:
     path = tmp_path / "calibrated.json"
     words = "--device cpu --model demo:tiny-llama --weights int4:g64:sym --methods rtn gptq --calibration 4 --windows 2"

@@ -67,6 +67,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---- determinism ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_codegen_is_deterministic(recorded: Path, cli: Callable) -> None:
     """Recorded by one process, emitted again by another in which sets and hashes come in another order."""
     result = cli("replay", str(recorded), "--json", "-")

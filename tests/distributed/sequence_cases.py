@@ -332,8 +332,8 @@ def family(name: str) -> Callable[[], dict[str, Any]]:
 
 
 SHORT: list[Callable[[], dict[str, Any]]] = [
-    grouped_queries, heads_that_do_not_divide, attention_written_out, weighted_loss, fused_loss, loss_outside,
-    under_ddp, unknown_op, break_inside_attention, too_short, degree_that_does_not_fit, unknown_mesh, different_lengths,
+    grouped_queries, heads_that_do_not_divide, fused_loss, under_ddp,
+    unknown_op, break_inside_attention, too_short, degree_that_does_not_fit, unknown_mesh, different_lengths,
 ]  # fmt: skip
 REFUSED = [unknown_op, break_inside_attention, too_short, degree_that_does_not_fit, unknown_mesh, different_lengths]
 LONG: list[Callable[[], dict[str, Any]]] = [

@@ -43,6 +43,7 @@ def folded(program: Program, seed: int = 0) -> tuple[Program, Rewriter]:
     return program, rewriter
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(shapes, st.integers(0, 99))
 def test_folding_is_exact(shape: Shape, seed: int) -> None:

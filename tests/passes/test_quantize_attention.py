@@ -149,6 +149,7 @@ def test_steps_over_a_cache_are_as_all_tokens_at_once(rotate: str, written: bool
     assert error <= 1e-10 < 1e-3 < (plain - expected).abs().max() / expected.abs().max()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_generation_with_a_cache_is_as_without() -> None:
     transformers = pytest.importorskip("transformers")

@@ -149,6 +149,7 @@ def generated(family: str, attention: str = "sdpa", **options: Any) -> list[Any]
     return graphs
 
 
+@pytest.mark.slow
 def test_generate_with_a_dynamic_cache() -> None:
     """Prefill is causal; one query at the end sees every key that the padding leaves, with K and V lengths apart."""
     prefill, decode, symbolic = generated("llama")

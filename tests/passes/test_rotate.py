@@ -277,6 +277,7 @@ def check(shape: Shape, rotations: list[str], kind: str, untie: bool = False) ->
         assert counts(report, "R2")["into rows"] == counts(report, "R2")["into columns"] == shape.layers
 
 
+@pytest.mark.slow
 @settings(max_examples=14)
 @given(shapes, subsets, kinds)
 def test_random_transformers(shape: Shape, rotations: list[str], kind: str) -> None:

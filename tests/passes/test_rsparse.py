@@ -99,6 +99,7 @@ def test_all_channels_are_the_model() -> None:
         assert error(fast(**ids(1)[0]).logits, model(**ids(1)[0]).logits) < 1e-6
 
 
+@pytest.mark.slow
 def test_many_rows_are_dense_and_few_are_not() -> None:
     model = tiny_llama().double()
     pipeline = "raise,rsparse{budget=0.4,budgets=uniform,split=1,rows=2}"

@@ -50,6 +50,7 @@ def test_four_blocks_say_what_seven_take_at_ten_lengths(traced, whole, policy):
         assert off <= (0.02 if policy is Policy.LONG_CONTEXT else 0), (length, str(formula))
 
 
+@pytest.mark.slow
 def test_a_graph_of_one_length_agrees(whole):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

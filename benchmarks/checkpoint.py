@@ -279,7 +279,7 @@ def child(name: str, settings: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
-        raise RuntimeError("\n".join(done.stderr.strip().splitlines()[-30:]) or f"exit code {done.returncode}")
+        raise RuntimeError("\n".join(done.stderr.strip().splitlines()[-8:]) or f"exit code {done.returncode}")
     return json.loads(lines[-1])
 
 

@@ -163,16 +163,21 @@ def _product_flops(node: Node, out: torch.Tensor) -> Size:
 
 def _attention_flops(node: Node, name: str) -> Size:
     """Two products of [S, T] a head, half of them under a causal mask; five in the backward (Dao, 2023, section 3)."""
-    given = arguments(node)
-    offset = 1 if "grad_out" in given or "grad_out_" in given else 0
-    q, k, v = [a.meta["val"] for a in list(given.values())[offset : offset + 3]]
+    q, k, v = _attended(node)
     heads = _product(tuple(map(symbolic_expression, (*q.shape[:-2], q.shape[-2], k.shape[-2]))))
     if name.startswith(("_flash", "_efficient")):  # [B, S, H, D]
         b, s, h, t = (symbolic_expression(x) for x in (q.shape[0], q.shape[1], q.shape[2], k.shape[1]))
         heads = b * s * h * t
     flops = 2 * heads * (symbolic_expression(q.shape[-1]) + symbolic_expression(v.shape[-1]))
-    factor = _ATTENTION[name] * (0.5 if given.get("is_causal") else 1.0)
+    factor = _ATTENTION[name] * (0.5 if arguments(node).get("is_causal") else 1.0)
     return flops * sympy.Rational(factor) if factor != 1.0 else flops
+
+
+def _attended(node: Node) -> list[torch.Tensor]:
+    """Queries, keys and values of a fused attention, forward or backward."""
+    given = arguments(node)
+    offset = 1 if "grad_out" in given or "grad_out_" in given else 0
+    return [a.meta["val"] for a in list(given.values())[offset : offset + 3]]
 
 
 def workspace(node: Node) -> Size:
@@ -183,8 +188,7 @@ def workspace(node: Node) -> Size:
     """
     if getattr(node.target, "_opname", "") != "_scaled_dot_product_flash_attention_backward":
         return 0
-    given = list(arguments(node).values())
-    q, k, v = (a.meta["val"] for a in given[1:4])
+    q, k, v = _attended(node)
     size = numel(q) * 4
     if not isinstance(q.shape[1], int) or q.shape[1] != k.shape[1]:
         expanded = _product(tuple(map(symbolic_expression, (q.shape[0], q.shape[1], k.shape[2]))))

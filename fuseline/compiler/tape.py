@@ -154,7 +154,7 @@ def tape(program: Program) -> Tape:
                 if key != -1:
                     owner_of[key] = len(found) - 1
         holds.append(tuple(dict.fromkeys(held)))
-        if node.op == "call_function" and (size := workspace(node)):  # nobody reads it: alive during the call
+        if size := workspace(node):  # nobody reads it: alive during the call
             found.append(Storage(i, sizes.setdefault(size, len(sizes)), node))
             allocates[i].append(len(found) - 1)
         for s in read:

@@ -34,7 +34,7 @@ from .attention import HEAD_MAX, ROWS_MAX, buffers
 from .cached_split import Split, split_kernel
 from .cached_update import Update, analyse_write, launch
 from .decode import join_kernel
-from .text import Names, Text
+from .text import Names, Text, is_nvidia
 
 PROGRAMS = 396  # to divide the blocks among: three a multiprocessor of a large GPU, which holds as many at once
 WARPS, STAGES = 4, 3
@@ -189,7 +189,7 @@ def _attend(text: Text, attention: _Attention, value: Callable[[Any], str], kern
         "parts_ptr": "parts", "stats_ptr": "stats", "heads": f"{recent}.shape[1]", "S": "s", "H": "h",
         "blocks": f"t // {split.block}", "G": str(group), "splits": "splits", "offset": value(given["offset"]),
         "window": value(given["window"]), "ROWS": "triton.next_power_of_2(max(rows, 16))",
-        "PTX": f"{q}.is_cuda and torch.version.hip is None", "SPLITS": "triton.next_power_of_2(splits)",
+        "PTX": is_nvidia(q), "SPLITS": "triton.next_power_of_2(splits)",
     }  # fmt: skip
     with text.block(f"with torch.cuda.device_of({q}):"):
         for kernel, grid in zip(kernels, ("pairs, splits", "b * h * s,"), strict=True):

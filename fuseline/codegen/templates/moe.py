@@ -35,8 +35,8 @@ from .coded.host import _bytes, _pointer
 from .config import next_power_of_two
 from .experts import lowrank, one, route, tile
 from .experts.config import RowConfig, TileConfig, Tiling, low_rank, tiling
-from .experts.read import RANKS, Experts, Matrices, read
-from .text import Names, Text
+from .experts.read import RANKS, Experts, read
+from .text import Names, Text, is_nvidia
 
 SUM_BLOCK = 1024
 LEAST = 16  # tokens of a tile
@@ -106,10 +106,10 @@ def _parts(experts: Experts, tiles: Tiling) -> Iterator[_Part]:
             values = (LEAST if kind == "one" else config.block_m, config.block_n, config.block_k, config.group_m)
             constants = dict(zip(tile.CONSTANTS, values, strict=True))
             text = body(experts, config, kind)
-            if re.search(r"\bPTX\b", text):
-                constants["PTX"] = False
             launch = (config.num_warps, config.stages)
             matrices = experts.gate_up if tag == "up" else experts.down
+            if matrices.words:
+                constants["PTX"] = False
             if matrices.low is not None:
                 small = low_rank(config, experts.dtype)
                 own = constants | {"BLOCK_N": small.block_n, "BLOCK_K": small.block_k}
@@ -176,15 +176,8 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
     for matrices in () if experts.coded else (experts.gate_up, experts.down):
         known[f"{matrices.name}_ptr"] = value[matrices.name]
     known |= {"hidden_ptr": "x", "order_ptr": "order", "tiles_ptr": "table", "act_ptr": "act", "parts_ptr": "parts"}
-    known |= {
-        "places_ptr": "places",
-        "low_ptr": "low",
-        "out_ptr": "out",
-        "S": "s",
-        "block_m": "block_m",
-        "tiles": "tiles",
-    }
-    nvidia = {"PTX": "x.device.type != 'cpu' and torch.version.hip is None"}
+    known |= {"low_ptr": "low", "out_ptr": "out", "S": "s", "block_m": "block_m", "tiles": "tiles"}
+    known["places_ptr"] = "places"
     text = Text()
 
     def launch(tag: str, grid: str, **chosen: str) -> None:
@@ -193,7 +186,7 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
         if experts.gate_up.words and tag in ("up_one", "down_one"):
             viewed = ["x" if tag == "up_one" else "act", value["gate_up" if tag == "up_one" else "down"]]
             values = [v + view if v in viewed else v for v in values]
-        chosen = nvidia | chosen
+        chosen["PTX"] = is_nvidia("x")
         values += [f"{c}={chosen.get(c, setting)}" for c, setting in kernel.constants.items()]
         text.add(
             *call(
@@ -217,7 +210,7 @@ def _host(experts: Experts, name: str, tiles: Tiling, kernels: dict[str, Kernel]
     text.add(*call(f"def {name}(", [*text_of.values(), "out=None"], "):"))
     with text.indented():
         if not experts.coded:
-            strides = " or ".join(f"{value[m.name]}.stride() != {_given(m)}" for m in (experts.gate_up, experts.down))
+            strides = " or ".join(f"{value[m.name]}.stride() != {m.strides}" for m in (experts.gate_up, experts.down))
             with text.block(f"if {strides}:  # not the layout that the kernels were written for"):
                 order = [value.get(a, repr(given[a])) for a in given]
                 text.add(
@@ -281,11 +274,6 @@ def _tile_size(text: Text, experts: Experts, tiles: Tiling) -> None:
         if block <= most and block < _many(tiles) and limit >= 1:
             steps.append(f"{block} if m <= {limit}")
     text.add("block_m = " + " else ".join([*steps, str(_many(tiles))]))
-
-
-def _given(matrices: Matrices) -> tuple[int, ...]:
-    """The strides of the tensor as the graph has it."""
-    return matrices.strides
 
 
 def _blocks(columns: int, block: int | float | bool) -> int:

@@ -37,6 +37,7 @@ from .sparse_gather import (
     Sparse,
     blocks,
     chunks,
+    column_blocks,
     finish_kernel,
     gather_arguments,
     gather_kernel,
@@ -85,8 +86,7 @@ def tiles(sparse: Sparse) -> GatherConfig:
         return GatherConfig(chunk, min(block_k, chunk), min(padded(stored), block_n), compact=True, stages=stages)
 
     def programs(found: GatherConfig) -> int:
-        columns = sum(-(-linear.plain.stored // found.block_n) for linear in sparse.anchor.linears)
-        return columns * chunks(sparse, found)
+        return column_blocks(sparse, found) * chunks(sparse, found)
 
     wide = config(512, 16, 256 if bits else 512, 2)
     if programs(wide) >= WIDE:

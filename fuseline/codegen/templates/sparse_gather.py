@@ -78,10 +78,14 @@ def gather_arguments(sparse: Sparse, config: GatherConfig) -> dict[str, Node | s
     return found | {"parts_ptr": "parts"} | ({"z_ptr": "z"} if sparse.down is not None else {})
 
 
+def column_blocks(sparse: Sparse, config: GatherConfig) -> int:
+    """Programs of the first kernel along columns."""
+    return sum(-(-linear.plain.stored // config.block_n) for linear in sparse.anchor.linears)
+
+
 def blocks(sparse: Sparse, config: GatherConfig) -> int:
     """Programs of the first kernel along columns, and along the branch's ranks."""
-    columns = sum(-(-linear.plain.stored // config.block_n) for linear in sparse.anchor.linears)
-    return columns + -(-sparse.rank // RANKS)
+    return column_blocks(sparse, config) + -(-sparse.rank // RANKS)
 
 
 def gather_kernel(sparse: Sparse, name: str, config: GatherConfig) -> str:

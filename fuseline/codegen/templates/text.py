@@ -57,6 +57,11 @@ def joined(conditions: Iterable[str | None]) -> str:
     return f", mask={' & '.join(present)}" if present else ""
 
 
+def is_nvidia(tensor: str) -> str:
+    """Of a host function: whether the tensor is on a GPU of NVIDIA's, for the constant `PTX`."""
+    return f"{tensor}.is_cuda and torch.version.hip is None"
+
+
 def load(pointer: str, conditions: Iterable[str | None] = (), other: str = "0.0") -> str:
     """A `tl.load`; masked lanes read `other`."""
     mask = joined(conditions)

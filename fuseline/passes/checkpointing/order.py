@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from ...compiler.compat_joint import is_backward
+from ...compiler.joint import forward_nodes
 from ...compiler.ops import after
 
 
@@ -21,7 +21,7 @@ def keep_order(forward: GraphModule, backward: GraphModule, results: int) -> Non
     """
     graph = backward.graph
     saved = _saved(forward, backward, results)
-    again = _recomputed(backward, saved)
+    again = set(forward_nodes(backward))
     gradient: Node | None = None
     waits: set[Node] = set()
     for node in list(graph.nodes):
@@ -47,18 +47,3 @@ def _saved(forward: GraphModule, backward: GraphModule, results: int) -> set[Nod
     handed = list(forward.graph.output_node().args[0])[results:]  # type: ignore[arg-type]
     computed = {n.name for n in handed if isinstance(n, Node) and n.op == "call_function"}
     return {n for n in backward.graph.nodes if n.op == "placeholder" and n.name in computed}
-
-
-def _recomputed(backward: GraphModule, saved: set[Node]) -> set[Node]:
-    """The calls of the forward that run again: those that no gradient reaches."""
-    given = {n for n in backward.graph.nodes if n.op == "placeholder" and n not in saved}
-    reached: set[Node] = {n for n in given if "tangents" in str(n.target)}
-    found: set[Node] = set()
-    for node in backward.graph.nodes:
-        if node.op != "call_function":
-            continue
-        if is_backward(node) or any(n in reached for n in node.all_input_nodes):
-            reached.add(node)
-        else:
-            found.add(node)
-    return found

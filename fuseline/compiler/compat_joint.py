@@ -83,6 +83,18 @@ def split_by_tags(joint: GraphModule, inputs: Sequence[Any], **given: Any) -> tu
     return min_cut_rematerialization_partition(joint, inputs, **given)
 
 
+def merge_equal(joint: GraphModule) -> None:
+    """Merges equal calls, as `split_by_tags` would behind the passes' backs: a call of the backward then reads a value
+    of the forward that it had made for itself, which a plan has to know."""
+    from torch._functorch import config
+    from torch._functorch.compile_utils import fx_graph_cse
+
+    if config.cse:
+        joint.graph.eliminate_dead_code()
+        joint.graph = fx_graph_cse(joint.graph)
+        joint.recompile()
+
+
 def split_as_written(joint: GraphModule, inputs: Sequence[Any], **given: Any) -> tuple[GraphModule, GraphModule]:
     """Forward and backward as eager would run them; tags of regions of `torch.utils.checkpoint` are kept."""
     from torch._functorch.partitioners import default_partition

@@ -68,6 +68,7 @@ _ATTENTION = {
     "_flash_attention_backward": 2.5,
     "_efficient_attention_backward": 2.5,
 }
+_WITH_WORKSPACE = ("_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_cudnn_attention_backward")
 _SENT: dict[str, Callable[[int, Size, Size], Size]] = {
     "all_reduce": lambda n, read, written: 2 * read * (n - 1) / n,
     "all_gather_into_tensor": lambda n, read, written: read * (n - 1),
@@ -183,10 +184,10 @@ def _attended(node: Node) -> list[torch.Tensor]:
 def workspace(node: Node) -> Size:
     """Bytes that a call has for itself while it runs, beside its results.
 
-    PyTorch's flash attention sums the gradient of the queries in float32, and where key heads are shared it makes
-    their gradients for each query head first (Dao's `mha_bwd`).
+    Flash attention sums the gradient of the queries in float32, and where key heads are shared it makes their
+    gradients for each query head first (Dao's `mha_bwd`); cuDNN's was measured to take as much.
     """
-    if getattr(node.target, "_opname", "") != "_scaled_dot_product_flash_attention_backward":
+    if getattr(node.target, "_opname", "") not in _WITH_WORKSPACE:
         return 0
     q, k, v = _attended(node)
     size = numel(q) * 4

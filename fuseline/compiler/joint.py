@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from .action import Observer
-from .compat_joint import is_backward, is_tangent, split_as_written, split_by_tags, tag
+from .compat_joint import is_backward, is_tangent, merge_equal, split_as_written, split_by_tags, tag
 from .errors import PassError
 from .normalize import write_constants_down
 from .pipeline import Pipeline
@@ -83,7 +83,8 @@ class Joint:
 
 def joint_program(joint: GraphModule, fused: bool = False, results: int | None = None) -> Program:
     """A joint graph as a program: primals and tangents are its inputs; its first `results` results are the forward's,
-    the others gradients."""
+    the others gradients. Equal calls are merged."""
+    merge_equal(joint)
     joint.meta["fuseline_forward_results"] = results
     placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
     values = [v for n in placeholders for v in torch.utils._pytree.tree_leaves(n.meta.get("val"))]

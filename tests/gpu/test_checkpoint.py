@@ -36,9 +36,10 @@ def test_the_predicted_peak_is_the_allocators(policy):
 
 
 @pytest.fixture
-def deterministic():
-    """Flash attention's backward adds in no fixed order unless it is asked to."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would want an environment variable
+def deterministic(monkeypatch):
+    """The backwards of attention add in no fixed order unless they must."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which PyTorch asks for
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 

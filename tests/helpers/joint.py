@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._functorch import config
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
@@ -44,7 +43,7 @@ class Traced:
         """Forward and backward as a pipeline of joint passes decides."""
         joint = Joint(Pipeline(pipeline), self.fused, observers, "quick", Report(pipeline))
         program = self.program()
-        with tracing(TracingContext(program.fake_mode)), config.patch(cse=False):  # CSE would rename and reorder
+        with tracing(TracingContext(program.fake_mode)):
             forward, backward = joint.split(program.module, [], num_fwd_outputs=self.results)
         return forward, backward, joint
 

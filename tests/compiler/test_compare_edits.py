@@ -73,6 +73,7 @@ EACH = [(norm, how) for norm in range(5) for how in BREAKS]
 SOME = EACH[::4]  # each norm, and each kind of break
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("norm", "how"), [c if c in SOME else pytest.param(*c, marks=pytest.mark.slow) for c in EACH])
 def test_a_broken_norm_is_named(dumped: Dumped, norm: int, how: str) -> None:
     assert len(dumped.norms) == 5

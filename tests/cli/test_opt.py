@@ -26,6 +26,7 @@ def test_a_stage_is_resumed_where_it_was_stopped(cli: Callable, tmp_path: Path) 
     assert sorted(targets(resumed)) == sorted(targets(whole)), "the rest of the rewrites happened"
 
 
+@pytest.mark.slow
 def test_a_stage_becomes_a_program_that_pytorch_loads(cli: Callable, tmp_path: Path) -> None:
     stage, program = str(tmp_path / "stage.py"), str(tmp_path / "program.pt2")
     assert cli("opt", TINY, "-p", "quantize{weights=int8}", "-o", stage).code == 0

@@ -56,6 +56,7 @@ def test_a_model_is_run_for_its_page(cli: Callable, tmp_path: Path) -> None:
     assert data["captured_error"] > 0
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_fails_leaves_its_page(cli: Callable, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     result = cli("view", "demo:tiny-decoder", "-p", "raise,quantize{weights=int4:g100}", "-o", str(page))

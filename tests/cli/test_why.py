@@ -96,6 +96,7 @@ def test_after_other_passes(cli: Callable, graph: str) -> None:
     assert cli("why", "raise", "demo:tiny-decoder", "-p", "raise").code == 0, "nothing is left to miss"
 
 
+@pytest.mark.slow
 def test_a_pass_with_a_run_of_its_own(cli: Callable) -> None:
     result = cli("why", "quantize/linear", "layers.0.up", "demo:tiny-decoder")
     assert result.code == 0 and "matches   as linear, 1 nodes" in result.out

@@ -251,7 +251,7 @@ def test_frozen_quantized_weights_under_training() -> None:
 # -- generation -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generate_gives_eagers_tokens(cache: str | None) -> None:
     model, prompt = tiny_llama(), torch.tensor([[5, 17, 3, 42, 9]])

@@ -53,6 +53,7 @@ def run(installed: tuple[Path, Path], *command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_tutorial_run(installed: tuple[Path, Path]) -> None:
     (commands,) = [text for kind, text in FENCE.findall(TEXT) if kind == "text"]
     install, enter, *rest = commands.splitlines()

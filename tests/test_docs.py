@@ -58,16 +58,20 @@ def generator() -> ModuleType:
     return module
 
 
-@pytest.mark.skipif(find_spec("transformers") is None, reason="one block loads a transformers model")
 def test_the_blocks_of_the_readme_run(tmp_path: Path) -> None:
-    files = write_blocks("README.md", tmp_path)
-    assert len(files) == 4
+    first, _, third, fourth = write_blocks("README.md", tmp_path)
     driver = tmp_path / "driver.py"
     driver.write_text("import runpy, sys\nfor path in sys.argv[1:]:\n    runpy.run_path(path, run_name='__main__')\n")
-    printed = python(tmp_path, str(driver), *map(str, files))
-    assert "A compiler is" in printed  # generate()
+    printed = python(tmp_path, str(driver), *map(str, (first, third, fourth)))
     assert "{'LayerNorm': 1}" in printed  # reports()
     assert "aten.silu.default" in printed and "aten.sigmoid" not in printed  # the pass of one's own
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("transformers") is None, reason="the block loads a transformers model")
+def test_the_block_of_the_readme_on_a_library_model_runs(tmp_path: Path) -> None:
+    _, generates, _, _ = write_blocks("README.md", tmp_path)
+    assert "A compiler is" in python(tmp_path, str(generates))
 
 
 @pytest.mark.slow
@@ -86,6 +90,7 @@ def test_the_block_on_a_cache_of_codes_runs(tmp_path: Path) -> None:
     assert re.search(r"torch.Size\(\[1, \d+\]\) \d+", python(tmp_path, str(block)))
 
 
+@pytest.mark.slow
 def test_the_blocks_on_long_contexts_run(tmp_path: Path) -> None:
     """The page quotes what its first block prints."""
     step, pipelines = write_blocks("docs/long_context.md", tmp_path)
@@ -109,6 +114,7 @@ def test_a_pass_of_ones_own_takes_twenty_lines() -> None:
     assert len([line for line in block.splitlines() if line.strip()]) <= 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="it runs a kernel in Triton's interpreter")
 def test_the_worked_example_passes_its_own_tests(tmp_path: Path) -> None:
     write_blocks("CONTRIBUTING.md", tmp_path)
@@ -121,6 +127,7 @@ def test_the_worked_example_passes_its_own_tests(tmp_path: Path) -> None:
     assert re.search(r"\b3 passed\b", printed), printed
 
 
+@pytest.mark.slow
 def test_a_package_of_ones_own_offers_its_pass(tmp_path: Path) -> None:
     """The table of pyproject.toml, as pip would record it, and the command line that finds the pass."""
     write_blocks("CONTRIBUTING.md", tmp_path)

@@ -247,6 +247,7 @@ def test_what_is_written_into_a_graph_is_captured_anew() -> None:
     assert captures(model, call(4, 7), call(5, 7)) == captures(model, call(4, 7), call(4, 7, flag=False)) == 2
 
 
+@pytest.mark.slow
 def test_an_attribute_that_counts_calls_is_captured_with_each() -> None:
     class Steps(Sizes):
         def forward(self, x):
@@ -267,6 +268,7 @@ def test_an_attribute_that_counts_calls_is_captured_with_each() -> None:
     assert not any("changes" in f.what for f in fuseline.examine(Buffer().eval(), x).findings())
 
 
+@pytest.mark.slow
 def test_a_model_on_the_meta_device_needs_no_memory() -> None:
     with torch.device("meta"):
         model = TinyDecoder(hidden=4096, layers=1, heads=32, kv_heads=8).eval()
@@ -276,6 +278,7 @@ def test_a_model_on_the_meta_device_needs_no_memory() -> None:
     assert found.ok and graph.regions and graph.weights_before > 4 * graph.weights_after > 1e8
 
 
+@pytest.mark.slow
 def test_a_model_that_was_compiled_already() -> None:
     model, x = Pair().eval(), torch.randn(4, 16)
     fuseline.optimize(model)(x)
@@ -365,6 +368,7 @@ def test_an_unknown_pass() -> None:
         fuseline.examine(Pair().eval(), torch.randn(4, 16), pipeline="rais")
 
 
+@pytest.mark.slow
 def test_the_report_holds_what_an_issue_needs() -> None:
     found = fuseline.examine(Breaks().eval(), torch.randn(4, 16))
     text = str(found)

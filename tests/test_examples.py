@@ -41,6 +41,7 @@ def test_each_example_has_a_test() -> None:
     assert EXAMPLES and all(f'run("{name}"' in text for name in EXAMPLES)
 
 
+@pytest.mark.slow
 def test_backend(run: Callable[..., str]) -> None:
     printed = run("backend.py")
     assert re.search(r"^raise +4 sites: \{'RMSNorm': 2, 'SwiGLU': 2\}$", printed, re.MULTILINE), printed
@@ -48,6 +49,7 @@ def test_backend(run: Callable[..., str]) -> None:
     assert gap <= 1e-5
 
 
+@pytest.mark.slow
 def test_decorator(run: Callable[..., str]) -> None:
     printed = run("decorator.py")
     assert "'norm.weight', 'norm.bias', 'body.weight'" in printed  # the names that the class gave them
@@ -55,6 +57,7 @@ def test_decorator(run: Callable[..., str]) -> None:
     assert 0 < error < 0.05
 
 
+@pytest.mark.slow
 def test_buggy_pass(run: Callable[..., str]) -> None:
     printed = run("buggy_pass.py")
     assert re.search(r"^rewrite \d+ of \d+, after \d+ runs: layers\.0\.q/linear#0$", printed, re.MULTILINE), printed
@@ -67,6 +70,7 @@ def test_own_pass(run: Callable[..., str]) -> None:
     assert "refused /mul#1: silu rounds torch.bfloat16 once" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("transformers") is None, reason="its model is a transformers model")
 def test_quantize_and_generate(run: Callable[..., str]) -> None:
     printed = run("quantize_and_generate.py", "--tokens", "4")

@@ -157,7 +157,7 @@ def test_a_pipeline_reads_as_it_is_written(pipeline: Pipeline) -> None:
     assert Pipeline(str(pipeline)) == pipeline and str(Pipeline(str(pipeline))) == str(pipeline)
 
 
-@fuzzed(25)
+@fuzzed(10)
 @given(blocks(), pipelines(), st.booleans())
 def test_exact_pipelines_keep_results(network: Blocks, pipeline: Pipeline, symbolic: bool) -> None:
     check_exact(network, pipeline, symbolic)
@@ -170,7 +170,7 @@ def test_a_lossy_pass_is_all_that_rounds(network: Blocks, pipeline: Pipeline, sy
     check_quantized(network, pipeline, symbolic)
 
 
-@fuzzed(15)
+@fuzzed(8)
 @given(blocks(), pipelines(), st.floats(0, 1))
 def test_the_first_rewrites_alone_keep_results(network: Blocks, pipeline: Pipeline, share: float) -> None:
     check_prefix(network, pipeline, share)

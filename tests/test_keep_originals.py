@@ -45,6 +45,7 @@ def bytes_of(model: torch.nn.Module) -> int:
 
 
 @torch.no_grad()
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("pipeline", [INT8, INT4, "quantize{weights=int8,activations=int8}"])
 def test_the_same_bits_without_originals(pipeline: str) -> None:
     kept, lean = Mlp(), Mlp()
@@ -154,7 +155,7 @@ REFUSED: list[tuple[Callable[[torch.nn.Module], object], str, str]] = [
 ]
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(("use", "message", "remedy"), REFUSED)
 def test_what_needs_the_originals_is_refused(use, message: str, remedy: str) -> None:
     model, x = small(), torch.randn(2, 8)
@@ -241,6 +242,7 @@ def test_the_plain_backend_refuses_and_says_why() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_decorated_class_drops_too() -> None:
     @fuseline.optimize(INT8, keep_originals=False)
     class Net(Mlp):

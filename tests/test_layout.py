@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,11 @@ ALLOWED = {"compiler": set(), "passes": {"compiler"}, "codegen": {"compiler"}, "
 FAMILIES = r"llama|qwen|mistral|mixtral|gemma|phi[-_ ]?\d|\bphi\b|gpt(?!q)|\bbert\b|smollm|falcon|deepseek|opt-\d|bloom"
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def part(path: Path) -> str:
     """The stage that a file belongs to, or its own name."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
@@ -29,7 +35,7 @@ def imported(path: Path) -> set[str]:
     """The parts of this package that a file imports, at its top or inside functions."""
     package = ["fuseline", *path.relative_to(ROOT).with_suffix("").parts[:-1]]
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -79,7 +85,7 @@ def test_no_code_from_strings_and_no_pickle() -> None:
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         return any(name.split(".")[0] in ("pickle", "cloudpickle", "dill") for name in names)
 
-    assert not [str(p) for p in FILES if any(map(forbidden, ast.walk(ast.parse(p.read_text()))))]
+    assert not [str(p) for p in FILES if any(map(forbidden, ast.walk(tree(p))))]
 
 
 def test_private_pytorch_is_in_one_file() -> None:
@@ -88,7 +94,7 @@ def test_private_pytorch_is_in_one_file() -> None:
     known = {"torch._subclasses.fake_tensor"}
     found = set()
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch."):
                 if any(p.startswith("_") for p in node.module.split(".")) and node.module not in known:
                     found.add(str(path.relative_to(ROOT)))
@@ -127,7 +133,7 @@ class Net(torch.nn.Module):
     def forward(self, x):
         return torch.relu(self.fc(x)) * 2
 
-model = fuseline.optimize(Net(), "quantize{{weights=int4:g8}},fuse")
+model = fuseline.optimize(Net(), "quantize{{weights=int4:g8}},fuse", target={target!r})
 x = torch.randn(2, 16)
 with torch.no_grad():
     print(fuseline.reports(model), float((model(x) - Net.forward(model, x)).abs().max()) < 0.5)
@@ -135,10 +141,14 @@ print(sorted(set(sys.modules) & {absent!r}))
 """
 
 
+@pytest.mark.parametrize("target", ["eager", pytest.param("auto", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("absent", [{"triton", "transformers"}])
-def test_neither_triton_nor_transformers_is_needed(absent: set[str]) -> None:
+def test_neither_triton_nor_transformers_is_needed(absent: set[str], target: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT.format(absent=absent)], capture_output=True, text=True, cwd=ROOT.parent
+        [sys.executable, "-c", WITHOUT.format(absent=absent, target=target)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT.parent,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[] True", "[]"]

@@ -59,6 +59,7 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=folder, env=variables, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_no_network_at_run_time(tmp_path: Path) -> None:
     done = run(REFUSE + USE, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -75,14 +75,17 @@ def test_the_cache_does_not_depend_on_how_tokens_arrive(model: Any, name: str) -
     assert 0 < (cache.layers[0].update(*(x[:, :, :0] for x in k))[0][:, :, :220] - k[0]).abs().max() <= 40 * scale
 
 
-@pytest.mark.parametrize("name", ["kivi", pytest.param("tada", marks=pytest.mark.slow)])
-def test_a_compiled_model_attends_over_the_codes(name: str) -> None:
+LONG = [pytest.param(name, [120, 147, 148, 149], marks=pytest.mark.slow) for name in ("kivi", "tada")]
+
+
+@pytest.mark.parametrize(("name", "cuts"), [("kivi", [149]), *LONG])
+def test_a_compiled_model_attends_over_the_codes(name: str, cuts: list[int]) -> None:
     torch.compiler.reset()
     plain, fused = (load("demo:tiny-llama").model for _ in range(2))
     given = ids(150, 2)
-    expected = logits(plain, QuantizedCache(plain.config, 200, **SETTINGS[name]), given, [120, 147, 148, 149])
+    expected = logits(plain, QuantizedCache(plain.config, 200, **SETTINGS[name]), given, cuts)
     optimized = fuseline.optimize(fused, "raise,fuse", target="eager")
-    found = logits(optimized, QuantizedCache(fused.config, 200, **SETTINGS[name]), given, [120, 147, 148, 149])
+    found = logits(optimized, QuantizedCache(fused.config, 200, **SETTINGS[name]), given, cuts)
     assert error(found, expected) < 1e-5
     for one in fuseline.reports(optimized):
         assert one.report["fuse"].rules["cache"] == 2 and not one.report["fuse"].refused

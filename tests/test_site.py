@@ -37,6 +37,7 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
     return folder / "pages", json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_every_page_has_its_place(staged: tuple[Path, dict[str, list[str]]]) -> None:
     pages, sections = staged
     placed = [page for found in sections.values() for page in found]
@@ -45,6 +46,7 @@ def test_every_page_has_its_place(staged: tuple[Path, dict[str, list[str]]]) -> 
     assert Path(sections["Start"][0]).name == "index.md"
 
 
+@pytest.mark.slow
 def test_each_pass_has_a_page_with_its_graphs(staged: tuple[Path, dict[str, list[str]]]) -> None:
     pages, _ = staged
     for name, kind in registry.available().items():
@@ -54,6 +56,7 @@ def test_each_pass_has_a_page_with_its_graphs(staged: tuple[Path, dict[str, list
         assert "## Options" in text and text.count("<svg") == 2 and "No picture: " not in text, name
 
 
+@pytest.mark.slow
 def test_links_between_pages_resolve(staged: tuple[Path, dict[str, list[str]]]) -> None:
     pages, _ = staged
     for page in pages.rglob("*.md"):
@@ -63,6 +66,7 @@ def test_links_between_pages_resolve(staged: tuple[Path, dict[str, list[str]]]) 
                 assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
 
 
+@pytest.mark.slow
 def test_errors_are_indexed(staged: tuple[Path, dict[str, list[str]]]) -> None:
     text = (staged[0] / "errors.md").read_text(encoding="utf-8")
     assert "this model was optimized and never called, so nothing is known of what its graphs read" in text

@@ -66,6 +66,7 @@ def test_a_reflected_stream_is_exact_and_has_an_outlier(model: Any) -> None:
     assert stream[0].abs() > 0.999 * stream.norm()
 
 
+@pytest.mark.slow
 def test_a_tied_head_gets_its_own_table(model: Any) -> None:
     tied = copy.deepcopy(model)
     tied.lm_head.weight = tied.model.embed_tokens.weight

@@ -28,6 +28,7 @@ def test_a_few_steps(tmp_path: Path) -> None:
     assert record["corpus"]["parameters"] > 0
 
 
+@pytest.mark.slow
 def test_the_held_out_text_is_not_trained_on() -> None:
     corpus = Corpus(200_000, torch.device("cpu"))
     training, held_out = (bytes(part.tolist()) for part in (corpus.training, corpus.held_out))

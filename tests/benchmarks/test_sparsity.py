@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(ROOT))
 
 
+@pytest.mark.slow
 def test_methods_at_one_budget(tmp_path: Path) -> None:
     import sparsity
 

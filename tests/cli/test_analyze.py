@@ -122,6 +122,7 @@ def test_a_model_without_a_tokenizer_is_calibrated_on_its_example(cli: Callable,
     assert cli("run", model, "--plan", plan).code == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_search_goes_on(cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     taken: list[int] = []
 

@@ -48,6 +48,7 @@ def test_a_sound_pipeline_has_nothing_to_find(cli: Callable) -> None:
     assert result.code == 0 and "nothing to find: it passes with all" in result.out
 
 
+@pytest.mark.slow
 def test_a_lossy_pipeline_needs_a_bound(cli: Callable) -> None:
     result = cli("bisect", TINY, "-p", "quantize{weights=int8}")
     assert result.code == 2 and "'quantize' approximates" in result.err and "--check 'any|error:0.1'" in result.err

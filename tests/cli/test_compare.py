@@ -107,6 +107,7 @@ def test_it_needs_a_second_program_or_a_pipeline(cli: Callable, arguments: tuple
     assert "try: fuseline compare demo:tiny-llama -p raise,fuse" in result.err
 
 
+@pytest.mark.slow
 def test_lossy_passes_exit_with_0(cli: Callable) -> None:
     result = cli("compare", "demo:tiny-decoder", "-p", "quantize{weights=int8}", "--worst", "0")
     assert result.code == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 def test_a_model_is_the_same_as_itself(cli: Callable) -> None:
     result = cli("diff", "demo:tiny-decoder", "demo:tiny-decoder")
     assert result.code == 0, result.err
@@ -74,6 +75,7 @@ def test_dumped_stages(cli: Callable, tmp_path: Path) -> None:
     assert json.loads(result.out)["counts"]["replaced"] > 0
 
 
+@pytest.mark.slow
 def test_colour_on_a_terminal(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")

@@ -121,6 +121,7 @@ def test_a_check_that_fails_is_a_finding() -> None:
     assert found.state == BROKEN and found.value == "RuntimeError: odd"
 
 
+@pytest.mark.slow
 def test_a_pass_of_others_that_is_broken_does_not_keep_fuseline_from_being_imported() -> None:
     variables = {**os.environ, "FUSELINE_PASSES": "no_such_file.py", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "fuseline", "doctor", "--no-trial"]

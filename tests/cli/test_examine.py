@@ -80,6 +80,7 @@ def test_a_model_that_is_fine(cli: Callable) -> None:
     assert lines[-1].startswith(f"next: fuseline run {TINY}")
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_ones_own(cli: Callable) -> None:
     result = cli("examine", TINY, "-p", "raise,quantize{weights=int4:g64},fuse", "--json", "-")
     (graph,) = json.loads(result.out)["graphs"]

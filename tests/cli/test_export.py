@@ -28,6 +28,7 @@ def test_a_checkpoint_is_written_and_compared(cli: Callable, tmp_path: Path) -> 
     assert again.code == 2 and "exists already" in again.err, "before a model is looked for"
 
 
+@pytest.mark.slow
 def test_no_check_and_no_pipeline(cli: Callable, tmp_path: Path) -> None:
     result = cli("export", "demo:tiny-llama", "-p", "raise,rotate{r4}", "-o", str(tmp_path / "out"), "--no-check")
     assert result.code == 0 and "unchecked  check=False" in result.out
@@ -40,6 +41,7 @@ def test_a_refusal_is_an_error_with_a_pipeline(cli: Callable, tmp_path: Path) ->
     assert result.code == 2 and "no class of transformers" in result.err
 
 
+@pytest.mark.slow
 def test_quantized_weights(cli: Callable, tmp_path: Path) -> None:
     pipeline = "quantize{weights=int4:g32,only=*.mlp.*},quantize{weights=int8,activations=int8,skip=*.mlp.*}"
     wanted = ["export", "demo:tiny-llama", "-p", pipeline, "-o", str(tmp_path / "out"), "--no-check"]

@@ -52,6 +52,7 @@ def test_completion_is_a_script_that_asks_the_program(cli: Callable, shell: str)
     assert cli("completion", "csh").code == 2
 
 
+@pytest.mark.slow
 def test_the_program_answers_the_script() -> None:
     asked = {"_FUSELINE_COMPLETE": "complete_bash", "COMP_WORDS": "fuseline bis", "COMP_CWORD": "1"}
     program = "import sys; sys.argv[0] = 'fuseline'; from fuseline.cli import main; main()"

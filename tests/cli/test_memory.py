@@ -69,7 +69,9 @@ def test_plan_of_a_shape(capsys, tmp_path):
         (["plan", "shape:llama-3.1-8b", "--memory", "much"], "memory is a size"),
         (["plan", "shape:llama-3.1-8b", "--device", "h300"], "unknown device 'h300'"),
         (["memory", "shape:llama-3.1-8b", "-p", "raise"], "has no checkpoint pass"),
-        (["memory", "shape:llama-3.1-8b", "-p", "checkpoint{memory=3GB}"], "takes no memory"),
+        pytest.param(  # known once the model is traced
+            ["memory", "shape:llama-3.1-8b", "-p", "checkpoint{memory=3GB}"], "takes no memory", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_mistakes_are_explained(capsys, arguments, message):

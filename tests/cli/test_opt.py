@@ -26,6 +26,7 @@ def test_a_stage_is_resumed_where_it_was_stopped(cli: Callable, tmp_path: Path) 
     assert sorted(targets(resumed)) == sorted(targets(whole)), "the rest of the rewrites happened"
 
 
+@pytest.mark.slow
 def test_a_stage_becomes_a_program_that_pytorch_loads(cli: Callable, tmp_path: Path) -> None:
     stage, program = str(tmp_path / "stage.py"), str(tmp_path / "program.pt2")
     assert cli("opt", TINY, "-p", "quantize{weights=int8}", "-o", stage).code == 0
@@ -37,6 +38,7 @@ def test_a_stage_becomes_a_program_that_pytorch_loads(cli: Callable, tmp_path: P
     assert 0 < (found - expected).abs().max() / expected.abs().max() < 0.05
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("which", "shown"),
     [("all", ["raise", "fuse", "raise{allow_empty}"]), ("changed", ["raise", "fuse"]), ("fuse", ["fuse"])],
@@ -48,6 +50,7 @@ def test_programs_are_printed_after_passes(cli: Callable, which: str, shown: lis
     assert "torch.ops.aten.embedding.default(" in result.err
 
 
+@pytest.mark.slow
 def test_a_dump_is_left_to_look_at(cli: Callable, tmp_path: Path) -> None:
     result = cli("opt", TINY, "-p", "raise,fuse", "--dump", str(tmp_path / "d"))
     assert result.code == 0 and f"fuseline view {tmp_path / 'd'}" in " ".join(result.out.split())
@@ -68,6 +71,7 @@ def test_rules_are_counted_and_timed(cli: Callable) -> None:
     assert "tried" not in cli("opt", TINY).out
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -91,6 +95,7 @@ def test_a_python_file_that_is_no_stage(cli: Callable, tmp_path: Path) -> None:
     assert "no such file" in cli("opt", str(tmp_path / "absent.py")).err
 
 
+@pytest.mark.slow
 def test_a_stage_of_types_is_rewritten_without_figures(cli: Callable, tmp_path: Path) -> None:
     from fuseline.cli.graphs import load_program
     from fuseline.compiler.stage import render
@@ -127,6 +132,7 @@ def test_a_wrong_rewrite_is_not_proved(cli: Callable, tmp_path: Path, monkeypatc
     assert (proof["count"], proof["proved"]) == (2, 0) and not stage.exists(), "nothing is written but the proof"
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_states_nothing_is_not_proved(cli: Callable) -> None:
     result = cli("opt", TINY, "-p", "raise,fuse", "--prove")
     assert result.code == 2 and "there is nothing to prove" in result.err and "rotate{r1,r2,r4}" in result.err

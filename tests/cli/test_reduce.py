@@ -85,6 +85,7 @@ def test_the_pipeline_is_reduced_for_a_command(cli: Callable, stage: Path, tmp_p
     assert str(read.pipeline) == "wrong-scale" and len(calls(read.program)) == 1
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -95,6 +95,7 @@ def test_a_fault_that_shows_at_times(cli: Callable, mlp: Program, tmp_path: Path
     assert cli("repro", str(path), "--here").code == 1
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -118,6 +119,7 @@ def test_mistakes(cli: Callable, stage: Path, crash: Path, tmp_path: Path, monke
     assert not (tmp_path / "out.py").exists()
 
 
+@pytest.mark.slow
 def test_one_is_made_and_proved_in_a_fresh_process(cli: Callable, stage: Path, tmp_path: Path) -> None:
     out = tmp_path / "made.py"
     result = cli("repro", str(stage), "-p", "fuse,wrong-scale{at=0,allow_empty},crash-at-add", "-o", str(out))

@@ -153,6 +153,7 @@ def test_dump_writes_every_stage(cli: Callable, classifier: str, tmp_path: Path)
     assert {"000_captured.py", "001_quantize.py"} <= {p.name for p in (tmp_path / "stages").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_run_is_proved_before_it_is_measured(cli: Callable) -> None:
     options = ("--windows", "0", "--tokens", "0")
     result = cli("run", "demo:tiny-decoder", "-p", "raise,rotate{r4}", "--prove", *options)

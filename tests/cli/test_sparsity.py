@@ -29,6 +29,7 @@ def test_thresholds_and_what_they_keep(cli, tmp_path: Path) -> None:
     assert "only=lm_head" in data["left_out"]["lm_head/linear#0"]
 
 
+@pytest.mark.slow
 def test_every_group_and_rotations(cli) -> None:
     result = cli("sparsity", "demo:tiny-llama", "-p", "raise,rotate{r4}", "--all", *TEXT)
     assert result.code == 0, result.err

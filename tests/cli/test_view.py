@@ -45,6 +45,7 @@ def test_a_measured_run_becomes_a_page(cli: Callable, tmp_path: Path) -> None:
     assert data_of(tmp_path / "out" / "index.html")["kernels"]["kernels"]
 
 
+@pytest.mark.slow
 def test_a_model_is_run_for_its_page(cli: Callable, tmp_path: Path) -> None:
     page, told = tmp_path / "page.html", tmp_path / "data.json"
     result = cli("view", "demo:tiny-decoder", "-p", "raise,fuse", "-o", str(page), "--json", str(told))
@@ -55,6 +56,7 @@ def test_a_model_is_run_for_its_page(cli: Callable, tmp_path: Path) -> None:
     assert data["captured_error"] > 0
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_fails_leaves_its_page(cli: Callable, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     result = cli("view", "demo:tiny-decoder", "-p", "raise,quantize{weights=int4:g100}", "-o", str(page))
@@ -66,6 +68,7 @@ def test_a_pipeline_that_fails_leaves_its_page(cli: Callable, tmp_path: Path) ->
     assert not data["ended"] and "matched no site" in data["stopped"]
 
 
+@pytest.mark.slow
 def test_it_opens_in_the_browser(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr(webbrowser, "open", lambda url: bool(opened.append(url)))

@@ -89,12 +89,14 @@ def test_the_near_misses_of_a_graph(cli: Callable, graph: str) -> None:
     assert "7/8" in result.err and f"fuseline why raise/RMSNorm {miss['root']} {graph}" in result.err
 
 
+@pytest.mark.slow
 def test_after_other_passes(cli: Callable, graph: str) -> None:
     result = cli("why", "raise/RMSNorm", "first", graph, "-p", "raise")
     assert result.code == 1 and "raise/RMSNorm at first: no match" in result.out
     assert cli("why", "raise", "demo:tiny-decoder", "-p", "raise").code == 0, "nothing is left to miss"
 
 
+@pytest.mark.slow
 def test_a_pass_with_a_run_of_its_own(cli: Callable) -> None:
     result = cli("why", "quantize/linear", "layers.0.up", "demo:tiny-decoder")
     assert result.code == 0 and "matches   as linear, 1 nodes" in result.out
@@ -102,6 +104,7 @@ def test_a_pass_with_a_run_of_its_own(cli: Callable) -> None:
     assert result.code == 1 and re.search(r"refused   .*\b7\b", result.out)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -12,6 +12,7 @@ from fuseline.runtime.fake_quantize import numbers_of
 triton = pytest.importorskip("triton")
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile(target: str, dtype: str) -> None:

@@ -9,6 +9,7 @@ from fuseline.codegen.offline import TARGETS
 triton = pytest.importorskip("triton")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_kernel_compiles(target: str, dtype: str) -> None:

@@ -226,6 +226,7 @@ MERGED = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("step", MERGED)
 def test_merged_experts_are_read_as_they_are_packed(step: str) -> None:
     """The region takes in what decodes pairs, and low ranks; an odd expert among them."""

@@ -115,6 +115,7 @@ def test_another_argument_another_weight_another_input() -> None:
     assert by_kind[("rewired",)].op == "silu" and by_kind[("rewired",)].details == ("input 0: linear → rsqrt",)
 
 
+@pytest.mark.slow
 def test_a_layer_more_is_that_layer_and_what_reads_it() -> None:
     difference = diff(llama(2), llama(3))
     added = [c for c in difference.changes if c.kinds == ("added",)]

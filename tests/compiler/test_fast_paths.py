@@ -51,6 +51,7 @@ def jittered(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize(("norm_first", "activation"), [(False, "relu"), (True, "gelu")])
 def test_encoder(norm_first: bool, activation: str, masks: str) -> None:

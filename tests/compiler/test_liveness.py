@@ -65,6 +65,7 @@ CASES = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("pipeline", [None, "raise{allow_empty}", "quantize{weights=int8,allow_empty}"])
 def test_what_is_alive_is_what_a_run_holds(name: str, pipeline: str | None) -> None:

@@ -185,6 +185,7 @@ class Awkward(torch.nn.Module):
         return torch.softmax(self.true_null(x) * scale + mask, -1) + self.tied(ids).sum()
 
 
+@pytest.mark.slow
 def test_awkward_programs_are_dumped_as_they_are(tmp_path: Path) -> None:
     program = fuseline.capture(Awkward(), (torch.randn(2, 4), torch.tensor([1, 2])), {"scale": 0.5})
     Pipeline("quantize{weights=int8}").run(program, [Dump(tmp_path)])

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from fuseline.compiler.order import Partition, Reachability, sort, touches_written, writes
 from fuseline.compiler.program import Program
@@ -94,8 +94,7 @@ def test_nothing_crosses_a_change_of_grad_mode() -> None:
     assert not partition.fits({n["neg"], n["exp"]}) and not partition.fits({n["exp"], n["add"]})
 
 
-@given(networks(), st.integers(0, 1000))
-def test_sorting_a_shuffled_graph_keeps_its_meaning(network: torch.nn.Module, seed: int) -> None:
+def check_sorted(network: torch.nn.Module, seed: int) -> None:
     x, cache = torch.randn(6, 6, dtype=torch.float64), torch.randn(6, 6, dtype=torch.float64)
     program = traced(network, x, cache)
     expected = program.to_module()(x, cache.clone())
@@ -113,6 +112,19 @@ def test_sorting_a_shuffled_graph_keeps_its_meaning(network: torch.nn.Module, se
     program.graph.lint()
     actual = program.to_module()(x, cache.clone())
     assert all(map(torch.equal, actual, expected))
+
+
+@settings(max_examples=30)
+@given(networks(), st.integers(0, 1000))
+def test_sorting_a_shuffled_graph_keeps_its_meaning(network: torch.nn.Module, seed: int) -> None:
+    check_sorted(network, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=100)
+@given(networks(), st.integers(0, 1000))
+def test_more_shuffled_graphs_keep_their_meaning(network: torch.nn.Module, seed: int) -> None:
+    check_sorted(network, seed)
 
 
 def test_a_cycle_is_an_error() -> None:

@@ -152,6 +152,7 @@ def test_a_limit_keeps_the_best_so_far() -> None:
     assert better and found.after is better[-1] and found.after.nodes < found.before.nodes
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_best_so_far() -> None:
     def stop(case: Case, verdict: Verdict) -> None:
         if case.nodes < 10:

@@ -236,6 +236,7 @@ class Calls(nn.Module):
         return self.function(x)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("broken", "mended", "kind"), PAIRS, ids=lambda v: getattr(v, "__name__", None))
 def test_a_remedy(broken: Callable, mended: Callable, kind: str) -> None:
     x = torch.rand(4, 4) + 0.5

@@ -271,7 +271,7 @@ program = Program.from_fx(torch.fx.symbolic_trace(torch.nn.ReLU()), (torch.ones(
 """
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("guarded", [True, False])
 def test_a_pass_of_the_script_that_runs(tmp_path: Path, guarded: bool) -> None:
     import subprocess
@@ -306,14 +306,13 @@ def test_one_in_a_fresh_process(mlp: Program, tmp_path: Path) -> None:
     error = fails("crash-at-add", mlp, tmp_path)
     (path,) = tmp_path.glob("*.py")
     assert error.details[-1] == f"reproducer: {path} (fails alike in a fresh process)"
-    path.write_text(path.read_text().replace("no such sum", "no such product"))  # what was recorded is another fault
-    assert rerun(path).status == "different"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "status", "reason"),
     [
+        (("no such sum", "no such product"), "different", ""),  # what was recorded is another fault
         (("'pipeline': 'crash-at-add'", "'pipeline': 'fuse{allow_empty}'"), "passes", ""),
         (("STAGE = {", "STAGES = {"), "unusable", "it has no STAGE"),
         (("'check': 'crash'", "'check': 'crush'"), "unusable", "unknown check 'crush'"),

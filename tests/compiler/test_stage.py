@@ -101,6 +101,7 @@ def test_lines_for_debugging_are_passed_over(mlp: Program, tmp_path: Path) -> No
     assert same_structure(renamed(load_stage(path), tmp_path), renamed(before, tmp_path))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [

@@ -71,6 +71,28 @@ def grouped_queries() -> dict[str, Any]:
     return compare(decoder(), [batch(3, 12, prompt=7), batch(3, 13, prompt=8), batch(3, 18)])
 
 
+def one_length() -> dict[str, Any]:
+    return compare(decoder(), [batch(3, 13, prompt=8)])
+
+
+class Attends(nn.Module):
+    """Little besides attention, so that a graph of symbolic lengths is compiled in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY)
+
+    def forward(self, ids, labels):
+        x = self.embedding(ids).unflatten(-1, (4, 4)).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True).transpose(1, 2).flatten(2)
+        return nn.functional.cross_entropy(self.head(y).flatten(0, 1), labels.flatten())
+
+
+def other_lengths() -> dict[str, Any]:
+    """As `grouped_queries`, of a smaller model."""
+    return compare(Attends().double(), [batch(3, 12, prompt=7), batch(3, 15, prompt=8), batch(3, 19)])
+
+
 def one_sequence() -> dict[str, Any]:
     return compare(decoder(), [batch(1, 11)])
 
@@ -140,6 +162,11 @@ def fused_loss() -> dict[str, Any]:
     pipeline = "raise,fuse-loss,sequence-parallel"
     batches = [batch(3, 12, prompt=7), batch(2, 11)]
     return compare(decoder(vocabulary=4096, tied=True, smoothing=0.1), batches, pipeline)
+
+
+def fused_loss_of_one_length() -> dict[str, Any]:
+    pipeline = "raise,fuse-loss,sequence-parallel"
+    return compare(decoder(vocabulary=4096, tied=True, smoothing=0.1), [batch(3, 13, prompt=7)], pipeline)
 
 
 class Outside(nn.Module):
@@ -332,7 +359,7 @@ def family(name: str) -> Callable[[], dict[str, Any]]:
 
 
 SHORT: list[Callable[[], dict[str, Any]]] = [
-    grouped_queries, heads_that_do_not_divide, fused_loss, under_ddp,
+    one_length, other_lengths, heads_that_do_not_divide, fused_loss_of_one_length, under_ddp,
     unknown_op, break_inside_attention, too_short, degree_that_does_not_fit, unknown_mesh, different_lengths,
 ]  # fmt: skip
 REFUSED = [unknown_op, break_inside_attention, too_short, degree_that_does_not_fit, unknown_mesh, different_lengths]

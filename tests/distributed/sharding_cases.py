@@ -141,19 +141,20 @@ def dtensor_quantized(mesh: DeviceMesh) -> dict[str, Any]:
     return {}
 
 
-CASES: list[Callable[[DeviceMesh], dict[str, Any]]] = [
-    fsdp_forward, fsdp_training, fsdp_blocks_compiled_apart, fsdp_optimized_before, fsdp_quantized,
-    dtensor_forward, dtensor_training, dtensor_quantized,
-]  # fmt: skip
+CASES: dict[str, list[Callable[[DeviceMesh], dict[str, Any]]]] = {
+    "short": [fsdp_forward, fsdp_training, fsdp_quantized, dtensor_forward, dtensor_quantized],
+    "long": [fsdp_blocks_compiled_apart, fsdp_optimized_before, dtensor_training],
+}
 
 
-def run(rank: int, world: int, folder: str) -> None:
-    """Runs every case; rank 0 writes `results.json`. Every rank raises in the same cases, so none waits for another."""
+def run(rank: int, world: int, folder: str, which: str) -> None:
+    """Runs the cases of a list; rank 0 writes `results.json`. Every rank raises in the same cases, so none waits for
+    another."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     results: dict[str, Any] = {}
-    for case in CASES:
+    for case in CASES[which]:
         torch.compiler.reset()
         torch.manual_seed(0)
         try:

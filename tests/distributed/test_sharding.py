@@ -1,6 +1,6 @@
 """Parameters sharded by PyTorch: `fully_shard` (FSDP2) and tensor-parallel DTensors, on two processes.
 
-One spawn runs all cases of sharding_cases.py, so one test reads what they found, case by case.
+One spawn runs a list of cases of sharding_cases.py, and one test reads what they found, case by case.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ pytestmark = [
 ]
 
 
-def test_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run, (2, str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("which", ["short", pytest.param("long", marks=pytest.mark.slow)])
+def test_two_processes(which: str, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(run, (2, str(tmp_path), which), nprocs=2)
     results = json.loads((tmp_path / "results.json").read_text())
-    for case in CASES:
+    for case in CASES[which]:
         globals()[f"check_{case.__name__}"](results[case.__name__])
 
 

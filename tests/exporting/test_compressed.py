@@ -126,7 +126,8 @@ def test_transformers_gives_our_logits(case: tuple[str, torch.dtype], tmp_path: 
 
 
 @needs_package
-@pytest.mark.parametrize("pipeline", [ROUNDED[0], pytest.param(ROUNDED[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ROUNDED)
 def test_transformers_rounds_inputs_and_caches(pipeline: str, tmp_path: Path) -> None:
     assert error(*both(pipeline, torch.float32, tmp_path)) < 1e-5
 
@@ -139,6 +140,7 @@ def test_symmetric_rounding_is_the_readers_own(tmp_path: Path) -> None:
     assert 1e-4 < error(theirs, ours) < 5e-2
 
 
+@pytest.mark.slow
 def test_the_folder(tmp_path: Path) -> None:
     """Read without the package: the configuration, and codes that stand for our weights."""
     model = model_of("Llama")
@@ -179,10 +181,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize(
-    "case", [c if c != "stacked experts" else pytest.param(c, marks=pytest.mark.slow) for c in REFUSED]
-)
+@pytest.mark.one_in(6)
+@pytest.mark.parametrize("case", REFUSED)
 def test_refusals(case: str, tmp_path: Path) -> None:
     name, pipeline, reason = REFUSED[case]
     with pytest.raises(UserError) as raised:
@@ -191,6 +191,7 @@ def test_refusals(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_refusal_names_the_weights_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         fuseline.export(model_of("Llama"), tmp_path / "out", REFUSED["keys alone"][1], format=FORMAT)
@@ -199,12 +200,14 @@ def test_a_refusal_names_the_weights_alone(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     model = build("LlamaConfig", tie_word_embeddings=True).eval()
     with pytest.raises(UserError, match="'lm_head.weight' is quantized, and is looked up by its rows"):
         fuseline.export(model, tmp_path / "out", "quantize{weights=int8,only=lm_head}", format=FORMAT)
 
 
+@pytest.mark.slow
 def test_half_precision_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the model is in float16, and its scales are float32"):
         fuseline.export(model_of("Llama").half(), tmp_path / "out", "quantize{weights=int8}", format=FORMAT)

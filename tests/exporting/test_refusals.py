@@ -68,11 +68,8 @@ CASES = {
 }
 
 
-QUICK = ("r1 of tied tables", "codes")
-
-
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.one_in(5)
+@pytest.mark.parametrize("case", CASES)
 def test_a_refusal_names_a_pipeline_that_works(case: str, tmp_path: Path) -> None:
     make, pipeline, reason, remedy = CASES[case]
     model = make().eval()
@@ -99,6 +96,7 @@ def test_a_model_that_was_loaded_quantized(tmp_path: Path) -> None:
     assert "was loaded with quantized weights" in str(refused(model, "raise,rotate{r2}", tmp_path))
 
 
+@pytest.mark.slow
 def test_dropped_originals(tmp_path: Path) -> None:
     model = fuseline.optimize(model_of("Llama"), "raise,rotate{r2}", keep_originals=False)
     logits(model)
@@ -164,6 +162,7 @@ def test_a_tensor_of_the_code_stays_as_it_is() -> None:
         assign(model, captured, [Use("norm/mul#0", "norm", written, other)])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["hadamard", "random-hadamard", "orthogonal"])
 @pytest.mark.parametrize("block", [0, 4])
 def test_rotations_are_read_back(kind: str, block: int) -> None:

@@ -61,7 +61,7 @@ needs_package = pytest.mark.skipif(
 
 
 @needs_package
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize(
     "pipeline",
     [*INPUTS, "raise,rotate{r3}", "raise,rotate{r1,r2,r3,r4,untie}", "raise,rotate{r3,kind=random-hadamard,seed=1}"],
@@ -72,6 +72,7 @@ def test_compressed_tensors_reads_it(pipeline: str, tmp_path: Path) -> None:
 
 
 @needs_package
+@pytest.mark.slow
 def test_the_loader_of_the_manual(tmp_path: Path) -> None:
     model = model_of("Llama")
     fuseline.export(model, tmp_path / "out", "raise,rotate{r1,r3,r4,kind=random-hadamard,seed=1,untie}", check=False)
@@ -107,6 +108,6 @@ def test_transformers_does_not_load_it_as_another_model(tmp_path: Path) -> None:
     """Plain transformers ignores the transforms; it fails rather than load weights that need them."""
     import transformers
 
-    fuseline.export(model_of("Llama"), tmp_path / "out", "raise,rotate{r4}")
+    fuseline.export(model_of("Llama"), tmp_path / "out", "raise,rotate{r4}", check=False)
     with pytest.raises((ImportError, AttributeError)):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

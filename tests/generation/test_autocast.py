@@ -43,6 +43,7 @@ def test_a_pass_that_finds_nothing_is_an_error_with_the_reason() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_quantize_works_under_it() -> None:
     pair = Pair(decoder("LlamaConfig", num_hidden_layers=1), "quantize{weights=int8}")
     inputs = prompt(1, 12)

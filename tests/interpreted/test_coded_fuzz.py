@@ -38,9 +38,7 @@ def kernels(case: Coded, dtype: torch.dtype, folder: Any, tiles: CodedTiling | N
     return loaded(launcher, folder)
 
 
-@settings(max_examples=40, deadline=None)
-@given(cases(), st.sampled_from([torch.float16, torch.float32]), st.integers(1, 80), st.integers(0, 2**31))
-def test_any_scheme_and_size(
+def check_scheme(
     tmp_path_factory: pytest.TempPathFactory, case: Coded, dtype: torch.dtype, rows: int, seed: int
 ) -> None:
     inputs = case.inputs(rows, dtype, seed)
@@ -50,11 +48,24 @@ def test_any_scheme_and_size(
         assert error(result, exact, 0.5) < BOUNDS[dtype]  # numbers are of about 1; a single one may be 0
 
 
-@settings(max_examples=8, deadline=None)
-@given(
-    st.sampled_from([16, 32]), st.sampled_from([16, 32]), st.sampled_from([1, 2, 4]), st.booleans(), st.integers(1, 40)
-)
-def test_any_tile(
+@settings(max_examples=16, deadline=None)
+@given(cases(), st.sampled_from([torch.float16, torch.float32]), st.integers(1, 80), st.integers(0, 2**31))
+def test_any_scheme_and_size(
+    tmp_path_factory: pytest.TempPathFactory, case: Coded, dtype: torch.dtype, rows: int, seed: int
+) -> None:
+    check_scheme(tmp_path_factory, case, dtype, rows, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.sampled_from([torch.float16, torch.float32]), st.integers(1, 80), st.integers(0, 2**31))
+def test_more_schemes_and_sizes(
+    tmp_path_factory: pytest.TempPathFactory, case: Coded, dtype: torch.dtype, rows: int, seed: int
+) -> None:
+    check_scheme(tmp_path_factory, case, dtype, rows, seed)
+
+
+def check_tile(
     tmp_path_factory: pytest.TempPathFactory, block_m: int, block_n: int, split: int, after: bool, rows: int
 ) -> None:
     tile = Tile(block_m, block_n, split, stages=2, scale_after=after)
@@ -65,6 +76,27 @@ def test_any_tile(
         results = kernels(case, torch.float32, tmp_path_factory.mktemp("coded"), tiles)(*inputs)
         for result, exact in zip(results, case.exact(inputs), strict=True):
             assert error(result, exact) < BOUNDS[torch.float32]
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    st.sampled_from([16, 32]), st.sampled_from([16, 32]), st.sampled_from([1, 2, 4]), st.booleans(), st.integers(1, 40)
+)
+def test_any_tile(
+    tmp_path_factory: pytest.TempPathFactory, block_m: int, block_n: int, split: int, after: bool, rows: int
+) -> None:
+    check_tile(tmp_path_factory, block_m, block_n, split, after, rows)
+
+
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None)
+@given(
+    st.sampled_from([16, 32]), st.sampled_from([16, 32]), st.sampled_from([1, 2, 4]), st.booleans(), st.integers(1, 40)
+)
+def test_more_tiles(
+    tmp_path_factory: pytest.TempPathFactory, block_m: int, block_n: int, split: int, after: bool, rows: int
+) -> None:
+    check_tile(tmp_path_factory, block_m, block_n, split, after, rows)
 
 
 @pytest.mark.parametrize("scheme", ["int4:g32", "int8", "fp8", "mxfp4", "ternary"])

@@ -57,6 +57,7 @@ def test_weights(weights: str) -> None:
     assert any(own in op for kernel in compilation.kernels for op in kernel.ops)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "options",
     [

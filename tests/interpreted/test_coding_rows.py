@@ -94,15 +94,26 @@ def test_decode_with_zero_points(bits: int, tmp_path: Path) -> None:
     assert same(loaded(emitted(function, *inputs), tmp_path)(*inputs), function(*inputs))
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(width=32), min_size=16, max_size=16), st.sampled_from([n for n in ENCODED if n not in MEANS]))
-def test_any_values(tmp_path_factory: pytest.TempPathFactory, values: list[float], name: str) -> None:
+def check_values(tmp_path_factory: pytest.TempPathFactory, values: list[float], name: str) -> None:
     """NaN, infinities, denormals and what hypothesis thinks of."""
     group = FORMATS[name].group or 16
     x = torch.tensor(values).repeat(group // 16).view(1, -1)
     function = encoding(name, group)
     call = loaded(emitted(function, x), tmp_path_factory.mktemp("coding"))
     assert all(same(a, b) for a, b in zip(call(x), function(x), strict=True))
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.floats(width=32), min_size=16, max_size=16), st.sampled_from([n for n in ENCODED if n not in MEANS]))
+def test_any_values(tmp_path_factory: pytest.TempPathFactory, values: list[float], name: str) -> None:
+    check_values(tmp_path_factory, values, name)
+
+
+@pytest.mark.slow
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(width=32), min_size=16, max_size=16), st.sampled_from([n for n in ENCODED if n not in MEANS]))
+def test_more_values(tmp_path_factory: pytest.TempPathFactory, values: list[float], name: str) -> None:
+    check_values(tmp_path_factory, values, name)
 
 
 def test_norms_and_gated_units_are_coded_in_their_kernel(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
@@ -60,16 +61,7 @@ def program(seed: int, moves: bool) -> Op:
     return run
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False)
-@given(
-    seed=st.integers(0, 2**31),
-    shape=st.tuples(st.integers(2, 5), st.integers(2, 5), st.sampled_from((1, 2, 7, 16, 33, 130))),
-    dtype=st.sampled_from((torch.float32, torch.float64)),
-    layout=st.sampled_from(("contiguous", "transposed", "expanded")),
-    symbolic=st.booleans(),
-    moves=st.booleans(),
-)
-def test_random_regions(
+def check_region(
     seed: int, shape: tuple[int, int, int], dtype: torch.dtype, layout: str, symbolic: bool, moves: bool
 ) -> None:
     a, b, n = shape
@@ -84,3 +76,34 @@ def test_random_regions(
     with tempfile.TemporaryDirectory() as folder:
         # values are of order one, so a result that cancels to zero is measured against that
         check(program(seed, moves), x, y, w, folder=Path(folder), dynamic=dynamic, bound=bound, least=1.0)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False)
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.tuples(st.integers(2, 5), st.integers(2, 5), st.sampled_from((1, 2, 7, 16, 33, 130))),
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+    layout=st.sampled_from(("contiguous", "transposed", "expanded")),
+    symbolic=st.booleans(),
+    moves=st.booleans(),
+)
+def test_random_regions(
+    seed: int, shape: tuple[int, int, int], dtype: torch.dtype, layout: str, symbolic: bool, moves: bool
+) -> None:
+    check_region(seed, shape, dtype, layout, symbolic, moves)
+
+
+@pytest.mark.slow
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False)
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.tuples(st.integers(2, 5), st.integers(2, 5), st.sampled_from((1, 2, 7, 16, 33, 130))),
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+    layout=st.sampled_from(("contiguous", "transposed", "expanded")),
+    symbolic=st.booleans(),
+    moves=st.booleans(),
+)
+def test_more_random_regions(
+    seed: int, shape: tuple[int, int, int], dtype: torch.dtype, layout: str, symbolic: bool, moves: bool
+) -> None:
+    check_region(seed, shape, dtype, layout, symbolic, moves)

@@ -24,13 +24,13 @@ def run(case: Case, folder: Path, rows: dict[torch.dtype, tuple[int, ...]], tile
         linear_runs.run(case, dtype, folder, counts, tiles)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_row(case: Case, tmp_path: Path) -> None:
     run(case, tmp_path, {torch.float32: (1,), torch.bfloat16: (1,)})
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_many_rows(case: Case, tmp_path: Path) -> None:
     """In float16: the interpreter multiplies the bits of bfloat16 tiles as integers. bfloat16 is in tests/gpu."""

@@ -45,6 +45,7 @@ MIXED = (
 )
 
 
+@pytest.mark.slow
 def test_an_exported_checkpoint_comes_back(tmp_path: Path) -> None:
     ours = logits(fuseline.optimize(written(tmp_path / "out", MIXED), MIXED))
     model = load(f"hf:{tmp_path / 'out'}").model

@@ -115,12 +115,11 @@ EXPORTS = {
     "quantize{weights=nvfp4}": (torch.bfloat16, "nvfp4-pack-quantized", "tensor_group"),
     "quantize{weights=mxfp8}": (torch.bfloat16, "mxfp8-quantized", "group"),
 }
-QUICK = ("quantize{weights=fp8,activations=fp8}", "quantize{weights=nvfp4}")
 
 
 @needs_package
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize("pipeline", [pytest.param(p, marks=[] if p in QUICK else slow) for p in EXPORTS])
+@pytest.mark.one_in(9)
+@pytest.mark.parametrize("pipeline", EXPORTS)
 def test_what_fuseline_wrote(pipeline: str, tmp_path: Path) -> None:
     """transformers reads it, and Fuseline again; loaded, it is written once more with the same tensors."""
     dtype, name, strategy = EXPORTS[pipeline]

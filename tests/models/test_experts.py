@@ -13,15 +13,13 @@ from fuseline.compiler.observe.numerics import error
 from fuseline.models.experts import NAME, register, use
 from tests.helpers.mixtures import FAMILIES, build, tokens
 
-SLOW = [name for name in FAMILIES if name != "GptOss"]
-SOME = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FAMILIES]
-
 
 def layers(program) -> int:
     return sum(node.target is ops.moe.overload for node in program.graph.nodes)
 
 
 @torch.no_grad()
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loop_over_experts_is_captured_whole(family: str) -> None:
     model = build(family, "eager")
@@ -37,19 +35,20 @@ def step(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", SOME)
-def test_a_training_step(family: str) -> None:
+@pytest.mark.one_in(14)
+@pytest.mark.parametrize("implementation", ["eager", None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step(family: str, implementation: str | None) -> None:
     """Under transformers' default and its loop, each as one graph. Norms and the loss are float32 in transformers."""
     expected = step(build(family, "eager").train())
-    for implementation in ("eager", None):
-        torch.compiler.reset()
-        model = build(family, implementation).train()
-        fuseline.optimize(model, "raise", fullgraph=True)
-        found = step(model)
-        (one,) = fuseline.reports(model)
-        assert layers(one.program) == 1 and one.captured.training
-        assert found.keys() == expected.keys()
-        assert max(error(found[name], expected[name]) for name in expected) < 1e-6
+    torch.compiler.reset()
+    model = build(family, implementation).train()
+    fuseline.optimize(model, "raise", fullgraph=True)
+    found = step(model)
+    (one,) = fuseline.reports(model)
+    assert layers(one.program) == 1 and one.captured.training
+    assert found.keys() == expected.keys()
+    assert max(error(found[name], expected[name]) for name in expected) < 1e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,7 +72,8 @@ def test_a_layer_alone_has_the_gradients_of_the_loop(family: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ["eager", pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["eager", None])
 def test_generate_has_no_graph_break(implementation: str | None) -> None:
     torch.compiler.reset()
     model = build("Mixtral", implementation, torch.float32)
@@ -116,6 +116,7 @@ def test_a_merged_model_is_saved_and_loaded(family: str, options: str, tmp_path:
 
 
 @torch.no_grad()
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
 def test_a_rotation_folds_into_experts(family: str) -> None:
     """R1 goes into the columns of one stack and the rows of the other, biases too, and leaves nothing at run time."""

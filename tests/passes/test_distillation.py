@@ -96,6 +96,7 @@ def test_the_second_part_reads_what_the_first_leaves() -> None:
     assert len(differs) == 3 and any(differs)
 
 
+@pytest.mark.slow
 def test_float64_and_more_rounds() -> None:
     model, data = Stack().double(), batches(dtype=torch.float64)
     few, many = (lost(model, LKD.replace("}", f",rounds={count}}}"), data) for count in (1, 20))
@@ -114,6 +115,7 @@ def test_a_plan_is_kept(tmp_path: Path) -> None:
     assert Pipeline(LKD).passes[0].findings(plan.of("quantize")).headings[2] == "error"
 
 
+@pytest.mark.slow
 def test_a_stopped_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data, file = Stack(), batches(), tmp_path / "progress.safetensors"
     whole = fuseline.analyze(model, LKD, data)

@@ -28,6 +28,7 @@ def rounded(text: str, weight: torch.Tensor) -> torch.Tensor:
     return Scheme.parse(text, weights=True).rounded(weight.detach(), 1.0)
 
 
+@pytest.mark.one_in(2)
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["rtn", "hqq"])
 def test_overrides_are_rounded_as_they_say(method: str) -> None:

@@ -212,9 +212,7 @@ def test_options_choose_what_is_fused() -> None:
     assert regions(Pipeline("fuse{attention=false,allow_empty}").run(program)[0]) == []
 
 
-@settings(max_examples=60)
-@given(networks())
-def test_random_networks_are_unchanged(network: torch.nn.Module) -> None:
+def check_unchanged(network: torch.nn.Module) -> None:
     torch.manual_seed(1)
     x, cache = torch.randn(6, 6, dtype=torch.float64), torch.randn(6, 6, dtype=torch.float64)
     program = traced(network, x, cache.clone())
@@ -227,6 +225,19 @@ def test_random_networks_are_unchanged(network: torch.nn.Module) -> None:
     # Fusing what is fused finds only what is left, and changes nothing either.
     again, _ = FUSE.run(after)
     assert all(map(torch.equal, again.to_module()(x, cache.clone()), expected))
+
+
+@settings(max_examples=20)
+@given(networks())
+def test_random_networks_are_unchanged(network: torch.nn.Module) -> None:
+    check_unchanged(network)
+
+
+@pytest.mark.slow
+@settings(max_examples=60)
+@given(networks())
+def test_more_random_networks_are_unchanged(network: torch.nn.Module) -> None:
+    check_unchanged(network)
 
 
 @settings(max_examples=25)

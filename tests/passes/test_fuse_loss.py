@@ -126,6 +126,7 @@ def both(
     return max(errors)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spellings(spelling: str) -> None:
     x = rand(BATCH, LENGTH, HIDDEN)

@@ -65,7 +65,7 @@ def test_what_was_learned_costs_less_and_is_what_was_measured(learned: tuple[Dec
     assert divergence(model, LEARN, plan) == pytest.approx(measured["learned"], rel=0.02)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("schemes", ["weights=fp4:g16,activations=nvfp4", "weights=ternary,activations=fp4"])
 def test_what_was_measured_holds_for_other_formats(schemes: str) -> None:
     text = f"raise,rotate{{r1,r2,kind=learned,steps=5,rate=0.03}},quantize{{{schemes}}}"
@@ -76,6 +76,7 @@ def test_what_was_measured_holds_for_other_formats(schemes: str) -> None:
     assert divergence(model, text, plan) == pytest.approx(measured["learned"], rel=0.02)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["orthogonal", "learned,steps=1"])
 def test_a_rotation_at_run_time_is_not_quantized(kind: str) -> None:
     """Behind a tied embedding R1 is a product of its own, and so is R3 when it is no Hadamard transform."""
@@ -108,6 +109,7 @@ def test_the_rotation_is_exact(learned: tuple[Decoder, Plan]) -> None:
     assert (after - before).abs().max() <= 1e-12 * before.abs().max()
 
 
+@pytest.mark.slow
 def test_a_plan_that_was_saved_decides_the_same(learned: tuple[Decoder, Plan], tmp_path: Path) -> None:
     model, plan = learned
     loaded = Plan.load(plan.save(tmp_path / "plan.json"))
@@ -190,6 +192,7 @@ def test_findings_say_what_each_rotation_brought() -> None:
     assert found.lines == ("learned R1 at 1 site", "learned R2 at 1 site", "kept: r1, r4")
 
 
+@pytest.mark.slow
 def test_other_losses() -> None:
     for loss in ("next-token", "error"):
         text = LEARN.replace("steps=12", f"steps=4,loss={loss}")

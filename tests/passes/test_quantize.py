@@ -71,9 +71,7 @@ def test_before_and_after() -> None:
     assert report["quantize"].matched == 1 and report["quantize"].tier == "lossy"
 
 
-@settings(max_examples=30)
-@given(integers, st.integers(0, 99))
-def test_results_are_those_of_round_to_nearest(scheme, seed: int) -> None:
+def check_nearest(scheme, seed: int) -> None:
     torch.manual_seed(seed)
     model, x = Linear(), torch.randn(3, 32)
     after, _ = quantized(model, (x,), f"weights={scheme}")
@@ -82,6 +80,19 @@ def test_results_are_those_of_round_to_nearest(scheme, seed: int) -> None:
     # A code on the boundary between two may fall to either side in float32: then one product differs by a step.
     differing = (after.to_module()(x).double() - expected).abs() / expected.abs().max()
     assert differing.median() < 1e-6 and differing.max() < 0.5 / 2 ** (scheme.bits - 1)
+
+
+@settings(max_examples=12)
+@given(integers, st.integers(0, 99))
+def test_results_are_those_of_round_to_nearest(scheme, seed: int) -> None:
+    check_nearest(scheme, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=30)
+@given(integers, st.integers(0, 99))
+def test_more_results_are_those_of_round_to_nearest(scheme, seed: int) -> None:
+    check_nearest(scheme, seed)
 
 
 def test_activations_are_rounded_per_token() -> None:
@@ -185,6 +196,7 @@ def test_only_and_skip() -> None:
         assert not report["quantize"].refused  # what the options leave out is not worth a word
 
 
+@pytest.mark.slow
 def test_the_head_and_the_embedding_only_when_named() -> None:
     model = tiny_llama(num_hidden_layers=1)
     args, kwargs = (torch.tensor([[1, 2, 3]]),), {"use_cache": False}

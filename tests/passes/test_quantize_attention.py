@@ -119,7 +119,7 @@ class Step(nn.Module):
         return self.out(mixed.transpose(-2, -3).flatten(-2)), keys, values
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(
     "rotate", ["", "rotate{r2,r3},", "rotate{r2,r3,kind=random-hadamard},", "rotate{r2,r3,kind=orthogonal},"]
 )

@@ -129,6 +129,7 @@ def test_blocks_that_do_not_divide_are_refused_with_what_would() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("text", ["weights=mxfp4", "weights=nvfp4,activations=fp8", "weights=fp8:b8", "weights=int3"])
 def test_saved_and_loaded(text: str, keep: bool, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ CASES: dict[str, tuple[Callable[[], Attention], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_the_same(name: str) -> None:
     build, widths = CASES[name]
@@ -196,7 +197,7 @@ def train(qat: nn.Module, optimizer: Any, x: torch.Tensor, wanted: torch.Tensor,
     return losses
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [TRAINED, TRAINED.replace("weights=midrise2", "weights=ternary,method=paretoq")])
 def test_training_rounds_the_product_and_convert_gives_it_back(text: str) -> None:
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ def layers(program) -> list[torch.fx.Node]:
 
 
 @torch.no_grad()
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
 def test_experts_in_one_tensor(family: str, implementation: str) -> None:
@@ -41,6 +42,7 @@ def test_experts_left_apart_are_rotated_online(implementation: str) -> None:
     assert error(program.run(program.examples)[0], build("Mixtral", "eager")(tokens()).logits) < 1e-6
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("form", ["dense", "scattered", "where", "gathered"])
 @pytest.mark.parametrize(("joint", "bias", "shared"), [(False, False, False), (True, True, False), (False, True, True)])
 def test_experts_in_modules(form: str, joint: bool, bias: bool, shared: bool) -> None:

@@ -38,7 +38,7 @@ def lines_kept(program: Program) -> float:
     return sum(source_line(n) is not None for n in computed) / len(computed)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_exported(family: str, dynamic: bool) -> None:
@@ -83,7 +83,7 @@ def test_a_dynamic_program_serves_other_lengths() -> None:
             assert max_error(module(**inputs).logits, model(**inputs).logits) < BOUND
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_through_dynamo(family: str) -> None:
     model = without_cache(family)
@@ -98,8 +98,8 @@ def test_through_dynamo(family: str) -> None:
     assert lines_kept(graph.after) >= 0.99
 
 
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize("family", ["llama", "gemma2", pytest.param("phi3", marks=pytest.mark.slow), "gpt2", "bert"])
+@pytest.mark.one_in(5)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "bert"])
 def test_eager_attention(family: str) -> None:
     """Attention written out, with an additive mask that is proved all the same; unpadded, so that no row is empty."""
     model = without_cache(family, attention="eager")
@@ -161,6 +161,7 @@ def test_generate_with_a_dynamic_cache() -> None:
     assert str(key.shape[2]) != str(value.shape[2])
 
 
+@pytest.mark.slow
 def test_generate_with_a_static_cache() -> None:
     """Repetition folds although the cache is written in place; the mask of the decode step comes ready made."""
     prefill, decode = generated("llama", cache_implementation="static")

@@ -24,7 +24,7 @@ FOLDED = [
 ]  # fmt: skip
 #: Norms whose results are added to the stream.
 BOUNDARY = ["Gemma 2", "OLMo 2", "BERT"]
-QUICK = ["Qwen 2", "GPT-2"]
+QUICK = ["GPT-2"]
 
 
 def rotated(before: Program) -> tuple[Program, PassReport, float]:

@@ -118,6 +118,7 @@ def test_merged_adapters_are_in_what_is_folded_next(llama: Any, adapt: Any) -> N
     assert error(logits(merged), expected) < EXACT
 
 
+@pytest.mark.slow
 def test_adapters_merged_in_place_need_a_refresh(llama: Any) -> None:
     torch.compiler.reset()
     model = called(before(copy.deepcopy(llama)))

@@ -308,6 +308,7 @@ def test_a_tied_weight_cannot_take_r4() -> None:
     assert error(h @ matrix @ (turned.embed.weight @ matrix).T, expected) < EXACT, "two tables would do"
 
 
+@pytest.mark.slow
 def test_a_weight_that_wants_a_gradient_would_get_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def gradient() -> torch.Tensor | None:
         model = fuseline.optimize(Decoder(Shape(layers=1)), "raise,rotate{r4,allow_empty}")

@@ -35,6 +35,7 @@ def failing(proof: Proof) -> dict[str, str]:
     return {s.rule: s.status for s in proof.statements if not s.is_proved}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("kind", "norm"), [("hadamard", "layer"), ("random-hadamard", "unit"), ("orthogonal", "rms")])
 def test_every_rewrite_is_proved(kind: str, norm: str) -> None:
     proof = proof_of(Decoder(Shape(norm=norm, bias=True, groups=2, fused=True, mlp="fused")), f"{ALL},kind={kind}")
@@ -46,8 +47,8 @@ def test_every_rewrite_is_proved(kind: str, norm: str) -> None:
 
 
 def test_layers_that_claim_the_same_are_judged_once() -> None:
-    two, five = (proof_of(Decoder(Shape(layers=n))) for n in (2, 5))
-    assert len(two.statements) == len(five.statements) and (two.count, five.count) == (48, 48 + 3 * 22)
+    one, two = (proof_of(Decoder(Shape(layers=n))) for n in (1, 2))
+    assert len(one.statements) == len(two.statements) and (one.count, two.count) == (26, 26 + 22)
     texts = {s.rule: s.text for s in two.statements}
     assert texts["R4 online"] == "x1·W1ᵀ·H12 = x1·H20·H20·W1ᵀ·H12"
     assert texts["R2 into rows"] == "x1·H12·diag(w1)·W1ᵀ = x1·H12·diag(w1)·W1ᵀ·H6·H6"
@@ -71,6 +72,7 @@ def no_bias(self: Product, new: Any, fold: Fold) -> Any:
     return self.rebuilt(new, self.x, fold(self.expression, self.weight.meta["val"], self.outputs))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("owner", "name", "broken", "options", "rules"),
     [

@@ -49,6 +49,7 @@ def test_columns_are_rows_of_the_transpose(monkeypatch: pytest.MonkeyPatch) -> N
     assert (wrong.rule, wrong.status) == ("columns as rows", "not proved") and (wrong.error or 0) > 1e-2
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("head", [4, 6])
 def test_heads_of_a_joint_product(monkeypatch: pytest.MonkeyPatch, head: int) -> None:
     model = Decoder(Shape(fused=True, by_head=True, groups=2, heads=4, head=head, bias=True, layers=1))
@@ -81,6 +82,7 @@ class Forms(nn.Module):
         return self.out((y + y.new_zeros(y.shape))[:, 0] + y.split([1, 2], 1)[1].sum(1))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
 def test_parts_are_written_as_code_has_them(kind: str) -> None:
     proof = proof_of(Forms().double(), f"r1,r2,kind={kind}")
@@ -99,6 +101,7 @@ def trained(model: nn.Module, options: str) -> Proof:
     return observer.proof
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("options", ["r1,r2,r3,r4,kind=orthogonal", "r1,r4,block=4"])
 def test_adapters_are_rotated_at_run_time(options: str) -> None:
     shape = Shape(width=16, inner=32, head=8, groups=2, bias=True, scale=0.5, layers=1)
@@ -133,6 +136,7 @@ def test_a_plans_rotations_are_proved(learned: tuple[nn.Module, Plan]) -> None:
     proof.check()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("label", ["R1", "R2"])
 def test_a_plan_that_is_not_orthogonal_is_not_proved(learned: tuple[nn.Module, Plan], label: str) -> None:
     model, plan = learned

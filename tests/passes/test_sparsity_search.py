@@ -84,6 +84,7 @@ def test_the_closed_form_is_kept_unless_a_candidate_is_better_beyond_noise(monke
         first = rank == min(i for i, n in enumerate(seen, 1) if n == 6)
         return [1.0 + 0.01 * i if first else (1.0 + 0.01 * i) * sense[i] for i in range(6)]
 
+    closed, _ = Decision(RSparse(budget=0.4, budgets=Budgets.SENSITIVITY), given).choose()
     monkeypatch.setattr(Judge, "each", each)
     for sense, kept in (  # noqa: B007
         ([0.9, 1.1, 0.95, 1.08, 0.9, 1.05], "sensitivity"),
@@ -95,7 +96,6 @@ def test_the_closed_form_is_kept_unless_a_candidate_is_better_beyond_noise(monke
         choices, record = decision.choose()
         assert record["held_out"]["calls"] == 6 and record["held_out"]["kept"] == kept
         assert len(record["losses"]) == 8
-        closed, _ = Decision(RSparse(budget=0.4, budgets=Budgets.SENSITIVITY), given).choose()
         assert ([c.fraction for c in choices.values()] == [c.fraction for c in closed.values()]) == (
             kept == "sensitivity"
         )
@@ -147,6 +147,7 @@ def test_slopes_move_bytes_to_where_they_are_worth_more() -> None:
     )
 
 
+@pytest.mark.slow
 def test_budgets_in_turn_are_searched_with_what_was_read_once() -> None:
     step = RSparse(trials=6, calls=2)
     found = searched(step, study(), [0.7, 0.4])

@@ -124,12 +124,11 @@ def test_padded_batches() -> None:
     assert worst(model, compiled(model), inputs) < 2e-6
 
 
-def test_a_count_of_items_divides_the_sum() -> None:
+@pytest.mark.parametrize("count", [torch.tensor(17), pytest.param(17, marks=pytest.mark.slow)], ids=["tensor", "int"])
+def test_a_count_of_items_divides_the_sum(count: Any) -> None:
     """What the library's trainer passes when it accumulates gradients."""
     model = build("llama")
-    for count in (torch.tensor(17), 17):
-        torch.compiler.reset()
-        assert worst(model, compiled(model), {**batch(), "num_items_in_batch": count}) < 2e-6
+    assert worst(model, compiled(model), {**batch(), "num_items_in_batch": count}) < 2e-6
 
 
 @pytest.mark.slow
@@ -146,6 +145,7 @@ def test_under_autocast() -> None:
     assert max(error(a, b) for a, b in zip(found, gradients, strict=True)) < 5e-2
 
 
+@pytest.mark.slow
 def test_what_a_trainer_wraps_around_a_model() -> None:
     """Autocast inside the graph, and results cast to float32, which puts the logits off once more."""
     accelerate = pytest.importorskip("accelerate.utils")

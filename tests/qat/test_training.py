@@ -51,10 +51,9 @@ def train(qat: torch.nn.Module, steps: int = 3, optimizer: torch.optim.Optimizer
     return losses
 
 
-SLOW = tuple(pytest.param(pipeline, marks=pytest.mark.slow) for pipeline in PIPELINES[2:])
-
-
-@pytest.mark.parametrize("pipeline", (*PIPELINES[:2], *SLOW))
+@pytest.mark.parametrize(
+    "pipeline", [p if "keys=int4" in p else pytest.param(p, marks=pytest.mark.slow) for p in PIPELINES]
+)
 def test_what_comes_out_is_what_was_trained(pipeline: str) -> None:
     model = decoder()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -121,6 +120,7 @@ def test_a_converted_model_is_saved_and_loaded(tmp_path) -> None:
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_weights_that_changed_since_are_refused() -> None:
     qat = fuseline.prepare_qat(decoder(), "raise,quantize{weights=midrise2,method=paretoq}", ids(2, 12))
     converted = fuseline.convert(qat, target="eager")
@@ -277,6 +277,7 @@ def test_a_model_that_is_one_graph_in_evaluation_alone() -> None:
     fuseline.prepare_qat(Skips(), "quantize{weights=int8}", (torch.randn(2, 8),), dropout=False)
 
 
+@pytest.mark.slow
 def test_bfloat16() -> None:
     model, batch = decoder().bfloat16(), ids(2, 6)
     qat = fuseline.prepare_qat(model, "raise,quantize{weights=midrise2,activations=int8,method=paretoq}", batch)

@@ -116,6 +116,7 @@ def test_inference_tensors_where_the_caller_asks_for_them(make: Any, recorded: b
         assert (copy.requires_grad_() * 2).requires_grad and copy._version >= 0
 
 
+@pytest.mark.one_in(2)
 def test_memory_ends_with_the_copies_and_the_results_with_the_copier(make: Callable[[Any], Copies]) -> None:
     source, other = torch.zeros(8), object()
     copies = make([source, other, None])

@@ -22,16 +22,21 @@ class Series:
     faint: bool = False
 
 
-def chart(title: str, across: str, up: str, series: Sequence[Series]) -> str:
-    """An SVG: x in per cent, y on a logarithmic scale; the names of the series on the right."""
-    able = [Series(s.name, sorted(p for p in s.points if p[1] > 0), s.line, s.faint) for s in series]
+def chart(title: str, across: str, up: str, series: Sequence[Series], powers: bool = False) -> str:
+    """An SVG: x in per cent, or with `powers` on a logarithmic scale as y is; the names of the series on the right."""
+    scaled = math.log10 if powers else float
+    able = [
+        Series(s.name, sorted(p for p in s.points if p[1] > 0 and (p[0] > 0 or not powers)), s.line, s.faint)
+        for s in series
+    ]
     points = [point for one in able for point in one.points]
-    xs, ys = [x for x, _ in points] or [0.0, 1.0], [math.log10(y) for _, y in points] or [0.0]
+    xs, ys = [scaled(x) for x, _ in points] or [0.0, 1.0], [math.log10(y) for _, y in points] or [0.0]
     low, high = min(xs), max(xs)
     low, high = (low, high) if high > low else (low - 0.05, high + 0.05)
     least, most = min(ys) - 0.05, max(ys) + 0.05
     wide, tall = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-    x_of = lambda x: LEFT + wide * (x - low) / (high - low)
+    x_of = lambda x: LEFT + wide * (scaled(x) - low) / (high - low)
+    said = (lambda x: f"{x:.3g}") if powers else (lambda x: f"{100 * x:.3g}%")
     y_of = lambda y: TOP + tall * (most - math.log10(y)) / (most - least)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" '
@@ -41,9 +46,9 @@ def chart(title: str, across: str, up: str, series: Sequence[Series]) -> str:
         f'<text x="{LEFT + wide / 2:.0f}" y="{HEIGHT - 10}" text-anchor="middle">{escape(across)}</text>',
         f'<text x="{LEFT - 48}" y="{TOP - 6}">{escape(up)}</text>',
     ]
-    for x in ticks(low, high):
+    for x in decades(10**low, 10**high) if powers else ticks(low, high):
         parts.append(f'<path d="M{x_of(x):.1f},{TOP} v{tall}" stroke="#e4e4e4"/>')
-        parts.append(f'<text x="{x_of(x):.1f}" y="{TOP + tall + 16}" text-anchor="middle">{100 * x:.3g}%</text>')
+        parts.append(f'<text x="{x_of(x):.1f}" y="{TOP + tall + 16}" text-anchor="middle">{said(x)}</text>')
     for y in decades(10**least, 10**most):
         parts.append(f'<path d="M{LEFT},{y_of(y):.1f} h{wide}" stroke="#e4e4e4"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>')
@@ -55,7 +60,7 @@ def chart(title: str, across: str, up: str, series: Sequence[Series]) -> str:
             path = " L".join(f"{x:.1f},{y:.1f}" for x, y, *_ in places)
             parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         for u, v, x, y in places:
-            told = f"<title>{escape(one.name)}: {x:.1%}, {y:.4g}</title>"
+            told = f"<title>{escape(one.name)}: {f'{x:.4g}' if powers else f'{x:.1%}'}, {y:.4g}</title>"
             parts.append(
                 f'<circle cx="{u:.1f}" cy="{v:.1f}" r="{2 if one.faint else 3}" fill="{colour}">{told}</circle>'
             )

@@ -26,6 +26,14 @@ def test_points_lie_where_their_numbers_say() -> None:
     assert {"a < b", "bytes & more", "loss", "<one>", "all", "40%", "0.1"} <= words
 
 
+def test_equal_factors_are_equal_steps_along_powers_too() -> None:
+    line = [(1.0, 2.0), (10.0, 20.0), (100.0, 2.0), (0.0, 5.0)]
+    root = ElementTree.fromstring(chart("t", "x", "y", [Series("one", line)], powers=True))
+    x0, x1, x2 = sorted(float(c.get("cx")) for c in root.iter(f"{SVG}circle") if len(c))  # none at 0
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and x1 > x0
+    assert {"1", "10", "100"} <= {t.text for t in root.iter(f"{SVG}text")}
+
+
 def test_no_point_and_one_point() -> None:
     for series in ([], [Series("one", [(0.5, 0.2)])], [Series("none", []), Series("zero", [(0.5, 0.0)])]):
         ElementTree.fromstring(chart("t", "x", "y", series))

@@ -5,6 +5,7 @@
     python benchmarks/decode.py --resume                          what a run that was cut off did not measure
     python benchmarks/decode.py --fit                             with as many layers as a small GPU takes
     python benchmarks/decode.py --model-shape tiny --device cpu   tries it out, in a minute, without a GPU
+    python benchmarks/decode.py --all                             all points of docs/benchmarks.md; --all --help
 
 transformers' unmodified model with random bfloat16 weights, drawn again from one seed for each candidate. All start
 from the same keys and values after a prompt that nearly fills the cache, computed in eager. Columns:
@@ -18,25 +19,31 @@ decode_ms     generate(), greedy: milliseconds of one more token (two lengths su
 error, kl     the first step's logits beside eager's: max|Δ| / max|reference|, KL in nats; argmax_equal
 tokens_equal  greedy tokens equal to eager's before the first that differs
 compile_s     seconds of the first steps, in which the step is compiled
+
+`--layers N` shortens the model. With `--per-layer` N/2 layers are measured first, and the row of N says what each layer
+adds (`layer_ms`) and what the whole model would take by that (`full_ms`, beside `full_floor_ms`); the name says both.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from typing import Any
 
 import torch
 from decoding.candidates import Prepare, Ready, candidates
+from decoding.kernels import table, used
+from decoding.layers import extrapolated, label
 from decoding.loop import Loop
-from decoding.model import State, build, cache_bytes, prompted
+from decoding.model import SHAPES, State, build, cache_bytes, drawn, prompted
 from decoding.options import decoding_arguments, fit, prompt_length
 from harness import Run, Timing, launched, release, synchronize
 from harness.timing import paired
 from torch.nn import functional as F
 
 COLUMNS = (
-    "name", "ms", "floor_ms", "to_floor", "host_us", "tokens_s", "decode_ms", "error", "kl", "argmax_equal",
+    "name", "ms", "floor_ms", "to_floor", "full_ms", "host_us", "tokens_s", "decode_ms", "error", "kl", "argmax_equal",
     "tokens_equal", "compile_s",
 )  # fmt: skip
 
@@ -47,27 +54,40 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-generate", action="store_true", help="time the step alone")
     parser.add_argument("--pipeline", action="append", help="a further row: Fuseline with this pipeline")
     parser.add_argument("--kernels", action="store_true", help="list the kernels of a step in the row")
+    parser.add_argument(
+        "--cache", choices=("prompt", "drawn"), default="prompt", help="keys and values of a prompt, or random ones"
+    )
+    parser.add_argument(
+        "--per-layer", action="store_true", help="also half of --layers, and what the whole model would take"
+    )
+    parser.add_argument("--point", help="what the rows' names begin with")
     options = parser.parse_args(words)
     fit(options)
+    if options.per_layer and (options.layers or 0) < 2:
+        parser.error("--per-layer needs --layers, 2 or more")
     return options
 
 
 class Benchmark:
     """Measures one candidate after another against the same eager reference."""
 
-    def __init__(self, options: argparse.Namespace, run: Run):
-        self.options, self.run = options, run
+    def __init__(self, options: argparse.Namespace, run: Run, layers: int | None):
+        self.options, self.run, self.layers = options, run, layers
         self.device, self.dtype = self.run.device, getattr(torch, options.dtype)
         self.state, self.logits, self.tokens = self.reference()
         release(self.device)
 
     def build(self) -> Any:
-        return build(self.options.model_shape, self.options.layers, self.device, self.dtype)
+        return build(self.options.model_shape, self.layers, self.device, self.dtype)
 
     def reference(self) -> tuple[State, torch.Tensor, torch.Tensor]:
         """The state after the prompt, eager's first logits and its greedy tokens."""
         options, model = self.options, self.build()
-        state = prompted(model, options.batch, prompt_length(options), options.cache_length, self.device)
+        length = prompt_length(options)
+        if options.cache == "drawn":
+            state = drawn(model, options.batch, length, self.device)
+        else:
+            state = prompted(model, options.batch, length, options.cache_length, self.device)
         return state, *Loop(model, model, state, options.cache_length, options.inputs).tokens(options.steps)
 
     def fill(self, row: dict[str, Any], prepare: Prepare) -> None:
@@ -96,10 +116,21 @@ class Benchmark:
         row["cache_bytes"] = cache_bytes(ready.model, options.batch, length)
         row["floor_ms"] = (row["weight_bytes"] + row["cache_bytes"]) / self.run.rates["bandwidth"] * 1e3
         row["to_floor"] = row["ms"] / row["floor_ms"]
+        row |= {"bandwidth": self.run.rates["bandwidth"], "layers": ready.model.config.num_hidden_layers}
+        if options.cache == "drawn":
+            row["cache"] = "keys and values are drawn"
         if options.kernels:
-            with torch.no_grad():
-                loop.restart()
-                row["launched"] = launched(loop.step)
+            self.kernels(row, ready, loop)
+
+    @torch.no_grad()
+    def kernels(self, row: dict[str, Any], ready: Ready, loop: Loop) -> None:
+        """The kernels of the steps as they are replayed, and what those of ours read and write."""
+        steps = min(self.options.steps, 8)
+        loop.restart()
+        row["launched"] = launched(lambda: [loop.step() for _ in range(steps)])
+        compilation = ready.compiled()
+        uses = used(compilation, self.state.length + steps // 2, self.options.cache_length) if compilation else {}
+        row["kernel_table"] = table(row["launched"], uses, steps)
 
     @torch.no_grad()
     def generate(self, row: dict[str, Any], ready: Ready) -> None:
@@ -152,15 +183,34 @@ def agreed(reference: torch.Tensor, tokens: torch.Tensor) -> int:
 def main() -> None:
     options = parse()
     chosen = candidates(options.pipeline, options.target)
+    total = SHAPES[options.model_shape]["num_hidden_layers"]
+    counts = [options.layers // 2, options.layers] if options.per_layer else [options.layers]
+    shown = [label(options.point, name, count, total) for count in counts for name in options.only or chosen]
+    known = [label(options.point, name, count, total) for count in counts for name in chosen]
     prompt_length(options)
+    asked, options.only = options.only, shown
     run = Run("decode", options)
-    run.check(chosen)
-    benchmark = Benchmark(options, run)
-    run.console.print(f"{benchmark.state.length} of {options.cache_length} slots filled before the first step")
-    for name, prepare in chosen.items():
-        run.measure(name, lambda row, prepare=prepare: benchmark.fill(row, prepare))
+    run.check(known)
+    for count in counts:
+        order = [name for name in (asked or chosen) if name in chosen]
+        names = {label(options.point, name, count, total): name for name in order}
+        if not any(run.wanted(name) and name not in {row["name"] for row in run.rows} for name in names):
+            continue
+        benchmark = Benchmark(options, run, count)
+        run.console.print(f"{benchmark.state.length} of {options.cache_length} slots filled before the first step")
+        for shown_as, name in names.items():
+            run.measure(shown_as, lambda row, one=chosen[name], at=benchmark: at.fill(row, one))  # type: ignore[misc]
+        del benchmark
+        release(run.device)
+    if options.per_layer:
+        extrapolated(run.rows, options.point, list(chosen), counts, total)
+        run.save()
     run.table(COLUMNS)
 
 
 if __name__ == "__main__":
+    if "--all" in sys.argv[1:]:
+        from decoding.everything import main as everything
+
+        sys.exit(everything([word for word in sys.argv[1:] if word != "--all"]))
     main()

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from fuseline.cli.charts import Series, chart
 
 ROOT = Path(__file__).resolve().parent.parent
+IMAGES, RESULTS = ROOT / "docs" / "images", ROOT / "benchmarks" / "results"
 SPARSITY = ("gate only", "uniform", "teal uniform", "teal greedy", "sensitivity", "searched")
 
 
 def figures() -> dict[Path, str]:
-    """Path → SVG."""
-    return {ROOT / "docs" / "images" / "sparsity.svg": sparsity()}
+    """Path → SVG, of what was measured."""
+    drawn = {"sparsity.svg": sparsity(), "decode-roofline.svg": roofline()}
+    return {IMAGES / name: text for name, text in drawn.items() if text is not None}
+
+
+def roofline() -> str | None:
+    """The kernels of the decode step, from the newest record of `benchmarks/decode.py --all` on a GPU."""
+    found = sorted(RESULTS.glob("*-h?00-decode-kernels.json"))
+    if not found:
+        return None
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
+    from decoding.roofline import drawn
+
+    return drawn(json.loads(found[-1].read_text(encoding="utf-8")))
 
 
 def sparsity() -> str:
     """What each budget costs by each method, from the newest record of benchmarks/sparsity.py."""
-    name = max((ROOT / "benchmarks" / "results").glob("*-cpu-sparsity.json"))
+    name = max(RESULTS.glob("*-cpu-sparsity.json"))
     rows = [row for row in json.loads(name.read_text(encoding="utf-8"))["rows"] if "kl" in row]
     lines = {method: [(row["budget"], row["kl"]) for row in rows if row["method"] == method] for method in SPARSITY}
     series = [Series(method, points) for method, points in lines.items() if points]

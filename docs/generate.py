@@ -11,6 +11,7 @@ tests/test_docs.py holds the quick ones to the code.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -36,6 +37,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 TABLE = re.compile(
     r"(?P<marker><!-- table (?P<name>[\w.*?-]+): (?P<columns>[\w,\s]+)-->)\n(?:(?!<!-- end -->).*\n)*<!-- end -->"
 )
+
+IMAGE = re.compile(
+    r"(?P<marker><!-- image (?P<name>[\w.-]+): (?P<says>[^>]+) -->)\n(?:(?!<!-- end -->).*\n)*<!-- end -->"
+)
+"""A figure that docs/figures.py draws once there is something measured."""
 
 RECIPES = re.compile(r"<!-- recipes -->\n(?:(?!<!-- end -->).*\n)*<!-- end -->")
 
@@ -134,6 +140,12 @@ def refresh(text: str, answers: Mapping[str, str] | None = None) -> str:
         columns = [column.strip() for column in match["columns"].split(",")]
         return f"{match['marker']}\n{table(match['name'], columns)}<!-- end -->"
 
+    def image(match: re.Match[str]) -> str:
+        drawn = ROOT / "docs" / "images" / match["name"] in figures()
+        shown = f"![{match['says']}](images/{match['name']})" if drawn else "Not measured yet."
+        return f"{match['marker']}\n{shown}\n<!-- end -->"
+
+    text = IMAGE.sub(image, text)
     text = RECIPES.sub(lambda _: f"<!-- recipes -->\n{recipes()}<!-- end -->", text)
     return TABLE.sub(measured, BLOCK.sub(block, text))
 
@@ -184,8 +196,13 @@ def documents(answers: Mapping[str, str] | None = None) -> dict[Path, str]:
     written = [path for path in DOCUMENTS if path not in (PASSES, *MEASURED)]
     found = {path: refresh(path.read_text(encoding="utf-8"), answers) for path in written}
     tables = {path: runpy.run_path(str(script))["page"]() for path, script in MEASURED.items()}
-    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))["figures"]()
-    return {**found, PASSES: passes(), **tables, **figures}
+    return {**found, PASSES: passes(), **tables, **figures()}
+
+
+@functools.cache
+def figures() -> dict[Path, str]:
+    """Path of a figure → SVG."""
+    return dict(runpy.run_path(str(ROOT / "docs" / "figures.py"))["figures"]())
 
 
 def main() -> None:

@@ -22,6 +22,8 @@ CALLS, TOKENS = 4, 256
 PIPELINES = {
     "fuseline-bf16": "raise,fuse",
     "fuseline-int4": f"raise,quantize{{weights=int4:g{GROUP}}},fuse",
+    "fuseline-int8": "raise,quantize{weights=int8},fuse",
+    "fuseline-fp8": "raise,quantize{weights=fp8},fuse",
 }
 
 
@@ -31,6 +33,7 @@ class Ready:
 
     call: one step, the model itself or a compiled call. generation: further arguments of `generate()`. weights: bytes
     of the weights that a step must read, once it has run. notes: what else the row should say, once it has run.
+    compiled: Fuseline's last graph, once it has run; None of a peer.
     """
 
     model: torch.nn.Module
@@ -38,6 +41,7 @@ class Ready:
     weights: Callable[[int], int]
     generation: dict[str, Any] = field(default_factory=lambda: {"disable_compile": True})
     notes: Callable[[], dict[str, Any]] = dict
+    compiled: Callable[[], Any] = lambda: None
 
 
 Prepare = Callable[[torch.nn.Module], Ready]
@@ -91,7 +95,13 @@ def ours(pipeline: str, target: str | None = None) -> Prepare:
                 "through_pytorch": sorted(through),
             }
 
-        return Ready(optimized, optimized, lambda batch: program_bytes(optimized, batch, plan), notes=notes)
+        return Ready(
+            optimized,
+            optimized,
+            lambda batch: program_bytes(optimized, batch, plan),
+            notes=notes,
+            compiled=lambda: fuseline.reports(optimized)[-1],
+        )
 
     return prepare
 

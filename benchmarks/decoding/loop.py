@@ -112,6 +112,16 @@ class Loop:
         return first, torch.cat(found, 1).cpu()
 
     @torch.no_grad()
+    def forced(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, steps, vocabulary], on the host, of steps that are given ids [batch, steps] one by one."""
+        self.restart()
+        found = []
+        for token in ids.split(1, 1):
+            self.token.copy_(token)
+            found.append(self.step().cpu())
+        return torch.stack(found, 1)
+
+    @torch.no_grad()
     def timed(self, steps: int, repeats: int) -> Decoded:
         """Repeats of `steps` steps from the prompt's end."""
         start, seconds, host = stopwatch(self.device), [], []

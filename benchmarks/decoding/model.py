@@ -112,12 +112,22 @@ def static_cache(model: torch.nn.Module, batch: int, length: int, device: torch.
     return cache
 
 
-@torch.no_grad()
+def random_ids(model: Any, batch: int, length: int, device: torch.device) -> torch.Tensor:
+    """Token ids [batch, length], the same for the same sizes."""
+    generator = torch.Generator(device).manual_seed(SEED + 1)
+    return torch.randint(model.config.vocab_size, (batch, length), device=device, generator=generator)
+
+
 def prompted(model: torch.nn.Module, batch: int, length: int, capacity: int, device: torch.device) -> State:
     """The state after a random prompt of `length` tokens, computed in eager."""
-    generator = torch.Generator(device).manual_seed(SEED + 1)
-    prompt = torch.randint(model.config.vocab_size, (batch, length), device=device, generator=generator)
-    cache = static_cache(model, batch, capacity, device)
+    return after(model, random_ids(model, batch, length, device), capacity)
+
+
+@torch.no_grad()
+def after(model: torch.nn.Module, prompt: torch.Tensor, capacity: int) -> State:
+    """The state after a prompt [batch, length], computed in eager."""
+    batch, length = prompt.shape
+    cache = static_cache(model, batch, capacity, prompt.device)
     logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     cut = lambda x: x[:, :, :length].clone()
     return State(
@@ -126,6 +136,22 @@ def prompted(model: torch.nn.Module, batch: int, length: int, capacity: int, dev
         prompt,
         logits[:, -1].argmax(-1, keepdim=True),
     )
+
+
+def drawn(model: Any, batch: int, length: int, device: torch.device) -> State:
+    """A state after `length` tokens that nobody computed: keys and values are drawn, as the prompt is.
+
+    A random model's keys and values have variance 1 too, and a step takes as long over these. The prompt of a long
+    cache would take eager longer than all that is measured.
+    """
+    prompt = random_ids(model, batch, length + 1, device)
+    generator = torch.Generator(device).manual_seed(SEED + 2)
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (batch, config.num_key_value_heads, length, head)
+    draw = lambda: torch.randn(shape, device=device, dtype=model.dtype, generator=generator)
+    keys, values = ([draw() for _ in range(config.num_hidden_layers)] for _ in range(2))
+    return State(keys, values, prompt[:, :-1], prompt[:, -1:].clone())
 
 
 def cache_bytes(model: torch.nn.Module, batch: int, length: float) -> float:

@@ -1,8 +1,9 @@
 """A run: rows measured one after another, a failing one kept with its reason, the file written after each.
 
 What a row could measure before it failed stays in it. `--resume` keeps the finished rows of the file and measures the
-others: those that failed, were cut off, or came after the budget was spent. A CUDA error that leaves the device
-unusable is the row's reason too; the script then starts anew with `--resume`, which leaves that row as it is.
+others: those that failed, were cut off, or came after the budget was spent; rows that `--only` leaves out stay as they
+are. A CUDA error that leaves the device unusable is the row's reason too; the script then starts anew with `--resume`,
+which leaves that row as it is.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Run:
         chosen = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
         self.record: dict[str, Any] = {"environment": facts, "options": chosen, "rows": []}
         if options.resume and self.path is not None and self.path.exists():
-            self.rows.extend(kept(json.loads(self.path.read_text(encoding="utf-8")), facts))
+            self.rows.extend(kept(json.loads(self.path.read_text(encoding="utf-8")), facts, self.wanted))
         self.rates = device_rates(self.device) if floors else {}
         self.record["rates"] = self.rates
         if self.rates:
@@ -144,15 +145,20 @@ class Run:
         os.replace(written, self.path)
 
     def table(self, columns: Sequence[str], title: str = "") -> None:
-        """Prints those figures of the rows, numbers to four digits, and where the file is."""
+        """Prints those figures of the rows that were asked for, numbers to four digits, and where the file is.
+
+        A column that no row has is left out.
+        """
+        rows = [row for row in self.rows if self.wanted(row["name"])]
+        columns = [column for column in columns if any(column in row for row in rows)]
         table = Table(title=title or None, box=None, pad_edge=False, header_style="bold", title_justify="left")
         for column in columns:
             table.add_column(column, justify="left" if column == "name" else "right", overflow="fold")
-        for row in self.rows:
+        for row in rows:
             if "failed" not in row and "skipped" not in row:
                 table.add_row(*(escape(show(row.get(column))) for column in columns))
         self.console.print(table)
-        for row in self.rows:
+        for row in rows:
             for key in ("failed", "skipped"):
                 if key in row:
                     self.console.print(f"{escape(row['name'])}: {key}: {escape(row[key])}", highlight=False)
@@ -179,8 +185,8 @@ class Run:
         os.execv(sys.executable, [sys.executable, *words])
 
 
-def kept(record: dict[str, Any], facts: dict[str, Any]) -> list[Row]:
-    """The rows of an earlier run that need not be measured again, if that ran on the same device and versions.
+def kept(record: dict[str, Any], facts: dict[str, Any], wanted: Callable[[str], bool]) -> list[Row]:
+    """The rows of an earlier run that are not to be measured again, if that ran on the same device and versions.
 
     Each says at which commit it was measured.
     """
@@ -188,7 +194,8 @@ def kept(record: dict[str, Any], facts: dict[str, Any]) -> list[Row]:
         then, now = record["environment"].get(fact), facts.get(fact)
         if then != now:
             raise SystemExit(f"error: --resume: the file's rows were measured with {fact} {then}, and this is {now}")
-    rows = [row for row in record["rows"] if "lost" in row or not {"failed", "skipped"} & set(row)]
+    again = lambda row: "lost" not in row and {"failed", "skipped"} & set(row) and wanted(row["name"])
+    rows = [row for row in record["rows"] if not again(row)]
     return [{"commit": record["environment"].get("commit"), **row} for row in rows]
 
 

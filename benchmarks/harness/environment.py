@@ -58,7 +58,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
             "driver": driver,
             "clocks": dict(zip(CLOCKS, clocks, strict=False)),
         }
-    words = [word for word in sys.argv[1:] if word != "--resume"]
+    words = [shown(word) for word in sys.argv[1:] if word != "--resume"]
     return {
         **found,
         **versions(),
@@ -66,6 +66,11 @@ def circumstances(device: torch.device) -> dict[str, Any]:
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def shown(word: str) -> str:
+    """A word of the command line; of a path from the root only its name: the rest is one machine's."""
+    return Path(word).name if word.startswith("/") else word
 
 
 def short_name(gpu: str) -> str:

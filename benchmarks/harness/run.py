@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .environment import circumstances, short_name
+from .environment import circumstances, short_name, shown
 from .rates import device_rates
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -71,7 +71,7 @@ class Run:
         if self.path is None and self.device.type == "cuda":
             today = datetime.datetime.now(datetime.UTC).date().isoformat()
             self.path = RESULTS / f"{today}-{short_name(facts['gpu'])}-{name}.json"
-        chosen = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        chosen = {key: shown(str(value)) if isinstance(value, Path) else value for key, value in vars(options).items()}
         self.record: dict[str, Any] = {"environment": facts, "options": chosen, "rows": []}
         if options.resume and self.path is not None and self.path.exists():
             self.rows.extend(kept(json.loads(self.path.read_text(encoding="utf-8")), facts, self.wanted))

@@ -39,6 +39,7 @@ from decoding.loop import Loop
 from decoding.model import SHAPES, State, build, cache_bytes, drawn, prompted
 from decoding.options import decoding_arguments, fit, prompt_length
 from harness import Run, Timing, launched, release, synchronize
+from harness.run import reason
 from harness.timing import paired
 from torch.nn import functional as F
 
@@ -120,7 +121,10 @@ class Benchmark:
         if options.cache == "drawn":
             row["cache"] = "keys and values are drawn"
         if options.kernels:
-            self.kernels(row, ready, loop)
+            try:
+                self.kernels(row, ready, loop)
+            except Exception as error:  # the row's own figures are measured: they are kept
+                row["kernels_failed"] = reason(error)
 
     @torch.no_grad()
     def kernels(self, row: dict[str, Any], ready: Ready, loop: Loop) -> None:

@@ -124,7 +124,9 @@ def circumstances(name: str, facts: Mapping[str, Any]) -> str:
     versions = [
         f"{package} {facts[package]}" for package in ("torch", "triton", "transformers", "torchao") if package in facts
     ]
-    where = f"{facts['gpu']}, driver {facts.get('driver', 'unknown')}, commit {facts['commit']}"
+    gpu = f"{facts['gpu']}, driver {facts.get('driver', 'unknown')}"
+    device = f"no GPU, {facts['processor']}" if facts["gpu"] == "none" else gpu
+    where = f"{device}, commit {facts['commit']}"
     return f"`benchmarks/results/{name}`:\n{where},\n{', '.join(versions)}.\n"
 
 

@@ -19,6 +19,7 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -132,18 +133,16 @@ class Sequence:
         words += ["--device", self.options.device, "--json", str(path), "--resume", "--budget", f"{self.left():.0f}"]
         target = self.options.target or ("inductor" if torch.device(self.options.device).type == "cpu" else None)
         words += ["--target", target] if target else []
-        child = subprocess.Popen([sys.executable, str(BENCHMARKS / words[0]), *words[1:]])
+        command = [sys.executable, str(BENCHMARKS / words[0]), *words[1:]]
+        child = subprocess.Popen(command, start_new_session=True)  # with what it starts itself
         try:
             return child.wait(max(self.left(), LAST))
         except subprocess.TimeoutExpired:
             return None
         finally:
             if child.poll() is None:
-                child.terminate()
-                try:
-                    child.wait(LAST)
-                except subprocess.TimeoutExpired:
-                    child.kill()
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
 
     def derive(self, point: Point) -> None:
         """The table of kernels and its plot, from the rows of the steps."""

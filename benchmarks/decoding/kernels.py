@@ -57,13 +57,13 @@ def used(compilation: Any, length: int, capacity: int) -> dict[str, Use]:
 def hints(program: Any) -> dict[str, int]:
     """Size symbol → the size that it had at capture."""
     shapes = [v.shape for node in program.placeholders if isinstance(v := node.meta.get("val"), torch.Tensor)]
-    return {str(s): int(s.node.hint) for shape in shapes for s in shape if isinstance(s, torch.SymInt)}
+    return {str(s): int(s.node.hint or 0) for shape in shapes for s in shape if isinstance(s, torch.SymInt)}
 
 
 def bytes_of(kernel: Mapping[str, Any], region: Mapping[str, Any], symbols: Mapping[str, int]) -> int:
     """Bytes that a kernel reads and writes in one region, each value once."""
     values = {value["name"]: value for value in (*region["inputs"], *region["outputs"])}
-    names = region["buffers"][kernel["name"]]
+    names = region["buffers"].get(kernel["name"], {})
     distinct = {}
     for use in kernel["buffers"]:
         if not use["scratch"]:

@@ -16,9 +16,9 @@ PEERS = {
     "cheap": ("reduce-overhead",),
     "all": ("reduce-overhead", "max-autotune", "torchao-int4"),
 }
-# Seconds: a process until its first row (imports, rates, eager's reference), then a candidate's fixed part and what
-# each layer adds to its compilation.
-START = 25
+# Seconds: a process until its first row (imports, rates, eager's reference), and the reference of other layers; then a
+# candidate's fixed part and what each layer adds to its compilation.
+START, AGAIN = 25, 6
 COMPILE = {
     "eager": (3, 0.1),
     "fuseline-bf16": (10, 1.1),
@@ -85,7 +85,7 @@ class Point:
         each = sum(a + b * n for n in self.counts() for a, b in (COMPILE[c] for c in self.candidates(peers)))
         if self.script == "decode_start.py":  # with every second process the caches are warm
             return 2 * START * len(self.candidates(peers)) + 1.6 * each
-        return self.seconds or START * len(self.counts()) + each
+        return self.seconds or START + AGAIN * (len(self.counts()) - 1) + each
 
     def command(self, peers: str) -> list[str]:
         """The script and its words, but for the device, the results file and the budget."""

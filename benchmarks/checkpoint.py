@@ -1,7 +1,7 @@
 """Memory against time of training steps: our choices beside PyTorch's, full-block checkpointing, and AutoSP's rule.
 
     python benchmarks/checkpoint.py                        one GPU, Llama-3.2-1B's shape at 32K tokens: some minutes
-    python benchmarks/checkpoint.py --longest              how far each of a few goes before memory ends
+    python benchmarks/checkpoint.py --longest              how far each of a few goes within some memory
     python benchmarks/checkpoint.py --small --device cpu   tries it out
 
 Each point runs in a process of its own. All share the model, its attention (is_causal), and a loss that is computed in
@@ -35,18 +35,25 @@ from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
 COLUMNS = ("name", "peak_gb", "step_ms", "predicted_gb", "off", "kept_gb", "compile_s", "beaten_by")
+FAR = ("name", "longest", "peak_gb", "step_s", "fitted", "gb_per_1k", "compile_s")
 SHARES = (0.15, 0.25, 0.35, 0.5, 0.65, 0.8)
+TILED = "raise{allow_empty},tile{tiles=8},"
 OURS = {
     "ours long-context": "checkpoint{policy=long-context",
     "ours full": "checkpoint{policy=full",
     "ours min-cut": "checkpoint{policy=min-cut",
     **{f"ours {share}": f"checkpoint{{policy=budget,memory={share}" for share in SHARES},
     "ours long-context, host": "checkpoint{policy=long-context,offload=cpu",
+    "ours tiled long-context": TILED + "checkpoint{policy=long-context",
+    "ours tiled full": TILED + "checkpoint{policy=full",
+    "ours tiled full, host": TILED + "checkpoint{policy=full,offload=cpu",
 }
 THEIRS = ("torch", *(f"torch budget {b / 10}" for b in (1, 2, 3, 5, 7, 9)), "full-block eager", "full-block compiled",
           "AutoSP's rule")  # fmt: skip
-LONGEST = ("full-block compiled", "ours long-context", "ours full", "ours long-context, host")
+LONGEST = ("full-block compiled", "ours full", "ours tiled long-context", "ours tiled full", "ours tiled full, host")
 CHUNK = 1024
+STEP = 1024
+SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # else much of the memory is lost between blocks
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -247,26 +254,39 @@ def point(name: str, settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def furthest(step: Any, settings: argparse.Namespace, row: dict[str, Any]) -> int:
-    """The longest length, to an eighth, whose step fits; times on the way."""
-    length, best, grow = settings.length, 0, 2.0
+    """The longest length within `--memory`: from the peaks at two lengths, confirmed by a step of that length."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    limit = settings.memory * 1e9
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
     row["steps"] = {}
-    began = time.monotonic()
-    while grow > 1.1 and time.monotonic() - began < settings.seconds:
+
+    def fits(length: int) -> bool:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
         try:
-            torch.cuda.empty_cache()
-            start = time.perf_counter()
-            step(int(length))
+            step(length)
             torch.cuda.synchronize()
-            row["steps"][int(length)] = [time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9]
-            best = int(length)
         except torch.OutOfMemoryError:
             row["ended_by"] = "memory"
-            grow = grow**0.5
-        torch.cuda.synchronize()
-        length = max(best, 1024) * grow // 1024 * 1024
-        if str(int(length)) in row["steps"] or int(length) <= best:
-            break
-    return best
+            return False
+        row["steps"][length] = [time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9]
+        return True
+
+    short = settings.length // 4
+    if not fits(short) or not fits(2 * short):
+        return 0
+    (_, first), (_, second) = row["steps"].values()
+    grows = (second - first) / short
+    row["gb_per_1k"] = grows * 1024
+    goal = 2 * short + (limit / 1e9 - second) / grows
+    row["fitted"] = int(goal)
+    for share in (0.99, 0.97, 0.94, 0.9, 0.8):
+        length = int(goal * share) // STEP * STEP
+        if fits(length):
+            row["longest"], (row["step_s"], row["peak_gb"]) = length, row["steps"][length]
+            return length
+    return 2 * short
 
 
 def child(name: str, settings: argparse.Namespace) -> dict[str, Any]:
@@ -275,7 +295,7 @@ def child(name: str, settings: argparse.Namespace) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, __file__, "--given", given], capture_output=True, text=True,
         timeout=max(settings.budget, 60),
-        env={"TORCHINDUCTOR_COMPILE_THREADS": "4", **os.environ, "FUSELINE_REPRO": "off"},
+        env={"TORCHINDUCTOR_COMPILE_THREADS": "4", **SEGMENTS, **os.environ, "FUSELINE_REPRO": "off"},
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
@@ -303,7 +323,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--at-a-time", type=int, default=7, help="processes that compile at the same time")
     parser.add_argument("--longest", action="store_true")
-    parser.add_argument("--seconds", type=float, default=60, help="for each of --longest")
+    parser.add_argument(
+        "--memory", type=float, default=24, help="of --longest: GB that a process may use (default: 24)"
+    )
     parser.add_argument("--small", action="store_true", help="a tiny model, to try it out")
     parser.add_argument("--inductor", action="store_true", help="Inductor on the CPU too")
     parser.add_argument("--given", help=argparse.SUPPRESS)
@@ -324,7 +346,7 @@ def main() -> None:
             run.measure(name, lambda row, one=one: row.update(one.result()))
     beaten(run.rows)
     run.save()
-    run.table(("name", "longest", "ended_by", "compile_s") if settings.longest else COLUMNS)
+    run.table(FAR if settings.longest else COLUMNS)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from .raising import Raise
 from .rotation import Rotate
 from .sequence import SequenceParallel
 from .sparsity import RSparse
+from .tiling import Tile
 
 __all__ = [
     "Checkpoint", "Fuse", "FuseLoss", "MergeExperts", "Quantize", "QueryKey", "RSparse", "Raise", "Rotate",
-    "SequenceParallel", "recipes",
+    "SequenceParallel", "Tile", "recipes",
 ]  # fmt: skip

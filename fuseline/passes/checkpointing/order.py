@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
+from ...compiler.compat import storages
 from ...compiler.joint import forward_nodes
 from ...compiler.ops import after
 
@@ -33,13 +34,24 @@ def keep_order(forward: GraphModule, backward: GraphModule, results: int) -> Non
             continue
         if gradient is None:
             continue
-        for x in node.all_input_nodes:
+        for x in map(_viewed, node.all_input_nodes):
             if x in saved and x not in waits:
                 with graph.inserting_before(node):
                     wait = graph.call_function(after.overload, (x, gradient))
                 wait.meta["val"] = None
                 waits.add(x)
     backward.recompile()
+
+
+def _viewed(node: Node) -> Node:
+    """What a view is of: the value that its storage came with."""
+    while node.op == "call_function":
+        keys = set(storages(node.meta.get("val")))
+        base = next((n for n in node.all_input_nodes if keys & set(storages(n.meta.get("val")))), None)
+        if base is None:
+            break
+        node = base
+    return node
 
 
 def _saved(forward: GraphModule, backward: GraphModule, results: int) -> set[Node]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -198,7 +198,8 @@ def choose(problem: Problem, policy: Policy, limit: float | None = None) -> Choi
     if policy is Policy.FULL:
         kept = block_inputs(problem)
         why.update(dict.fromkeys(kept, "a block's input"))
-        return _choice(problem, policy, kept | problem.kept | problem.stay, why, "runs again from its block's input")
+        chosen = _choice(problem, policy, kept | problem.kept | problem.stay, why, "runs again from its block's input")
+        return _moved(problem, chosen, kept) if problem.offload else chosen
     if policy is Policy.MIN_CUT:
         saved = cut(problem.sections, problem.sizes) | problem.kept
         return _choice(problem, policy, saved - problem.again, why, "on the minimum cut")
@@ -221,7 +222,8 @@ def _long_context(problem: Problem, why: dict[int, str]) -> Choice:
     if len(problem.sections.sections) == 1:
         return _choice(problem, Policy.LONG_CONTEXT, (kept | problem.kept) - problem.again, why, "runs again")
     least = _solve(problem, problem.limits(kept=kept - problem.again, again=again))
-    assert least is not None
+    if least is None:  # its time was over
+        return _choice(problem, Policy.LONG_CONTEXT, (kept | problem.kept) - problem.again, why, "runs again")
     best = _solve(problem, problem.limits(kept=kept - problem.again, again=again, memory=least.bound * 1.0001)) or least
     found = problem.run(best.saved)
     return _labelled(problem, Policy.LONG_CONTEXT, best, found, why)
@@ -230,10 +232,26 @@ def _long_context(problem: Problem, why: dict[int, str]) -> Choice:
 def _solve(problem: Problem, limits: Limits, time: float | None = None) -> Solution | None:
     time = problem.patience if time is None else time
     if problem.offload:
-        values = {s for section in problem.sections.sections if section.copies > 1 for s in section.values}
-        large = {s for s in values if problem.sizes[problem.tape.storages[s].size] >= 2**20 or _on_cpu(problem)}
-        limits = Limits(**{**vars(limits), "host": host_bytes(problem), "offloadable": frozenset(large)})
+        large = frozenset(_offloadable(problem))
+        limits = Limits(**{**vars(limits), "host": host_bytes(problem), "offloadable": large})
     return solve(problem.sections, problem.sizes, problem.seconds, limits, time)
+
+
+def _offloadable(problem: Problem) -> set[int]:
+    """Representatives of what is worth the way to the host's memory: the blocks' own, a megabyte or more."""
+    values = {s for section in problem.sections.sections if section.copies > 1 for s in section.values}
+    return {s for s in values if problem.sizes[problem.tape.storages[s].size] >= 2**20 or _on_cpu(problem)}
+
+
+def _moved(problem: Problem, choice: Choice, kept: set[int]) -> Choice:
+    """A choice with those of `kept` in the host's memory that get there while a block computes, the largest first."""
+    left, moved = host_bytes(problem), set()
+    sizes = {s: float(problem.sizes[problem.tape.storages[s].size]) for s in kept & _offloadable(problem)}
+    for s, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        if size <= left:
+            left -= size
+            moved.add(s)
+    return replace(choice, offloaded=frozenset(moved), execution=problem.run(choice.saved, moved))
 
 
 def _on_cpu(problem: Problem) -> bool:

@@ -1,0 +1,134 @@
+"""Running a region tile by tile. The rules are those by which `sequence-parallel` computes a rank's block; a tile is
+one that needs nothing of another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ...compiler.inliner import Inliner
+from ..sequence.collectives import Group
+from ..sequence.placement import Shard, Sharded
+from ..sequence.rules import find
+from ..sequence.run import Run
+from .regions import Region
+
+
+class NotByPosition(Exception):
+    """A region whose tiles need one another."""
+
+
+@dataclass(frozen=True)
+class _Part(Group):
+    """One tile's positions: `size` of them from `start` on."""
+
+    start: Any = 0
+    size: Any = 0
+
+    def take(self, x: torch.Tensor, shard: Shard) -> torch.Tensor:
+        whole = x.unflatten(shard.dim, (shard.outer, shard.axis.length, shard.inner))
+        return whole.narrow(shard.dim + 1, self.start, self.size).reshape(shard.shape(x.shape))
+
+
+class _Tile(Run):
+    """A region's run on one tile."""
+
+    def whole(self, source: Node) -> torch.Tensor:
+        if isinstance(self.values[source], Sharded):
+            raise NotByPosition(f"all positions of {source.name} are read at once")
+        return self.values[source]
+
+    def refuse(self, node: Node, reason: str) -> Any:
+        raise NotByPosition(f"{node.name}: {reason}")
+
+    def result(self, region: Region) -> Sharded:
+        for node in region.nodes:
+            with self._set_current_node(node):
+                self.values[node] = find(node.target).forward(self, node)  # type: ignore[union-attr]
+        found = self.values[region.exit]
+        if not isinstance(found, Sharded) or not found.shard.is_like(_of(found.shard, region.placed[region.exit])):
+            raise NotByPosition("its positions end up along another dimension")
+        return found
+
+
+def _of(tile: Shard, whole: Shard) -> Shard:
+    """Where a tile lies whose whole lies there."""
+    return replace(whole, axis=tile.axis)
+
+
+class Tiled(Inliner):
+    """The program's run with some regions tile by tile.
+
+    tiled: by exit, the region and its number of tiles; weights: by node, what stands for them.
+    """
+
+    def __init__(self, module: GraphModule, tiled: dict[Node, tuple[Region, int]], weights: dict[Node, torch.Tensor]):
+        super().__init__(module)
+        self.garbage_collect_values = False  # what a region reads is read at its exit
+        self.tiled, self.weights = tiled, weights
+        self.inner = {n for region, _ in tiled.values() for n in region.nodes} - set(tiled)
+
+    def run_node(self, n: Node) -> Any:
+        if n.op == "get_attr":
+            return self.weights[n]
+        if n in self.inner:
+            return None
+        if n in self.tiled:
+            with self._set_current_node(n):
+                return in_tiles(self.module, *self.tiled[n], self.env)  # type: ignore[arg-type]
+        return super().run_node(n)
+
+
+def in_tiles(module: GraphModule, region: Region, count: int, values: dict[Node, Any]) -> torch.Tensor:
+    """The region's result from the values of what it reads."""
+    parts = {n: _split(values[n], region.placed[n], count) for n in region.entries}
+    results = [tile(module, region, count, values, {n: p[i] for n, p in parts.items()}, i) for i in range(count)]
+    dim = region.placed[region.exit].dim  # the exit's positions are a dimension of their own
+    return torch.cat([r.tensor for r in results], dim)
+
+
+def tile(
+    module: GraphModule, region: Region, count: int, values: dict[Node, Any], parts: dict[Node, Any], which: int
+) -> Sharded:
+    """The region's result for one tile. parts: the entries' tensors for it."""
+    sizes = tile_sizes(region.length, count)
+    axis = replace(region.placed[region.exit].axis, block=sizes[which], degree=count)
+    run = _Tile(module, _Part("", count, which, which * sizes[0], sizes[which]), {})
+    inside = set(region.nodes)
+    run.values = {n: values[n] for node in region.nodes for n in node.all_input_nodes if n not in inside}
+    for n, part in parts.items():
+        run.values[n] = Sharded(part, replace(region.placed[n], axis=axis))
+    return run.result(region)
+
+
+def tile_sizes(length: Any, count: int) -> list[Any]:
+    """Positions of each tile; the last has what is left over besides."""
+    size = length // count
+    return [*[size] * (count - 1), length - (count - 1) * size]
+
+
+def _split(x: torch.Tensor, shard: Shard, count: int) -> Sequence[torch.Tensor]:
+    """An entry's tiles: views where the positions are a dimension of their own, and one `cat` in the backward."""
+    sizes = tile_sizes(shard.axis.length, count)
+    if shard.outer == 1 and shard.inner == 1:
+        return torch.split(x, sizes, shard.dim)
+    whole = x.unflatten(shard.dim, (shard.outer, shard.axis.length, shard.inner))
+    return [part.flatten(shard.dim, shard.dim + 2) for part in torch.split(whole, sizes, shard.dim + 1)]
+
+
+def prove(region: Region, count: int) -> None:
+    """Runs one tile on fake tensors.
+
+    Raises:
+        NotByPosition: a tile needs what it does not have, with the op.
+    """
+    module = region.exit.graph.owning_module
+    values = {n: n.meta["val"] for node in region.nodes for n in node.all_input_nodes}
+    mode = next(v.fake_mode for v in values.values() if hasattr(v, "fake_mode"))
+    with mode, torch.no_grad():
+        parts = {n: _split(values[n], region.placed[n], count)[0] for n in region.entries}
+        tile(module, region, count, values, parts, 0)  # type: ignore[arg-type]

@@ -1,0 +1,58 @@
+"""Tiles that run again wait for one another: each for the gradients of the tile behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import GraphModule, Node
+
+import fuseline.passes.checkpointing as checkpointing
+from fuseline.compiler.joint import forward_nodes
+from fuseline.models.shapes import Decoder, Shape
+
+
+class Split(Exception):
+    """Ends a compilation once forward and backward are apart."""
+
+
+def test_each_tile_waits_for_the_gradients_of_the_one_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by the view of the block's input that it reads: a wait for another tile's would hold nothing back."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = Decoder(Shape(hidden=32, inner=128, layers=4, heads=4, kv_heads=2, vocabulary=64), loss=False)
+    found: list[GraphModule] = []
+    ordered = checkpointing.keep_order
+
+    def keep_order(forward: GraphModule, backward: GraphModule, results: int) -> None:
+        ordered(forward, backward, results)
+        found.append(backward)
+        raise Split
+
+    monkeypatch.setattr(checkpointing, "keep_order", keep_order)
+    options = {"pipeline": "raise{allow_empty},tile{tiles=4},checkpoint{policy=long-context}", "target": "inductor"}
+    with pytest.raises(Exception, match="Split"):
+        torch.compile(model, backend="fuseline", options=options)(torch.randint(0, 64, (1, 64)))
+    (backward,) = found
+    again = set(forward_nodes(backward))
+    held: set[Node] = set()
+    tiles = 0
+    gradient = False
+    for node in backward.graph.nodes:
+        if "after" in str(node.target):
+            held.add(node.args[0])
+        elif node.op == "call_function" and node not in again:
+            if isinstance(node.meta.get("val"), torch.Tensor):
+                gradient, held = True, set()
+        elif node in again and gradient:
+            for source in saved_by(node):
+                assert source in held, f"{node.name} reads {source.name} whenever it likes"
+                tiles += source.meta["val"].shape[-2:] == (16, 32)
+    assert tiles >= 3 * 3
+
+
+def saved_by(node: Node) -> list[Any]:
+    """Saved values that a node reads, not through others."""
+    given = [n for n in node.all_input_nodes if n.op == "placeholder"]
+    return [n for n in given if not n.name.startswith(("primals", "tangents", "rng"))]

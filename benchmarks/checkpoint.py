@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -341,9 +341,10 @@ def main() -> None:
     run.check(names)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(settings.at_a_time) as pool:
         settings.lock = str(Path(folder) / "lock")
-        pending = {name: pool.submit(child, name, settings) for name in names if run.wanted(name)}
-        for name, one in pending.items():
-            run.measure(name, lambda row, one=one: row.update(one.result()))
+        pending = {pool.submit(child, name, settings): name for name in names if run.wanted(name)}
+        for one in as_completed(pending):  # what is done is kept, whatever becomes of the others
+            run.measure(pending[one], lambda row, one=one: row.update(one.result()))
+    run.rows.sort(key=lambda row: names.index(row["name"]))
     beaten(run.rows)
     run.save()
     run.table(FAR if settings.longest else COLUMNS)

@@ -25,6 +25,7 @@ CHOICES = (
     "checkpoint{policy=min-cut}",
     "checkpoint{policy=budget,memory=0.6}",
     "checkpoint{policy=budget,memory=0.9,offload=cpu}",
+    "checkpoint{policy=full,offload=cpu}",
 )
 
 
@@ -166,9 +167,10 @@ def test_a_limit_that_cannot_be_met_is_refused_with_the_smallest(traced):
     assert joint.report["checkpoint"].matched
 
 
-def test_offloaded_values_go_to_the_host_and_come_back_before_their_readers():
+@pytest.mark.parametrize("policy", ["budget,memory=0.9", "full"])
+def test_offloaded_values_go_to_the_host_and_come_back_before_their_readers(policy):
     traced = Traced(nn.Sequential(*(Dropping(rate=0.0) for _ in range(6))), torch.randn(2, 12, 16))
-    forward, backward, _ = traced.split("checkpoint{policy=budget,memory=0.9,offload=cpu}")
+    forward, backward, _ = traced.split(f"checkpoint{{policy={policy},offload=cpu}}")
     sent = [n for n in forward.graph.nodes if "to_host" in str(n.target)]
     fetched = [n for n in backward.graph.nodes if "from_host" in str(n.target)]
     assert sent and len(sent) == len(fetched)

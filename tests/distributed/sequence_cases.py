@@ -169,6 +169,12 @@ def fused_loss_of_one_length() -> dict[str, Any]:
     return compare(decoder(vocabulary=4096, tied=True, smoothing=0.1), [batch(3, 13, prompt=7)], pipeline)
 
 
+def tiled() -> dict[str, Any]:
+    """Each rank's own positions, some at a time."""
+    pipeline = "raise,sequence-parallel,tile{tiles=2},checkpoint{policy=full}"
+    return compare(decoder(heads=2, keys=1), [batch(3, 13, prompt=8)], pipeline)
+
+
 class Outside(nn.Module):
     """A model whose loss its caller computes."""
 
@@ -366,7 +372,7 @@ REFUSED = [unknown_op, break_inside_attention, too_short, degree_that_does_not_f
 LONG: list[Callable[[], dict[str, Any]]] = [
     grouped_queries, one_sequence, one_key_head, many_key_heads, heads_that_do_not_divide, key_heads_across_ranks,
     attention_written_out, written_out_odd_heads, sliding_window, packed_documents, masks_by_head, tied_embeddings,
-    keys_are_values, weighted_loss, raised_first, fused_loss, ring_causal, ring_one_head, ring_without_mask,
+    keys_are_values, weighted_loss, raised_first, fused_loss, tiled, ring_causal, ring_one_head, ring_without_mask,
     ring_with_a_window, loss_outside, sharded_logits, without_gradients, under_ddp,
     under_fsdp, unknown_op_gathered, named_mesh,
 ]  # fmt: skip

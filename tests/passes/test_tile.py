@@ -154,6 +154,61 @@ def test_what_reads_all_positions_ends_a_region() -> None:
         call(x)
 
 
+OPS = {
+    "wide": lambda x, m: m.down(torch.nn.functional.gelu(m.up(x))),
+    "softmax": lambda x, m: x.softmax(-1),
+    "softmax of positions": lambda x, m: x.softmax(1),
+    "running sum": lambda x, m: x.cumsum(1),
+    "mean of positions": lambda x, m: x - x.mean(1, keepdim=True),
+    "extreme of positions": lambda x, m: x - x.amax(1, keepdim=True),
+    "products of positions": lambda x, m: (x @ x.transpose(1, 2)) @ x / 8,
+    "one row of tokens": lambda x, m: m.down(m.up(x.reshape(-1, 8))).view_as(x),
+    "backwards": lambda x, m: x.flip(1),
+    "shifted": lambda x, m: torch.cat([x[:, 1:], x[:, :1]], 1),
+    "halves": lambda x, m: torch.cat(x.chunk(2, -1)[::-1], -1),
+    "norm": lambda x, m: torch.nn.functional.layer_norm(x, (8,)),
+    "turned": lambda x, m: m.down(m.up(x.transpose(0, 1))).transpose(0, 1),
+    "positions as channels": lambda x, m: (m.mix @ x).tanh(),
+    "weights of positions": lambda x, m: x * m.mix.sum(1, keepdim=True),
+}
+
+
+class Chain(nn.Module):
+    def __init__(self, names: list[str], length: int):
+        super().__init__()
+        self.names = names
+        self.up, self.down = nn.Linear(8, 64), nn.Linear(64, 8)
+        self.mix = nn.Parameter(torch.randn(length, length) / length)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in self.names:
+            x = x + OPS[name](x, self) if name != "turned" else OPS[name](x, self)
+        return x
+
+
+def check_chain(names: list[str], length: int) -> None:
+    torch.manual_seed(length)
+    model, x = Chain(names, length).double(), torch.randn(2, length, 8, dtype=torch.float64)
+    call, _ = compiled(model, "tile{tiles=3,allow_empty}")
+    assert worst(gradients(call, model, [x]), gradients(model, model, [x])) < 1e-10
+
+
+chains = given(names=st.lists(st.sampled_from([*OPS]), min_size=2, max_size=6), length=st.sampled_from([8, 9, 16]))
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@chains
+def test_whatever_stands_around(names: list[str], length: int) -> None:
+    check_chain(["wide", *names, "wide"], length)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@chains
+def test_whatever_stands_around_more(names: list[str], length: int) -> None:
+    check_chain(["wide", *names, "wide"], length)
+
+
 def test_too_few_positions_are_refused_with_what_would_do() -> None:
     call, _ = compiled(Mlp(), "tile")
     with pytest.raises(BackendCompilerFailed, match=r"100 positions are too few to tile: tiles=2 or least=50"):

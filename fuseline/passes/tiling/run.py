@@ -29,6 +29,12 @@ class _Part(Group):
     start: Any = 0
     size: Any = 0
 
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotByPosition("heads would be exchanged for positions")
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotByPosition("something of all tiles is put together")
+
     def take(self, x: torch.Tensor, shard: Shard) -> torch.Tensor:
         whole = x.unflatten(shard.dim, (shard.outer, shard.axis.length, shard.inner))
         return whole.narrow(shard.dim + 1, self.start, self.size).reshape(shard.shape(x.shape))
@@ -48,16 +54,17 @@ class _Tile(Run):
     def result(self, region: Region) -> Sharded:
         for node in region.nodes:
             with self._set_current_node(node):
-                self.values[node] = find(node.target).forward(self, node)  # type: ignore[union-attr]
-        found = self.values[region.exit]
-        if not isinstance(found, Sharded) or not found.shard.is_like(_of(found.shard, region.placed[region.exit])):
-            raise NotByPosition("its positions end up along another dimension")
-        return found
+                found = find(node.target).forward(self, node)  # type: ignore[union-attr]
+            for part in found if isinstance(found, tuple) else (found,):
+                if not isinstance(part, Sharded) or not part.shard.is_like(_tile_of(region.placed[node], part)):
+                    raise NotByPosition(f"{node.name} has its positions elsewhere, or none")
+            self.values[node] = found
+        return self.values[region.exit]
 
 
-def _of(tile: Shard, whole: Shard) -> Shard:
+def _tile_of(whole: Shard, part: Sharded) -> Shard:
     """Where a tile lies whose whole lies there."""
-    return replace(whole, axis=tile.axis)
+    return replace(whole, axis=part.shard.axis)
 
 
 class Tiled(Inliner):

@@ -10,6 +10,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
+def settle(mode: FakeTensorMode) -> None:
+    """Puts right what an exception from outside, as an alarm's, may have left between two lines of a fake kernel's
+    call: the mode would take itself to be within that call for good."""
+    mode.in_kernel_invocation = False
+
+
 def symbols_in(value: Any) -> list[str]:
     """The names of the symbols in a value's sizes, strides or expression, in order."""
     found: dict[str, None] = {}

@@ -35,6 +35,7 @@ class Faulty(Pass):
         if self.how == "crash":
             raise ValueError(f"no such node: silu_{id(self)}")
         if self.how == "hang":
+            program.fake_mode.in_kernel_invocation = True  # where an alarm may find it
             time.sleep(60)
         if self.how == "unfinished":
             del node.meta["val"]
@@ -67,6 +68,12 @@ def test_a_fault_is_found_as_what_it_is(mlp: Program, how: str, kind: str | None
     check = Check.parse("any|hang:0.5" if how == "hang" else "any")
     verdict = check(mlp, Pipeline([Faulty(how=how)]))
     assert verdict.kind == kind and message in str(verdict) and bool(verdict) == (kind is not None)
+
+
+def test_a_program_is_whole_after_a_hang(mlp: Program) -> None:
+    """The alarm may ring within a fake kernel, whose mode would go on as if it were there."""
+    assert Check.parse("hang:0.5")(mlp, Pipeline([Faulty(how="hang")]))
+    assert not Check.parse("any")(mlp, Pipeline("fuse"))
 
 
 def test_what_was_not_asked_for_is_nothing(mlp: Program) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..action import Observer
+from ..compat_debug import settle
 from ..errors import FuselineError, UserError, VerificationError, nearest
 from ..pipeline import Pipeline
 from ..precision import clone, error, floats, run_promoted
@@ -124,6 +125,7 @@ class Check:
         except VerificationError as found:
             return self._judge("verify", str(found))
         except Hang:
+            settle(program.fake_mode)
             return self._judge("hang", f"the pipeline is not done after {self.seconds:g} s")
         except Exception as found:
             return self._judge("crash", str(found) if isinstance(found, FuselineError) else _line(found))

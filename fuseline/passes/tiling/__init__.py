@@ -61,7 +61,7 @@ class Tile(Pass):
     def run(self, program: Program, rewriter: Rewriter) -> None:
         if self.tiles < 0 or self.tiles == 1:
             raise UserError(f"pass 'tile' cannot make {self.tiles} tiles", remedy="tiles=8, or 0 to have it chosen")
-        regions = [r for r in find_regions(program) if self._fits(r, rewriter)]
+        regions = [r for r in find_regions(program) if self._fits(r, program, rewriter)]
         if not regions:
             return
 
@@ -72,7 +72,7 @@ class Tile(Pass):
             regions[0].exit, [r.exit for r in regions], lambda: retrace(program, tiled), "position-wise region"
         )
 
-    def _fits(self, region: Region, rewriter: Rewriter) -> bool:
+    def _fits(self, region: Region, program: Program, rewriter: Rewriter) -> bool:
         """Whether a region is long enough, and proved to work position by position."""
         length, count = size_hint(region.length), self._count(region)
         if count < 2 or length < count:
@@ -80,7 +80,7 @@ class Tile(Pass):
                                          f"least={max(1, length // 2)} would")  # fmt: skip
             return False
         try:
-            prove(region, count)
+            prove(program, region, count)
         except NotByPosition as error:
             rewriter.refuse(region.exit, str(error))
             return False

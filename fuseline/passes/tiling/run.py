@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from ...compiler.compat import on_fake_values
 from ...compiler.inliner import Inliner
+from ...compiler.program import Program
 from ..sequence.collectives import Group
 from ..sequence.placement import Shard, Sharded
 from ..sequence.rules import find
@@ -127,15 +129,13 @@ def _split(x: torch.Tensor, shard: Shard, count: int) -> Sequence[torch.Tensor]:
     return [part.flatten(shard.dim, shard.dim + 2) for part in torch.split(whole, sizes, shard.dim + 1)]
 
 
-def prove(region: Region, count: int) -> None:
+def prove(program: Program, region: Region, count: int) -> None:
     """Runs one tile on fake tensors.
 
     Raises:
         NotByPosition: a tile needs what it does not have, with the op.
     """
-    module = region.exit.graph.owning_module
     values = {n: n.meta["val"] for node in region.nodes for n in node.all_input_nodes}
-    mode = next(v.fake_mode for v in values.values() if hasattr(v, "fake_mode"))
-    with mode, torch.no_grad():
+    with on_fake_values(program.fake_mode):
         parts = {n: _split(values[n], region.placed[n], count)[0] for n in region.entries}
-        tile(module, region, count, values, parts, 0)  # type: ignore[arg-type]
+        tile(program.module, region, count, values, parts, 0)

@@ -213,6 +213,9 @@ def test_too_few_positions_are_refused_with_what_would_do() -> None:
     call, _ = compiled(Mlp(), "tile")
     with pytest.raises(BackendCompilerFailed, match=r"100 positions are too few to tile: tiles=2 or least=50"):
         call(torch.randn(1, 100, 8))
+    call, _ = compiled(Mlp(), "tile{tiles=8}")
+    with pytest.raises(BackendCompilerFailed, match=r"5 positions are too few to tile: tiles=5 or fewer would do"):
+        call(torch.randn(1, 5, 8))
     call, record = compiled(Mlp(), "tile{least=50}")
     call(torch.randn(1, 100, 8))
     assert record[0].report["tile"].rules == {"position-wise region": 1}

@@ -76,8 +76,8 @@ class Tile(Pass):
         """Whether a region is long enough, and proved to work position by position."""
         length, count = size_hint(region.length), self._count(region)
         if count < 2 or length < count:
-            rewriter.refuse(region.exit, f"{length} positions are too few to tile: tiles={max(2, self.tiles)} or "
-                                         f"least={max(1, length // 2)} would")  # fmt: skip
+            others = f"tiles={length} or fewer" if self.tiles else f"tiles=2 or least={max(1, length // 2)}"
+            rewriter.refuse(region.exit, f"{length} positions are too few to tile: {others} would do")
             return False
         try:
             prove(program, region, count)

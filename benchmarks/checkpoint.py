@@ -284,7 +284,7 @@ def furthest(step: Any, settings: argparse.Namespace, row: dict[str, Any]) -> in
     for share in (0.99, 0.97, 0.94, 0.9, 0.8):
         length = int(goal * share) // STEP * STEP
         if fits(length):
-            row["longest"], (row["step_s"], row["peak_gb"]) = length, row["steps"][length]
+            row["step_s"], row["peak_gb"] = row["steps"][length]
             return length
     return 2 * short
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from harness.environment import circumstances, short_name
-from harness.run import RESULTS
+from harness.run import RESULTS, write
 from rich.console import Console
 
 from .points import COMPILE, FILES, PEERS, POINTS, Point, tried
@@ -150,7 +150,7 @@ class Sequence:
         if point.script == "decode.py" and (rows := kernel_rows(record)):
             kernels = {**record, "rows": rows}
             written = self.path("kernels")
-            save(written, kernels)
+            write(written, kernels)
             written.with_suffix(".svg").write_text(drawn(kernels), encoding="utf-8")
 
 
@@ -167,14 +167,7 @@ def forget(path: Path, names: list[str]) -> None:
     record = read(path)
     rows = [row for row in record["rows"] if row["name"] not in names]
     if len(rows) != len(record["rows"]):
-        save(path, {**record, "rows": rows})
-
-
-def save(path: Path, record: dict[str, Any]) -> None:
-    """The whole file under a name of its own first."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(part, path)
+        write(path, {**record, "rows": rows})
 
 
 def main(words: list[str]) -> int:

@@ -136,13 +136,8 @@ class Run:
         self.console.print(f"{escape(row['name'])}: {outcome}", highlight=False)
 
     def save(self) -> None:
-        """The whole record, under a name of its own first, so that a run that is cut leaves a sound file."""
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        written = self.path.with_suffix(".part")
-        written.write_text(json.dumps(self.record, indent=1, default=str) + "\n", encoding="utf-8")
-        os.replace(written, self.path)
+        if self.path is not None:
+            write(self.path, self.record)
 
     def table(self, columns: Sequence[str], title: str = "") -> None:
         """Prints those figures of the rows that were asked for, numbers to four digits, and where the file is.
@@ -183,6 +178,14 @@ class Run:
         words += [] if self.options.json is not None else ["--json", str(self.path)]
         words += ["--budget", f"{max(self.seconds_left(), 1):.0f}", "--resume"]
         os.execv(sys.executable, [sys.executable, *words])
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """The whole record, under a name of its own first, so that a run that is cut leaves a sound file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def kept(record: dict[str, Any], facts: dict[str, Any], wanted: Callable[[str], bool]) -> list[Row]:

@@ -6,15 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.fx import GraphModule
 
 import fuseline.passes.checkpointing as checkpointing
 from fuseline.models.shapes import Decoder, Shape
-from tests.helpers.joint import kept
-
-
-class Split(Exception):
-    """Ends a compilation once forward and backward are apart."""
+from tests.helpers.joint import kept, split_under_inductor
 
 
 @pytest.mark.parametrize(
@@ -27,32 +22,18 @@ class Split(Exception):
 )
 def test_the_split_keeps_what_the_plan_says(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 under Inductor, whose decompositions have the backward widen again what the forward widened."""
-    torch.compiler.reset()
     torch.manual_seed(0)
     model = Decoder(Shape(hidden=64, inner=256, layers=4, heads=4, kv_heads=2, vocabulary=128), loss=False)
-    ids = torch.randint(0, 128, (1, 512))
-    found: list[Any] = []
-
-    def keep_order(forward: GraphModule, backward: GraphModule, results: int) -> None:
-        found.append(backward)
-        raise Split
-
-    monkeypatch.setattr(checkpointing, "keep_order", keep_order)
-    options = {
-        "pipeline": f"checkpoint{{policy={policy},device=h200}}",
-        "target": "inductor",
-        "record": lambda compilation: None,
-    }
+    said: list[float] = []
     tag = checkpointing.Checkpoint._tag
 
     def tagged(self: Any, problem: Any, choice: Any, rewriter: Any) -> None:
-        found.append(self._predicted(problem, choice)["kept"])
+        said.append(self._predicted(problem, choice)["kept"])
         tag(self, problem, choice, rewriter)
 
     monkeypatch.setattr(checkpointing.Checkpoint, "_tag", tagged)
-    with pytest.raises(Exception, match="Split"):
-        torch.compile(model.to(torch.bfloat16), backend="fuseline", options=options)(ids)
-    said, backward = found
+    pipeline = f"checkpoint{{policy={policy},device=h200}}"
+    backward = split_under_inductor(model.to(torch.bfloat16), torch.randint(0, 128, (1, 512)), pipeline, monkeypatch)
     values = [n.meta["val"] for n in kept(backward) if "rng_state" not in n.name]  # of attention that runs again
     storages = {v.untyped_storage()._cdata: v.untyped_storage().nbytes() for v in values}
-    assert sum(storages.values()) == said
+    assert [sum(storages.values())] == said

@@ -6,35 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-import fuseline.passes.checkpointing as checkpointing
 from fuseline.compiler.joint import forward_nodes
 from fuseline.models.shapes import Decoder, Shape
-
-
-class Split(Exception):
-    """Ends a compilation once forward and backward are apart."""
+from tests.helpers.joint import split_under_inductor
 
 
 def test_each_tile_waits_for_the_gradients_of_the_one_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by the view of the block's input that it reads: a wait for another tile's would hold nothing back."""
-    torch.compiler.reset()
     torch.manual_seed(0)
     model = Decoder(Shape(hidden=32, inner=128, layers=4, heads=4, kv_heads=2, vocabulary=64), loss=False)
-    found: list[GraphModule] = []
-    ordered = checkpointing.keep_order
-
-    def keep_order(forward: GraphModule, backward: GraphModule, results: int) -> None:
-        ordered(forward, backward, results)
-        found.append(backward)
-        raise Split
-
-    monkeypatch.setattr(checkpointing, "keep_order", keep_order)
-    options = {"pipeline": "raise{allow_empty},tile{tiles=4},checkpoint{policy=long-context}", "target": "inductor"}
-    with pytest.raises(Exception, match="Split"):
-        torch.compile(model, backend="fuseline", options=options)(torch.randint(0, 64, (1, 64)))
-    (backward,) = found
+    pipeline = "raise{allow_empty},tile{tiles=4},checkpoint{policy=long-context}"
+    backward = split_under_inductor(model, torch.randint(0, 64, (1, 64)), pipeline, monkeypatch)
     again = set(forward_nodes(backward))
     held: set[Node] = set()
     tiles = 0

@@ -163,24 +163,22 @@ def check_computes(steps, results):
         assert all(isinstance(n.meta["val"], torch.Tensor) for n in outputs)
 
 
-@settings(max_examples=20, deadline=None)
-@given(
+programs = given(
     st.lists(
         st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=14
     ),
     st.sets(st.integers(0, 30), max_size=3),
 )
+
+
+@settings(max_examples=20, deadline=None)
+@programs
 def test_any_program_computes_what_it_did(steps, results):
     check_computes(steps, results)
 
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=14
-    ),
-    st.sets(st.integers(0, 30), max_size=3),
-)
+@programs
 def test_more_programs_compute_what_they_did(steps, results):
     check_computes(steps, results)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
+import fuseline.passes.checkpointing as checkpointing
 from fuseline.compiler.action import Observer
 from fuseline.compiler.compat_joint import joint_graph
 from fuseline.compiler.joint import Joint, joint_program
@@ -60,6 +62,29 @@ class Traced:
             torch.manual_seed(seed + 1)  # nothing that is drawn here may reach a recomputation
             gradients = backward(*sizes, *tensors, *tangents)
         return [*results, *(g for g in gradients if g is not None)]
+
+
+class Split(Exception):
+    """Ends a compilation once forward and backward are apart."""
+
+
+def split_under_inductor(
+    model: torch.nn.Module, ids: torch.Tensor, pipeline: str, monkeypatch: pytest.MonkeyPatch
+) -> GraphModule:
+    """The backward of a model that is compiled for Inductor, as `checkpoint` hands it over in the order it keeps."""
+    torch.compiler.reset()
+    found: list[GraphModule] = []
+    ordered = checkpointing.keep_order
+
+    def keep_order(forward: GraphModule, backward: GraphModule, results: int) -> None:
+        ordered(forward, backward, results)
+        found.append(backward)
+        raise Split
+
+    monkeypatch.setattr(checkpointing, "keep_order", keep_order)
+    with pytest.raises(Exception, match="Split"):
+        torch.compile(model, backend="fuseline", options={"pipeline": pipeline, "target": "inductor"})(ids)
+    return found[0]
 
 
 def uncheckpointed(traced: Traced) -> list[torch.Tensor]:

@@ -48,8 +48,11 @@ def check_scheme(
         assert error(result, exact, 0.5) < BOUNDS[dtype]  # numbers are of about 1; a single one may be 0
 
 
+schemes = given(cases(), st.sampled_from([torch.float16, torch.float32]), st.integers(1, 80), st.integers(0, 2**31))
+
+
 @settings(max_examples=16, deadline=None)
-@given(cases(), st.sampled_from([torch.float16, torch.float32]), st.integers(1, 80), st.integers(0, 2**31))
+@schemes
 def test_any_scheme_and_size(
     tmp_path_factory: pytest.TempPathFactory, case: Coded, dtype: torch.dtype, rows: int, seed: int
 ) -> None:
@@ -58,7 +61,7 @@ def test_any_scheme_and_size(
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
-@given(cases(), st.sampled_from([torch.float16, torch.float32]), st.integers(1, 80), st.integers(0, 2**31))
+@schemes
 def test_more_schemes_and_sizes(
     tmp_path_factory: pytest.TempPathFactory, case: Coded, dtype: torch.dtype, rows: int, seed: int
 ) -> None:
@@ -78,10 +81,13 @@ def check_tile(
             assert error(result, exact) < BOUNDS[torch.float32]
 
 
-@settings(max_examples=4, deadline=None)
-@given(
+any_tile = given(
     st.sampled_from([16, 32]), st.sampled_from([16, 32]), st.sampled_from([1, 2, 4]), st.booleans(), st.integers(1, 40)
 )
+
+
+@settings(max_examples=4, deadline=None)
+@any_tile
 def test_any_tile(
     tmp_path_factory: pytest.TempPathFactory, block_m: int, block_n: int, split: int, after: bool, rows: int
 ) -> None:
@@ -90,9 +96,7 @@ def test_any_tile(
 
 @pytest.mark.slow
 @settings(max_examples=8, deadline=None)
-@given(
-    st.sampled_from([16, 32]), st.sampled_from([16, 32]), st.sampled_from([1, 2, 4]), st.booleans(), st.integers(1, 40)
-)
+@any_tile
 def test_more_tiles(
     tmp_path_factory: pytest.TempPathFactory, block_m: int, block_n: int, split: int, after: bool, rows: int
 ) -> None:

@@ -78,8 +78,7 @@ def check_region(
         check(program(seed, moves), x, y, w, folder=Path(folder), dynamic=dynamic, bound=bound, least=1.0)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False)
-@given(
+regions = given(
     seed=st.integers(0, 2**31),
     shape=st.tuples(st.integers(2, 5), st.integers(2, 5), st.sampled_from((1, 2, 7, 16, 33, 130))),
     dtype=st.sampled_from((torch.float32, torch.float64)),
@@ -87,6 +86,10 @@ def check_region(
     symbolic=st.booleans(),
     moves=st.booleans(),
 )
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False)
+@regions
 def test_random_regions(
     seed: int, shape: tuple[int, int, int], dtype: torch.dtype, layout: str, symbolic: bool, moves: bool
 ) -> None:
@@ -95,14 +98,7 @@ def test_random_regions(
 
 @pytest.mark.slow
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False)
-@given(
-    seed=st.integers(0, 2**31),
-    shape=st.tuples(st.integers(2, 5), st.integers(2, 5), st.sampled_from((1, 2, 7, 16, 33, 130))),
-    dtype=st.sampled_from((torch.float32, torch.float64)),
-    layout=st.sampled_from(("contiguous", "transposed", "expanded")),
-    symbolic=st.booleans(),
-    moves=st.booleans(),
-)
+@regions
 def test_more_random_regions(
     seed: int, shape: tuple[int, int, int], dtype: torch.dtype, layout: str, symbolic: bool, moves: bool
 ) -> None:

@@ -205,11 +205,12 @@ def _limit(seconds: float | None) -> Iterator[None]:
         yield
         return
 
-    patience = [PATIENCE]
+    patience = PATIENCE
 
     def ring(_: int, frame: Any) -> None:
-        patience[0] -= 1
-        if patience[0] and frame is not None and frame.f_code.co_filename.startswith(DELICATE):
+        nonlocal patience
+        patience -= 1
+        if patience and frame is not None and frame.f_code.co_filename.startswith(DELICATE):
             signal.setitimer(signal.ITIMER_REAL, 0.001, 1.0)
             return
         raise Hang

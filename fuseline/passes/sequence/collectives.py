@@ -49,8 +49,12 @@ class Group:
             chunks = (member, 2 * axis.zigzag - 1 - member)
             both = torch.cat([torch.arange(c * half, c * half + half, device=device) for c in chunks])
             return both.narrow(0, place * axis.block, axis.block)
-        start = self.rank * axis.block
+        start = self.start(axis)
         return torch.arange(start, start + axis.block, device=device)
+
+    def start(self, axis: Axis) -> Any:
+        """The first position that this rank holds, where they lie in order."""
+        return self.rank * axis.block
 
     def valid(self, shard: Shard, rank_of_tensor: int, device: torch.device) -> torch.Tensor:
         """Which of this rank's elements along the sharded dimension exist: a mask that broadcasts."""
@@ -63,7 +67,7 @@ class Group:
         axis, dim = shard.axis, shard.dim
         whole = x.unflatten(dim, (shard.outer, axis.length, shard.inner))
         if axis.even and not axis.zigzag:
-            mine = whole.narrow(dim + 1, self.rank * axis.block, axis.block)
+            mine = whole.narrow(dim + 1, self.start(axis), axis.block)
         else:
             at = self.positions(axis, x.device).clamp(max=axis.length - 1)
             mine = whole.index_select(dim + 1, at)

@@ -20,29 +20,17 @@ from torch.fx import Node
 
 from ...compiler.compat import known_size, size_hint, symbolic_expression
 from ...compiler.errors import UserError
-from ...compiler.inliner import Inliner
 from ...compiler.ops import scale_gradient
 from ...compiler.program import Program
 from .collectives import Group
 from .placement import Axis, Shard
-from .retrace import retrace
+from .retrace import Again, retrace
 from .sites import Site, inputs, trace_back
 
 REMEDY = (
     "torch._dynamo.mark_dynamic(tensor, dim) on what holds the sequence, or torch.compile(…, dynamic=True); "
     "or inputs=full"
 )
-
-
-class _Whole(Inliner):
-    """The program as it stands, on the whole sequence."""
-
-    def __init__(self, program: Program, weights: dict[Node, torch.Tensor]):
-        super().__init__(program.module)
-        self.weights = weights
-
-    def run_node(self, n: Node) -> Any:
-        return self.weights[n] if n.op == "get_attr" else super().run_node(n)
 
 
 def gathered(program: Program, sites: Sequence[Site], group: Group, outside: bool) -> Program:
@@ -70,7 +58,7 @@ def gathered(program: Program, sites: Sequence[Site], group: Group, outside: boo
 
     def on_whole(values: Sequence[Any], weights: dict[Node, torch.Tensor]) -> Any:
         given = [arriving(n, v) for n, v in zip(program.placeholders, values, strict=True)]
-        return _Whole(program, weights).run(*given)
+        return Again(program, weights).run(*given)
 
     return replace(program, module=retrace(program, on_whole))
 

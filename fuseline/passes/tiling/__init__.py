@@ -66,7 +66,7 @@ class Tile(Pass):
             return
 
         def tiled(values: Sequence[Any], weights: dict[Node, torch.Tensor]) -> Any:
-            return Tiled(program.module, {r.exit: (r, self._count(r)) for r in regions}, weights).run(*values)
+            return Tiled(program, {r.exit: (r, self._count(r)) for r in regions}, weights).run(*values)
 
         rewriter.replace_all(
             regions[0].exit, [r.exit for r in regions], lambda: retrace(program, tiled), "position-wise region"

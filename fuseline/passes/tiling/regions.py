@@ -39,7 +39,7 @@ def find_regions(program: Program) -> list[Region]:
     found = []
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     for node in reversed(program.graph.nodes):
-        if node in seen or node.op != "call_function" or not _has_positions(node):
+        if node in seen or not _has_positions(node):
             continue
         region = _grown(node, order)
         if _is_wide(region):

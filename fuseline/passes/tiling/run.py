@@ -11,10 +11,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ...compiler.compat import on_fake_values
-from ...compiler.inliner import Inliner
 from ...compiler.program import Program
 from ..sequence.collectives import Group
-from ..sequence.placement import Shard, Sharded
+from ..sequence.placement import Axis, Shard, Sharded
+from ..sequence.retrace import Again
 from ..sequence.rules import find
 from ..sequence.run import Run
 from .regions import Region
@@ -26,20 +26,18 @@ class NotByPosition(Exception):
 
 @dataclass(frozen=True)
 class _Part(Group):
-    """One tile's positions: `size` of them from `start` on."""
+    """One tile's positions, from `first` on."""
 
-    start: Any = 0
-    size: Any = 0
+    first: Any = 0
+
+    def start(self, axis: Axis) -> Any:
+        return self.first
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
         raise NotByPosition("heads would be exchanged for positions")
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         raise NotByPosition("something of all tiles is put together")
-
-    def take(self, x: torch.Tensor, shard: Shard) -> torch.Tensor:
-        whole = x.unflatten(shard.dim, (shard.outer, shard.axis.length, shard.inner))
-        return whole.narrow(shard.dim + 1, self.start, self.size).reshape(shard.shape(x.shape))
 
 
 class _Tile(Run):
@@ -69,21 +67,19 @@ def _tile_of(whole: Shard, part: Sharded) -> Shard:
     return replace(whole, axis=part.shard.axis)
 
 
-class Tiled(Inliner):
+class Tiled(Again):
     """The program's run with some regions tile by tile.
 
     tiled: by exit, the region and its number of tiles; weights: by node, what stands for them.
     """
 
-    def __init__(self, module: GraphModule, tiled: dict[Node, tuple[Region, int]], weights: dict[Node, torch.Tensor]):
-        super().__init__(module)
+    def __init__(self, program: Program, tiled: dict[Node, tuple[Region, int]], weights: dict[Node, torch.Tensor]):
+        super().__init__(program, weights)
         self.garbage_collect_values = False  # what a region reads is read at its exit
-        self.tiled, self.weights = tiled, weights
+        self.tiled = tiled
         self.inner = {n for region, _ in tiled.values() for n in region.nodes} - set(tiled)
 
     def run_node(self, n: Node) -> Any:
-        if n.op == "get_attr":
-            return self.weights[n]
         if n in self.inner:
             return None
         if n in self.tiled:
@@ -94,19 +90,19 @@ class Tiled(Inliner):
 
 def in_tiles(module: GraphModule, region: Region, count: int, values: dict[Node, Any]) -> torch.Tensor:
     """The region's result from the values of what it reads."""
-    parts = {n: _split(values[n], region.placed[n], count) for n in region.entries}
-    results = [tile(module, region, count, values, {n: p[i] for n, p in parts.items()}, i) for i in range(count)]
+    sizes = tile_sizes(region.length, count)
+    parts = {n: _split(values[n], region.placed[n], sizes) for n in region.entries}
+    results = [tile(module, region, sizes, values, {n: p[i] for n, p in parts.items()}, i) for i in range(count)]
     dim = region.placed[region.exit].dim  # the exit's positions are a dimension of their own
     return torch.cat([r.tensor for r in results], dim)
 
 
 def tile(
-    module: GraphModule, region: Region, count: int, values: dict[Node, Any], parts: dict[Node, Any], which: int
+    module: GraphModule, region: Region, sizes: list[Any], values: dict[Node, Any], parts: dict[Node, Any], which: int
 ) -> Sharded:
-    """The region's result for one tile. parts: the entries' tensors for it."""
-    sizes = tile_sizes(region.length, count)
-    axis = replace(region.placed[region.exit].axis, block=sizes[which], degree=count)
-    run = _Tile(module, _Part("", count, which, which * sizes[0], sizes[which]), {})
+    """The region's result for one tile. sizes: positions of each tile; parts: the entries' tensors for this one."""
+    axis = replace(region.placed[region.exit].axis, block=sizes[which], degree=len(sizes))
+    run = _Tile(module, _Part("", len(sizes), which, which * sizes[0]), {})
     inside = set(region.nodes)
     run.values = {n: values[n] for node in region.nodes for n in node.all_input_nodes if n not in inside}
     for n, part in parts.items():
@@ -120,9 +116,8 @@ def tile_sizes(length: Any, count: int) -> list[Any]:
     return [*[size] * (count - 1), length - (count - 1) * size]
 
 
-def _split(x: torch.Tensor, shard: Shard, count: int) -> Sequence[torch.Tensor]:
+def _split(x: torch.Tensor, shard: Shard, sizes: list[Any]) -> Sequence[torch.Tensor]:
     """An entry's tiles: views where the positions are a dimension of their own, and one `cat` in the backward."""
-    sizes = tile_sizes(shard.axis.length, count)
     if shard.outer == 1 and shard.inner == 1:
         return torch.split(x, sizes, shard.dim)
     whole = x.unflatten(shard.dim, (shard.outer, shard.axis.length, shard.inner))
@@ -137,5 +132,6 @@ def prove(program: Program, region: Region, count: int) -> None:
     """
     values = {n: n.meta["val"] for node in region.nodes for n in node.all_input_nodes}
     with on_fake_values(program.fake_mode):
-        parts = {n: _split(values[n], region.placed[n], count)[0] for n in region.entries}
-        tile(program.module, region, count, values, parts, 0)
+        sizes = tile_sizes(region.length, count)
+        parts = {n: _split(values[n], region.placed[n], sizes)[0] for n in region.entries}
+        tile(program.module, region, sizes, values, parts, 0)

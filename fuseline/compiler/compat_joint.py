@@ -105,7 +105,9 @@ def split_as_written(joint: GraphModule, inputs: Sequence[Any], **given: Any) ->
 def inductor_through(module: GraphModule, inputs: Sequence[Any], partition: Partition, key: str) -> Callable[..., Any]:
     """A training graph compiled by Inductor, its joint graph split by `partition`; key: what tells this partition from
     others in Inductor's cache. AOTAutograd's own cache is left out: a hit would skip the partition, and with it what it
-    refuses, guards and agrees on with other ranks. Inductor's kernels are cached as ever."""
+    refuses, guards and agrees on with other ranks. Inductor's kernels are cached as ever. What a value leaves free goes
+    back to the allocator at once: Inductor would keep it for a later value of the same size, which was seen to hold
+    three times a plan's bytes while attention, whose own workspace Inductor does not know of, runs."""
     from torch._functorch import config as functorch
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
@@ -123,7 +125,7 @@ def inductor_through(module: GraphModule, inputs: Sequence[Any], partition: Part
             return str, (key,)
 
     with config.patch(custom_partitioner_fn=Ours()), functorch.patch(enable_autograd_cache=False):
-        return compile_fx(module, list(inputs))
+        return compile_fx(module, list(inputs), config_patches={"allow_buffer_reuse": False})
 
 
 def checkpoint_policy(body: GraphModule) -> Callable[..., Any] | None:

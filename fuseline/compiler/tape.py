@@ -216,12 +216,23 @@ def _item(node: Node, which: int) -> Node:
 def _is_inlined(node: Node, reads: int) -> bool:
     """Whether code generation writes a value into each of its readers instead of to memory: Inductor's rule, by the
     number of storages that it is made from (`realize_reads_threshold`, `realize_acc_reads_threshold`). A residual
-    stream's gradient, to which every block adds, would else be made from all of them."""
+    stream's gradient, to which every block adds, would else be made from all of them. What a matrix product is added to
+    becomes one call with it."""
     if kind(node) is not Kind.POINTWISE or not node.users or len(node.users) > 4:
         return False
-    if reads > (4 if len(node.users) > 1 else 8):
+    if reads > (4 if len(node.users) > 1 else 8) or _ends_product(node):
         return False
     return all(u.op == "call_function" and kind(u) in (Kind.POINTWISE, Kind.ROW) for u in node.users)
+
+
+def _ends_product(node: Node) -> bool:
+    """Whether a call adds something to a matrix product that nobody else reads, in one type: aten.addmm, by Inductor's
+    pattern."""
+    if node.target is not torch.ops.aten.add.Tensor or node.kwargs:
+        return False
+    products = [n for n in node.all_input_nodes if n.target is torch.ops.aten.mm.default and len(n.users) == 1]
+    types = {n.meta["val"].dtype for n in node.all_input_nodes}
+    return bool(products) and len(node.all_input_nodes) == 2 and len(types) == 1
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.fx import Node
 
 import fuseline.passes.checkpointing as checkpointing
 from fuseline.compiler.compat_joint import is_backward
 from fuseline.models.shapes import Decoder, Shape
-from tests.helpers.joint import Traced, agree, uncheckpointed
+from tests.checkpointing.test_exact import Dropping
+from tests.helpers.joint import Traced, agree, assert_all_are_waited_for, uncheckpointed
 
 
 def traced(**given: Any) -> Traced:
@@ -29,15 +31,29 @@ def test_each_block_waits_for_the_gradients_of_the_one_behind_it() -> None:
     forward, backward, _ = given.split("checkpoint{policy=long-context}")
     order = {n: i for i, n in enumerate(backward.graph.nodes)}
     found = waits(backward.graph)
-    assert len({wait.args[1] for wait in found}) >= 2  # three blocks; the last one's run comes before all gradients
+    assert len({tuple(wait.args[1]) for wait in found}) >= 2  # three blocks; the last one's comes before all gradients
     for wait in found:
-        saved, gradient = wait.args
-        assert isinstance(saved, Node) and isinstance(gradient, Node)
-        assert saved.op == "placeholder" and not saved.name.startswith("primals") and is_backward(gradient)
-        between = [n for n in backward.graph.nodes if order[gradient] < order[n] < order[wait] and is_backward(n)]
-        assert not [n for n in between if isinstance(n.meta.get("val"), torch.Tensor)]  # it is the last one before
+        saved, others = wait.args
+        assert isinstance(saved, Node) and others
+        assert saved.op == "placeholder" and not saved.name.startswith("primals")
+        assert all(is_backward(n) and order[n] < order[wait] for n in others)
         assert any(order[u] > order[wait] for u in saved.users)
+    assert_all_are_waited_for(backward)
     assert not waits(forward.graph)
+    assert agree(given.step(forward, backward), uncheckpointed(given))
+
+
+def test_what_comes_from_the_host_waits_too() -> None:
+    given = Traced(nn.Sequential(*(Dropping(rate=0.0) for _ in range(6))), torch.randn(2, 12, 16), fused=True)
+    forward, backward, _ = given.split("checkpoint{policy=full,offload=cpu}")
+    fetched = [n for n in backward.graph.nodes if "from_host" in str(n.target)]
+    held = {wait.args[0] for wait in waits(backward.graph)}
+    assert len(fetched) >= 4
+    assert all(n.args[0] not in held for n in fetched[:2])  # the last block's begin with the backward
+    assert all(n.args[0] in held for n in fetched[2:])
+    assert all(n in held for n in fetched)  # and their readers wait
+    sent = [n for n in forward.graph.nodes if "to_host" in str(n.target)]
+    assert [(w.args[0], w.args[1]) for w in waits(forward.graph)] == [(n.args[0], [n]) for n in sent]
     assert agree(given.step(forward, backward), uncheckpointed(given))
 
 

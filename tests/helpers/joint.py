@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch._guards import TracingContext, tracing
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 import fuseline.passes.checkpointing as checkpointing
 from fuseline.compiler.action import Observer
-from fuseline.compiler.compat_joint import joint_graph
+from fuseline.compiler.compat_joint import is_backward, joint_graph
 from fuseline.compiler.joint import Joint, joint_program
+from fuseline.compiler.ops import after
 from fuseline.compiler.pipeline import Pipeline
 from fuseline.compiler.program import Program
 from fuseline.compiler.report import Report
+from fuseline.passes.checkpointing.order import viewed
 
 
 class Traced:
@@ -101,10 +103,27 @@ def agree(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
-def kept(backward: GraphModule) -> list[torch.fx.Node]:
+def kept(backward: GraphModule) -> list[Node]:
     """What a backward is given besides parameters, inputs and gradients."""
     placeholders = [n for n in backward.graph.nodes if n.op == "placeholder"]
     return [n for n in placeholders if not str(n.target).startswith(("primals", "tangents"))]
+
+
+def assert_all_are_waited_for(backward: GraphModule) -> None:
+    """Whoever reads a saved value behind a wait comes after all gradients that stand before the wait, whatever order
+    code generation chooses: by what it reads, and what that waited for."""
+    before: dict[Node, set[Node]] = {}  # of each node, what comes before it in every order
+    held: dict[Node, set[Node]] = {}  # of each saved value, what its later readers come after
+    made: set[Node] = set()
+    for node in backward.graph.nodes:
+        read = [viewed(x) for x in node.all_input_nodes]
+        before[node] = set().union(*({x} | before[x] | held.get(x, set()) for x in (*node.all_input_nodes, *read)))
+        if node.target is after.overload:
+            held[read[0]] = before[node]
+            left = made - before[node]
+            assert not left, f"{node.args[0]} does not wait for {left}"
+        elif is_backward(node) and isinstance(node.meta.get("val"), torch.Tensor) and viewed(node) is node:
+            made.add(node)
 
 
 def count(nodes: Any, word: str) -> int:

@@ -1,27 +1,39 @@
-"""fuseline::to_host, from_host, arrived: a kept value's way to the host's memory and back, behind the computation."""
+"""fuseline::to_host, from_host, arrived: a kept value's way to the host's memory and back, behind the computation.
+
+The caching allocator is not told of the second stream: it would give such memory away only once the GPU has passed
+that point, while the host, which allocates, is hundreds of calls ahead. A value is held here instead until the
+computation's own stream has waited for its copy.
+"""
 
 from __future__ import annotations
+
+from collections import defaultdict, deque
 
 import torch
 
 from ._define import Kind, op
 
+_Copy = tuple[torch.cuda.Event, torch.Tensor]
 _streams: dict[torch.device, torch.cuda.Stream] = {}
-_events: dict[int, torch.cuda.Event] = {}
+_leaving: dict[torch.device, deque[_Copy]] = defaultdict(deque)
+_coming: dict[int, _Copy] = {}
 
 
 @op("to_host(Tensor x) -> Tensor", kind=Kind.OTHER)
 def to_host(x: torch.Tensor) -> torch.Tensor:
-    """x on the host, in pinned memory where x is on a GPU: copied on its own stream while the caller's goes on. Strides
-    stay as they are, for whoever views the value later."""
+    """x on the host, in pinned memory where x is on a GPU: copied on its own stream while the caller's goes on, which
+    waits for the copy before the next one begins. Strides stay as they are, for whoever views the value later."""
     if x.device.type != "cuda":
         return x.clone()
+    _release(x.device)
+    for address in [a for a, (event, _) in _coming.items() if event.query()]:  # of a backward that did not end
+        del _coming[address]
     host = torch.empty_like(x, device="cpu", pin_memory=True)
     stream = _stream(x.device)
     stream.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(stream):
         host.copy_(x, non_blocking=True)
-    x.record_stream(stream)
+    _leaving[x.device].append((stream.record_event(), x))
     return host
 
 
@@ -36,15 +48,13 @@ def from_host(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     device = torch.device(device)
     if device.type != "cuda":
         return x.clone()
+    _release(device)
     here = torch.empty_like(x, device=device)
     stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))  # the memory may be in use by what was launched before
     with torch.cuda.stream(stream):
         here.copy_(x, non_blocking=True)
-    here.record_stream(stream)
-    event = torch.cuda.Event()
-    event.record(stream)
-    _events[here.data_ptr()] = event
+    _coming[here.data_ptr()] = (stream.record_event(), here)
     return here
 
 
@@ -56,7 +66,7 @@ def _(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 @op("arrived(Tensor(a!) x) -> ()", kind=Kind.OTHER)
 def arrived(x: torch.Tensor) -> None:
     """What is launched from here on waits until x is there."""
-    event = _events.pop(x.data_ptr(), None) if x.device.type == "cuda" else None
+    event, _ = _coming.pop(x.data_ptr(), (None, x)) if x.device.type == "cuda" else (None, x)
     if event is not None:
         event.wait(torch.cuda.current_stream(x.device))
 
@@ -64,6 +74,13 @@ def arrived(x: torch.Tensor) -> None:
 @arrived.fake
 def _(x: torch.Tensor) -> None:
     return None
+
+
+def _release(device: torch.device) -> None:
+    """Lets go of what has left: the caller's stream waits for the copies first."""
+    while _leaving[device]:
+        event, _ = _leaving[device].popleft()
+        event.wait(torch.cuda.current_stream(device))
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

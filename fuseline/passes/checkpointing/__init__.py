@@ -89,7 +89,8 @@ class Checkpoint(Pass):
         program.module.meta["checkpoint"] = predicted
         if choice.offloaded:
             moved = problem.sections.spread(choice.offloaded) & choice.execution.saved
-            after_split(program, move_to_host([problem.tape.storages[s].node.name for s in moved]))
+            names = [problem.tape.storages[s].node.name for s in moved]
+            after_split(program, move_to_host(names, len(choice.offloaded)))
         if FUSED in program.state:
             after_split(program, keep_order)
 

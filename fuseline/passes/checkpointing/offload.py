@@ -9,16 +9,17 @@ from torch.fx import GraphModule, Node
 
 from ...compiler.ops import arrived, from_host, to_host
 
-AHEAD = 4
-"""How many values are on their way, or have arrived and wait for their reader, at a time."""
 
+def move_to_host(names: Collection[str], ahead: int) -> Callable[[GraphModule, GraphModule, int], None]:
+    """A rewrite of forward and backward after the split: `names` are the kept values' in both.
 
-def move_to_host(names: Collection[str]) -> Callable[[GraphModule, GraphModule, int], None]:
-    """A rewrite of forward and backward after the split: `names` are the kept values' in both."""
+    Args:
+        ahead: how many values are on their way, or have arrived and wait for their reader, at a time: a block's.
+    """
 
     def rewrite(forward: GraphModule, backward: GraphModule, results: int) -> None:
         moved = [n for n in names if _send(forward, n, results)]
-        _fetch(backward, moved)
+        _fetch(backward, moved, ahead)
         forward.recompile()
         backward.recompile()
 
@@ -37,8 +38,7 @@ def _send(module: GraphModule, name: str, results: int) -> bool:
     computed = max((u for u in _readers(node) if u.op != "output"), key=order.__getitem__, default=node)
     with graph.inserting_after(computed):
         sent = graph.call_function(to_host.overload, (node,))
-    value = node.meta["val"]
-    sent.meta["val"] = torch.empty_like(value, device="cpu") if value.device.type != "cpu" else value
+    sent.meta["val"] = torch.empty_like(node.meta["val"], device="cpu")
     output.args = ([*handed[:results], *(sent if n is node else n for n in handed[results:])],)
     return True
 
@@ -55,8 +55,8 @@ def _readers(node: Node) -> list[Node]:
     return found
 
 
-def _fetch(module: GraphModule, names: Collection[str]) -> None:
-    """Has the backward fetch the values one after another: each begins when the reader of the one AHEAD
+def _fetch(module: GraphModule, names: Collection[str], ahead: int) -> None:
+    """Has the backward fetch the values one after another: each begins when the reader of the one that is so many
     places before it is reached."""
     graph = module.graph
     body = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
@@ -67,7 +67,7 @@ def _fetch(module: GraphModule, names: Collection[str]) -> None:
     queue = sorted(first, key=first.__getitem__)
     for place, node in enumerate(queue):
         value = node.meta["val"]
-        lead = body[first[queue[place - AHEAD]]] if place >= AHEAD else body[0]
+        lead = body[first[queue[place - ahead]]] if place >= ahead else body[0]
         reader = body[first[node]]
         users = list(node.users)
         with graph.inserting_before(lead):
@@ -78,4 +78,4 @@ def _fetch(module: GraphModule, names: Collection[str]) -> None:
         wait.meta["val"] = None
         for user in users:
             user.replace_input_with(node, here)
-        node.meta["val"] = torch.empty_like(value, device="cpu") if value.device.type != "cpu" else value
+        node.meta["val"] = torch.empty_like(value, device="cpu")

@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 COLUMNS = ("name", "peak_gb", "step_ms", "predicted_gb", "off", "kept_gb", "compile_s", "beaten_by")
 FAR = ("name", "longest", "peak_gb", "step_s", "fitted", "gb_per_1k", "compile_s")
 SHARES = (0.15, 0.25, 0.35, 0.5, 0.65, 0.8)
-TILED = "raise{allow_empty},tile{tiles=8},"
+TILED = "raise{allow_empty},tile{tiles=4},"
 OURS = {
     "ours long-context": "checkpoint{policy=long-context",
     "ours full": "checkpoint{policy=full",
@@ -276,17 +276,22 @@ def furthest(step: Any, settings: argparse.Namespace, row: dict[str, Any]) -> in
     short = settings.length // 4
     if not fits(short) or not fits(2 * short):
         return 0
-    (_, first), (_, second) = row["steps"].values()
-    grows = (second - first) / short
-    row["gb_per_1k"] = grows * 1024
-    goal = 2 * short + (limit / 1e9 - second) / grows
-    row["fitted"] = int(goal)
-    for share in (0.99, 0.97, 0.94, 0.9, 0.8):
+    reached, ceiling = 2 * short, 1 << 62
+    for share in (0.99, 0.98, 0.97, 0.95, 0.9):
+        (a, (_, first)), (b, (_, second)) = sorted(row["steps"].items())[-2:]
+        grows = (second - first) / (b - a)
+        row["gb_per_1k"] = grows * 1024
+        goal = min(int(b + (limit / 1e9 - second) / grows), ceiling)
+        row.setdefault("fitted", goal)
         length = int(goal * share) // STEP * STEP
+        if length <= reached * 1.02:
+            break
         if fits(length):
-            row["step_s"], row["peak_gb"] = row["steps"][length]
-            return length
-    return 2 * short
+            reached = length
+        else:
+            ceiling = length
+    row["step_s"], row["peak_gb"] = row["steps"][reached]
+    return reached
 
 
 def child(name: str, settings: argparse.Namespace) -> dict[str, Any]:

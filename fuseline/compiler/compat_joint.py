@@ -105,9 +105,11 @@ def split_as_written(joint: GraphModule, inputs: Sequence[Any], **given: Any) ->
 def inductor_through(module: GraphModule, inputs: Sequence[Any], partition: Partition, key: str) -> Callable[..., Any]:
     """A training graph compiled by Inductor, its joint graph split by `partition`; key: what tells this partition from
     others in Inductor's cache. AOTAutograd's own cache is left out: a hit would skip the partition, and with it what it
-    refuses, guards and agrees on with other ranks. Inductor's kernels are cached as ever. What a value leaves free goes
-    back to the allocator at once: Inductor would keep it for a later value of the same size, which was seen to hold
-    three times a plan's bytes while attention, whose own workspace Inductor does not know of, runs."""
+    refuses, guards and agrees on with other ranks. Inductor's kernels are cached as ever.
+
+    The order of the graph is kept, and what a value leaves free goes back to the allocator at once. Inductor's own
+    choices were seen to hold three times a plan's bytes: it keeps memory for a later value of the same size while
+    attention runs, whose workspace it does not know of, and it makes what is ready long before it is read."""
     from torch._functorch import config as functorch
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
@@ -125,7 +127,9 @@ def inductor_through(module: GraphModule, inputs: Sequence[Any], partition: Part
             return str, (key,)
 
     with config.patch(custom_partitioner_fn=Ours()), functorch.patch(enable_autograd_cache=False):
-        return compile_fx(module, list(inputs), config_patches={"allow_buffer_reuse": False})
+        return compile_fx(
+            module, list(inputs), config_patches={"allow_buffer_reuse": False, "reorder_for_peak_memory": False}
+        )
 
 
 def checkpoint_policy(body: GraphModule) -> Callable[..., Any] | None:

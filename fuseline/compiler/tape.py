@@ -8,7 +8,7 @@ length by one product.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -145,6 +145,9 @@ def tape(program: Program) -> Tape:
             elif virtual:
                 made_from[key] = read
                 held += read
+            elif fused and (written := _written_in_place(node, holds, position)):
+                held += written
+                owner_of.update(dict.fromkeys([key] if key != -1 else [], written[0]))
             else:
                 size = _bytes(tensor)
                 number = sizes.setdefault(size, len(sizes))
@@ -223,6 +226,19 @@ def _is_inlined(node: Node, reads: int) -> bool:
     if reads > (4 if len(node.users) > 1 else 8) or _ends_product(node):
         return False
     return all(u.op == "call_function" and kind(u) in (Kind.POINTWISE, Kind.ROW) for u in node.users)
+
+
+_SCATTERS = (
+    "index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate", "index_add", "scatter", "scatter_add",
+)  # fmt: skip
+
+
+def _written_in_place(node: Node, holds: Sequence[tuple[int, ...]], position: Mapping[Node, int]) -> tuple[int, ...]:
+    """The storages of a scatter's first argument, where nobody else reads it: code generation writes into that."""
+    if getattr(node.target, "_opname", "") not in _SCATTERS or not isinstance(node.args[0], Node):
+        return ()
+    into = node.args[0]
+    return holds[position[into]] if into.op == "call_function" and len(into.users) == 1 else ()
 
 
 def _ends_product(node: Node) -> bool:

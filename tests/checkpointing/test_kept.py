@@ -33,7 +33,7 @@ def test_the_split_keeps_what_the_plan_says(policy: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(checkpointing.Checkpoint, "_tag", tagged)
     pipeline = f"checkpoint{{policy={policy},device=h200}}"
-    backward = split_under_inductor(model.to(torch.bfloat16), torch.randint(0, 128, (1, 512)), pipeline, monkeypatch)
+    _, backward = split_under_inductor(model.to(torch.bfloat16), torch.randint(0, 128, (1, 512)), pipeline, monkeypatch)
     values = [n.meta["val"] for n in kept(backward) if "rng_state" not in n.name]  # of attention that runs again
     storages = {v.untyped_storage()._cdata: v.untyped_storage().nbytes() for v in values}
     assert [sum(storages.values())] == said

@@ -72,15 +72,16 @@ class Split(Exception):
 
 def split_under_inductor(
     model: torch.nn.Module, ids: torch.Tensor, pipeline: str, monkeypatch: pytest.MonkeyPatch
-) -> GraphModule:
-    """The backward of a model that is compiled for Inductor, as `checkpoint` hands it over in the order it keeps."""
+) -> tuple[GraphModule, GraphModule]:
+    """Forward and backward of a model that is compiled for Inductor, as `checkpoint` hands them over in the order it
+    keeps."""
     torch.compiler.reset()
-    found: list[GraphModule] = []
+    found: list[tuple[GraphModule, GraphModule]] = []
     ordered = checkpointing.keep_order
 
     def keep_order(forward: GraphModule, backward: GraphModule, results: int) -> None:
         ordered(forward, backward, results)
-        found.append(backward)
+        found.append((forward, backward))
         raise Split
 
     monkeypatch.setattr(checkpointing, "keep_order", keep_order)
@@ -119,6 +120,7 @@ def assert_all_are_waited_for(backward: GraphModule) -> None:
         read = [viewed(x) for x in node.all_input_nodes]
         before[node] = set().union(*({x} | before[x] | held.get(x, set()) for x in (*node.all_input_nodes, *read)))
         if node.target is after.overload:
+            assert isinstance(read[0].meta["val"], torch.Tensor)
             held[read[0]] = before[node]
             left = made - before[node]
             assert not left, f"{node.args[0]} does not wait for {left}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch.fx import GraphModule, Node
 
 from ...compiler.ops import arrived, from_host, to_host
+from .order import viewed, views
 
 
 def move_to_host(names: Collection[str], ahead: int) -> Callable[[GraphModule, GraphModule, int], None]:
@@ -18,12 +19,66 @@ def move_to_host(names: Collection[str], ahead: int) -> Callable[[GraphModule, G
     """
 
     def rewrite(forward: GraphModule, backward: GraphModule, results: int) -> None:
+        for name in names:
+            _view_again(forward, backward, name, results)
         moved = [n for n in names if _send(forward, n, results)]
         _fetch(backward, moved, ahead)
         forward.recompile()
         backward.recompile()
 
     return rewrite
+
+
+def _view_again(forward: GraphModule, backward: GraphModule, name: str, results: int) -> None:
+    """Has the backward make its views of a value from that value: views that the forward hands out would keep the
+    memory. One that takes sizes which the backward cannot tell stays."""
+    output = forward.graph.output_node()
+    handed = list(output.args[0])  # type: ignore[arg-type]
+    node = next((n for n in handed[results:] if isinstance(n, Node) and n.name == name), None)
+    order = {n: i for i, n in enumerate(backward.graph.nodes)}
+    known = {n.name: n for n in order if n.op == "placeholder"}
+    if node is None or name not in known:
+        return
+    made: dict[Node, Node] = {node: known[name]}
+    found = [n for n in handed[results:] if isinstance(n, Node) and n is not node and viewed(n) is node]
+    first = {
+        n: min(known[n.name].users, key=order.__getitem__) for n in found if n.name in known and known[n.name].users
+    }
+    for view, reader in sorted(first.items(), key=lambda pair: order[pair[1]]):
+        chain = _missing(view, made, known)
+        if chain is None:
+            continue
+        with backward.graph.inserting_before(reader):
+            for one in chain:
+                made[one] = backward.graph.node_copy(one, lambda n: made.get(n) or known[n.name])
+        given = known.pop(view.name)
+        given.replace_all_uses_with(made[view])
+        backward.graph.erase_node(given)
+        handed.remove(view)
+    output.args = (handed,)
+
+
+def _missing(view: Node, made: Mapping[Node, Node], known: Mapping[str, Node]) -> list[Node] | None:
+    """The calls that make a view and the sizes it takes, in order, from what is made and known; None if a value of
+    another kind is among them."""
+    through = set(views(view))
+    chain: dict[Node, None] = {}
+    pending = [view]
+    while pending:
+        node = pending.pop()
+        left = [n for n in node.all_input_nodes if n not in made and n not in chain]
+        left = [n for n in left if n.name not in known or n in through]
+        if any(n.op != "call_function" or not (n in through or _is_size(n)) for n in left):
+            return None
+        if left:
+            pending += [node, *left]
+        else:
+            chain[node] = None
+    return list(chain)
+
+
+def _is_size(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def _send(module: GraphModule, name: str, results: int) -> bool:

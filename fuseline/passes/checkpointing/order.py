@@ -80,14 +80,21 @@ def _wait(module: GraphModule, x: Node, others: Sequence[Node], before: Node) ->
 
 def viewed(node: Node) -> Node:
     """What a view is of: the tensor that its storage came with."""
-    while node.op == "call_function":
-        keys = set(storages(node.meta.get("val")))
-        bases = (n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor))
-        base = next((n for n in bases if keys & set(storages(n.meta["val"]))), None)
+    return views(node)[-1]
+
+
+def views(node: Node) -> list[Node]:
+    """A node and, one behind the other, what it is a view of; the last is a tensor of its own."""
+    chain, tensors = [node], 1
+    while (last := chain[-1]).op == "call_function":
+        keys = set(storages(last.meta.get("val")))
+        base = next((n for n in last.all_input_nodes if keys & set(storages(n.meta.get("val")))), None)
         if base is None:
             break
-        node = base
-    return node
+        chain.append(base)
+        if isinstance(base.meta["val"], torch.Tensor):
+            tensors = len(chain)
+    return chain[:tensors]  # not the call whose results come in a tuple
 
 
 def _saved(forward: GraphModule, backward: GraphModule, results: int) -> set[Node]:
@@ -96,7 +103,7 @@ def _saved(forward: GraphModule, backward: GraphModule, results: int) -> set[Nod
     computed = {
         n.args[0].name if n.target is to_host.overload else n.name  # type: ignore[union-attr]
         for n in handed
-        if n.op == "call_function"
+        if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)
     }
     inputs = {n for n in backward.graph.nodes if n.op == "placeholder" and n.name in computed}
     return inputs | {n for n in backward.graph.nodes if n.target is from_host.overload}

@@ -99,11 +99,16 @@ def gradient_profile(tape: Tape) -> np.ndarray:
     return np.cumsum(changes[:-1], 0)
 
 
+def _calls(tape: Tape) -> list[int]:
+    """The forward but for sizes, which blocks share: they are computed where the first one needs them."""
+    return [i for i in tape.forward if not tape.is_size[i]]
+
+
 def _fingerprints(tape: Tape) -> np.ndarray:
     """A number for each call of the forward: equal where op, constants and types are."""
     numbers: dict[Any, int] = {}
     found = []
-    for i in tape.forward:
+    for i in _calls(tape):
         node = tape.nodes[i]
         plain = lambda a: "%" if isinstance(a, Node) else a
         args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: None)
@@ -114,7 +119,7 @@ def _fingerprints(tape: Tape) -> np.ndarray:
 
 
 def _blocks(tape: Tape, sizes: np.ndarray) -> list[tuple[int, int, int, range]]:
-    """(first call, calls of a block, blocks, all that repeats) as indices into `tape.forward`, for each place in a
+    """(first call, calls of a block, blocks, all that repeats) as indices into `_calls`, for each place in a
     block where the fewest bytes cross; none where nothing repeats enough."""
     marks = _fingerprints(tape)
     n = len(marks)
@@ -154,7 +159,7 @@ def _longest_run(mask: np.ndarray) -> tuple[int, int]:
 
 def _crossing(tape: Tape, sizes: np.ndarray, begin: int, period: int, covered: int) -> np.ndarray:
     """Bytes that cross each cut of one period: read by the forward behind it and allocated within the period before."""
-    index = {i: k for k, i in enumerate(tape.forward)}
+    index = {i: k for k, i in enumerate(_calls(tape))}
     middle = begin + period * max(1, covered // period // 2)
     crossing = np.zeros(period)
     for one in tape.storages:
@@ -168,7 +173,7 @@ def _crossing(tape: Tape, sizes: np.ndarray, begin: int, period: int, covered: i
 
 
 def _cut(tape: Tape, gradients: np.ndarray, start: int, period: int, copies: int, alike: range) -> Sections | None:
-    forward, backward = tape.forward, tape.backward
+    forward, backward = _calls(tape), tape.backward
     block_of: dict[int, int] = {}
     for k in range(copies):
         for i in forward[start + k * period : start + (k + 1) * period]:

@@ -217,10 +217,7 @@ def point(name: str, settings: argparse.Namespace) -> dict[str, Any]:
 
     row: dict[str, Any] = {"name": name}
     if settings.longest:
-        step(settings.warm)
-        row["compile_s"] = time.process_time()
-        turn.take()
-        row["longest"] = furthest(step, settings, row)
+        row["longest"] = furthest(step, settings, row, turn)
         return row
     step(settings.length)
     row["compile_s"] = time.process_time()
@@ -253,8 +250,9 @@ def point(name: str, settings: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def furthest(step: Any, settings: argparse.Namespace, row: dict[str, Any]) -> int:
-    """The longest length within `--memory`: from the peaks at two lengths, confirmed by a step of that length."""
+def furthest(step: Any, settings: argparse.Namespace, row: dict[str, Any], turn: Turn) -> int:
+    """The longest length within `--memory`: from the peaks at the last two lengths, each at most twice the one before,
+    and confirmed by a step of that length. It is compiled for all of them at a quarter of `--length`."""
     total = torch.cuda.get_device_properties(0).total_memory
     limit = settings.memory * 1e9
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
@@ -274,16 +272,19 @@ def furthest(step: Any, settings: argparse.Namespace, row: dict[str, Any]) -> in
         return True
 
     short = settings.length // 4
+    if not fits(short):
+        return 0
+    row["compile_s"] = time.process_time()
+    turn.take()
     if not fits(short) or not fits(2 * short):
         return 0
     reached, ceiling = 2 * short, 1 << 62
-    for share in (0.99, 0.98, 0.97, 0.95, 0.9):
+    for _ in range(7):
         (a, (_, first)), (b, (_, second)) = sorted(row["steps"].items())[-2:]
-        grows = (second - first) / (b - a)
+        grows = (second - first) / (b - a)  # short steps are at their fullest where the length does not count
         row["gb_per_1k"] = grows * 1024
-        goal = min(int(b + (limit / 1e9 - second) / grows), ceiling)
-        row.setdefault("fitted", goal)
-        length = int(goal * share) // STEP * STEP
+        row["fitted"] = int(b + (limit / 1e9 - second) / grows)
+        length = int(min(0.99 * row["fitted"], 2 * reached, 0.5 * (reached + ceiling))) // STEP * STEP
         if length <= reached * 1.02:
             break
         if fits(length):
@@ -324,7 +325,6 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3.2-1b")
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
     parser.add_argument("--length", type=int, default=32768)
-    parser.add_argument("--warm", type=int, default=1024, help="of --longest: the length that is compiled at")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--at-a-time", type=int, default=7, help="processes that compile at the same time")
     parser.add_argument("--longest", action="store_true")
@@ -340,7 +340,7 @@ def main() -> None:
         print(json.dumps(point(given.point, given)))
         return
     if settings.small:
-        settings.length, settings.warm, settings.at_a_time = min(settings.length, 256), 64, 2
+        settings.length, settings.at_a_time = min(settings.length, 256), 2
     names = LONGEST if settings.longest else (*OURS, *THEIRS)
     run = Run("checkpoint-longest" if settings.longest else "checkpoint", settings, floors=False)
     run.check(names)

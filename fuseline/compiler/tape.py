@@ -8,7 +8,7 @@ length by one product.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -221,11 +221,28 @@ def _is_inlined(node: Node, reads: int) -> bool:
     number of storages that it is made from (`realize_reads_threshold`, `realize_acc_reads_threshold`). A residual
     stream's gradient, to which every block adds, would else be made from all of them. What a matrix product is added to
     becomes one call with it."""
-    if kind(node) is not Kind.POINTWISE or not node.users or len(node.users) > 4:
+    if not _is_pointwise(node) or not node.users:
         return False
     if reads > (4 if len(node.users) > 1 else 8) or _ends_product(node):
         return False
-    return all(u.op == "call_function" and kind(u) in (Kind.POINTWISE, Kind.ROW) for u in node.users)
+    return all(_is_pointwise(u) or kind(u) is Kind.ROW for u in _readers(node))
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """Who reads a value, also through its views."""
+    keys = set(storages(node.meta.get("val")))
+    for user in node.users:
+        if user.op == "call_function" and keys & set(storages(user.meta.get("val"))):
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _is_pointwise(node: Node) -> bool:
+    """Casts included, as Inductor writes them."""
+    if node.op != "call_function":
+        return False
+    return kind(node) is Kind.POINTWISE or node.target is torch.ops.prims.convert_element_type.default
 
 
 _SCATTERS = (

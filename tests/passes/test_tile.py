@@ -226,3 +226,45 @@ def test_no_number_of_tiles(tiles: int) -> None:
     call, _ = compiled(Mlp(), f"tile{{tiles={tiles}}}")
     with pytest.raises(BackendCompilerFailed, match="cannot make"):
         call(torch.randn(1, 100, 8))
+
+
+class Attending(nn.Module):
+    """Grouped-query attention, causal or with a mask."""
+
+    def __init__(self, heads: int = 4, kv_heads: int = 2):
+        super().__init__()
+        self.q, self.kv, self.o = nn.Linear(16, heads * 4), nn.Linear(16, 2 * kv_heads * 4), nn.Linear(heads * 4, 16)
+        self.grouped = heads != kv_heads
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        q, kv = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.kv))
+        k, v = kv.chunk(2, 1)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped
+        )  # fmt: skip
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "groups"), [(4, 2, 2), (6, 6, 3), (8, 4, 2)])
+@pytest.mark.parametrize("masked", [None, 1, "each"])
+def test_heads_in_groups(heads: int, kv_heads: int, groups: int, masked: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Attending(heads, kv_heads).double(), torch.randn(2, 12, 16, dtype=torch.float64)
+    mask = torch.randn(2, heads if masked == "each" else 1, 12, 12, dtype=torch.float64) if masked else None
+    call, record = compiled(model, f"raise{{allow_empty}},tile{{heads={groups}}}")
+    assert worst(gradients(call, model, [x, mask]), gradients(model, model, [x, mask])) < 1e-12
+    assert record[0].report["tile"].rules == {"heads apart": 1}
+
+
+def test_heads_that_do_not_fall_into_groups() -> None:
+    call, _ = compiled(Attending(6, 3), "raise{allow_empty},tile{heads=2}")
+    with pytest.raises(BackendCompilerFailed, match="3 key heads do not fall into 2 groups: heads=3 would"):
+        call(torch.randn(2, 12, 16))
+
+
+def test_heads_are_grouped_where_many_positions_attend() -> None:
+    torch.manual_seed(0)
+    model, x = Attending(4, 2).double(), torch.randn(1, 64, 16, dtype=torch.float64)
+    call, record = compiled(model, "raise{allow_empty},tile{least=8}")
+    assert worst(gradients(call, model, [x]), gradients(model, model, [x])) < 1e-12
+    assert record[0].report["tile"].rules == {"heads apart": 1}

@@ -238,8 +238,11 @@ def _solve(problem: Problem, limits: Limits, time: float | None = None) -> Solut
 
 
 def _offloadable(problem: Problem) -> set[int]:
-    """Representatives of what is worth the way to the host's memory: the blocks' own, a megabyte or more."""
-    values = {s for section in problem.sections.sections if section.copies > 1 for s in section.values}
+    """Representatives of what is worth the way to the host's memory: the blocks' own and the first one's input, a
+    megabyte or more."""
+    blocks = [section for section in problem.sections.sections if section.copies > 1]
+    values = {s for section in blocks for s in section.values}
+    values |= {p for section in blocks for ps in section.imports.values() if len(ps) > 1 for p in ps}
     return {s for s in values if problem.sizes[problem.tape.storages[s].size] >= 2**20 or _on_cpu(problem)}
 
 

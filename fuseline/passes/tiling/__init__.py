@@ -12,7 +12,8 @@ For training with long sequences: what an MLP is wide and its gradients then exi
 that leads to one value by ops that work row by row along its longest dimension, and that nothing else reads. A region
 is tiled where something in it is wider than what it is made from and what it makes. Between attention and the next
 block's norm that is a decoder's output projection, residual, norm and MLP. What one op is wide inside of itself, as
-routed experts are, is not looked at.
+routed experts are, is not looked at. Attention, which needs all positions, goes through its heads in groups instead:
+fused kernels sum gradients in float32 and for each query head, at long sequences more than a tile of the MLP.
 
 Gradients of weights are sums over the tiles, each rounded to the weight's type where PyTorch would have rounded once:
 equal in exact arithmetic. A region ends at random ops, as tiles would draw other numbers, at writes, and at the user's
@@ -39,6 +40,7 @@ from ...compiler.program import Program
 from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
 from ..sequence.retrace import retrace
+from .heads import split_heads
 from .regions import Region, find_regions
 from .run import NotByPosition, Tiled, prove
 
@@ -57,10 +59,16 @@ class Tile(Pass):
 
     tiles: int = 0  # parts of the positions; 0: eight, or fewer that have `least` positions each
     least: int = 1024  # positions of a tile, at least, where `tiles` is 0
+    heads: int = 0  # groups that attention's key heads go in; 0: up to four from 8 · `least` positions on; 1: together
 
     def run(self, program: Program, rewriter: Rewriter) -> None:
         if self.tiles < 0 or self.tiles == 1:
             raise UserError(f"pass 'tile' cannot make {self.tiles} tiles", remedy="tiles=8, or 0 to have it chosen")
+        if self.heads < 0:
+            raise UserError(
+                f"pass 'tile' cannot make {self.heads} groups of heads", remedy="heads=4, or 0 to have it chosen"
+            )
+        split_heads(program, rewriter, self.heads, MOST * self.least)
         regions = [r for r in find_regions(program) if self._fits(r, program, rewriter)]
         if not regions:
             return
@@ -93,4 +101,5 @@ class Tile(Pass):
         return (
             "no region of the graph works position by position, is read as a whole by nothing else, and is wider "
             "inside than what it is made from and what it makes",
+            f"attention's heads were asked to stay together, or fewer than {MOST * self.least} positions attend",
         )

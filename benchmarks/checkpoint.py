@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 COLUMNS = ("name", "peak_gb", "step_ms", "predicted_gb", "off", "kept_gb", "compile_s", "beaten_by")
 FAR = ("name", "longest", "peak_gb", "step_s", "fitted", "gb_per_1k", "compile_s")
 SHARES = (0.15, 0.25, 0.35, 0.5, 0.65, 0.8)
-TILED = "raise{allow_empty},tile{tiles=4},"
+TILED = "raise{allow_empty},tile{tiles=8},"
 OURS = {
     "ours long-context": "checkpoint{policy=long-context",
     "ours full": "checkpoint{policy=full",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch.fx import Node
@@ -31,7 +32,7 @@ def split_heads(program: Program, rewriter: Rewriter, count: int, least: int) ->
         if reason is not None:
             rewriter.refuse(node, reason, "heads")
             continue
-        rewriter.rewrite(node, [node], lambda new, node=node, groups=groups: _grouped(new, node, groups), "heads apart")
+        rewriter.rewrite(node, [node], partial(_grouped, node=node, groups=groups), "heads apart")
 
 
 def _attentions(program: Program) -> Iterator[Node]:

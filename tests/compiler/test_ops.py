@@ -142,7 +142,7 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
     "to_host": [(torch.randn(3, 4),), (torch.randn(2, 3, 4).transpose(0, 2),)],
     "from_host": [(torch.randn(3, 4), torch.device("cpu")), (torch.randn(3, 4).t(), torch.device("cpu"))],
     "arrived": [(torch.randn(3, 4),)],
-    "after": [(torch.randn(3, 4), torch.randn(2))],
+    "after": [(torch.randn(3, 4), [torch.randn(2)])],
     "decode_words": [
         (codes(9, torch.int32, 1, 1, 64, 16), torch.rand(4, 3), codes(9, torch.uint8, 4, 3), None, "int4", 32, 16,
          torch.half),

@@ -7,9 +7,9 @@
 Each point runs in a process of its own. All share the model, its attention (is_causal), and a loss that is computed in
 chunks outside of the compiled graph, so that no point stores logits; the step is forward and backward at batch 1.
 Several processes compile at the length that is measured, and each waits before its first step until the GPU is its own;
-with --longest the length is symbolic, and `half_s` is a step of half of --length. `peak_gb` is the allocator's, parameters and gradients included; `predicted_gb`
-what our pass said before the run; `compile_s` counts processor time, as processes share the cores; `beaten_by` the
-other points with no more memory and no more time.
+with --longest the length is symbolic, and `half_s` is a step of half of --length. `peak_gb` is the allocator's,
+parameters and gradients included; `predicted_gb` what our pass said before the run; `compile_s` counts processor time,
+as processes share the cores; `beaten_by` the other points with no more memory and no more time.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from .leftovers import gather
 from .manifest import describe
 from .module_file import deduplicate, load_module, render, write_text
 from .repack import repack
+from .templates.append import emit_append
 from .templates.attention import emit_attention
 from .templates.cached import emit_cached
 from .templates.linear import emit_linear
@@ -129,6 +130,7 @@ def emit(region: GraphModule, name: str) -> Launcher | Refusal:
 
 _EMITTERS: dict[object, Callable[[GraphModule, str], Launcher | Refusal]] = {
     "linear": emit_linear,
+    "append": emit_append,
     "attention": emit_attention,
     "cached": emit_cached,
     "sparse": emit_sparse,

@@ -10,11 +10,12 @@ Before                                       after  fuse
 A region is a subgraph with an anchor (linears of one input, in any weight format) and what goes into its template's
 prologue (a norm) and epilogue (pointwise ops), a cluster of pointwise and row operations without an anchor, an
 attention by itself, or a layer's routed experts with what expands their codes; attention over a cache of codes
-(`QuantizedCache`) reads the codes, and takes in what a step adds to them. Codegen turns a region into a few kernels, or
+(`QuantizedCache`) reads the codes, and takes in what a step adds to them. What a step adds to an ordinary cache is one
+kernel with the rotation before it (`appends.py`). Codegen turns a region into a few kernels, or
 runs it through PyTorch and says why; in eager a region runs as it stands, so the program stays executable then, too.
 
-Regions are convex: no value leaves one and comes back. Nodes that touch a storage which the graph writes to (a KV
-cache) and nodes in other grad modes stay outside.
+Regions are convex: no value leaves one and comes back. Other nodes that touch a storage which the graph writes to and
+nodes in other grad modes stay outside.
 
 Exact: the same operations, grouped. Source: epilogue fusion as in CUTLASS and Inductor; the grouping is ours.
 """
@@ -30,6 +31,7 @@ from ...compiler.outline import cut
 from ...compiler.program import Program
 from ...compiler.registry import register
 from ...compiler.rewriter import Rewriter
+from .appends import append_regions, delay_counts, join_counts
 from .cached import cached_regions, fold_reads
 from .clusters import clusters
 from .experts import expert_regions
@@ -54,6 +56,8 @@ class Fuse(Pass):
         sort(program.graph)
         if self.attention:
             fold_reads(program, rewriter)
+            delay_counts(program)
+            join_counts(program)
         partition = Partition(Reachability(program.graph))
         regions: list[Region] = []
         taken: set[object] = set()
@@ -63,6 +67,9 @@ class Fuse(Pass):
         if self.experts:
             routed = list(expert_regions(program))
             taken |= {n for r in routed for n in r.nodes}
+        if self.attention:
+            appended = list(append_regions(program, partition, taken))
+            taken |= {n for r in appended for n in r.nodes}
         if self.pointwise:
             regions += clusters(program, partition, taken)
         if self.attention:
@@ -70,6 +77,7 @@ class Fuse(Pass):
             attentions = [n for n in program.graph.nodes if n.target is ops.attention.overload]
             regions += [Region("attention", "attention", [n]) for n in attentions]
             regions += cached_regions(program)
+            regions += appended
         if self.experts:
             regions += routed
         try:

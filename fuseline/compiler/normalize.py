@@ -267,6 +267,8 @@ def _functional(node: Node) -> Any:
     name = getattr(node.target, "_opname", "")
     if not name.endswith("_") or name.endswith("__") or node.target.namespace != "aten":
         return None
+    if not isinstance(node.args[0], Node):  # several at once
+        return None
     packet = getattr(aten, name[:-1], None)
     return getattr(packet, node.target._overloadname, None) if packet is not None else None
 
@@ -294,6 +296,9 @@ def _storage(graph: torch.fx.Graph, owners: list[Node]) -> tuple[dict[Node, Node
             for position, argument in enumerate(schema.arguments):
                 info = argument.alias_info
                 value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+                if info is not None and info.is_write and isinstance(value, (tuple, list)):  # torch._foreach_add_
+                    for one in (n for n in value if n in roots):
+                        writes.setdefault(roots[one], []).append(node)
                 if info is None or not isinstance(value, Node) or value not in roots:
                     continue
                 if info.is_write:

@@ -93,6 +93,12 @@ def out_argument(x):
     return y * 2
 
 
+def several_at_once(x):
+    y, z = x * 2, x + 3
+    torch._foreach_add_([y, z], 1)
+    return y + z
+
+
 def views_behind_the_write(x):
     y = x * 2
     y.clamp_(-1, 1)
@@ -143,7 +149,8 @@ def part_of_topk(x):
     [
         (chunk_of_input, {"x"}), (chunk_of_intermediate, set()), (view_of_intermediate, set()),
         (eval_dropout_is_its_input, set()), (eval_dropout_of_input, {"x"}), (copies_are_no_aliases, set()),
-        (chain_of_writes, set()), (read_between_writes, set()), (out_argument, set()), (compare_in_place, set()),
+        (chain_of_writes, set()), (read_between_writes, set()), (several_at_once, set()),
+        (out_argument, set()), (compare_in_place, set()),
         (part_of_topk, set()), (views_behind_the_write, set()), (views_read_before_the_write, set()),
         (a_view_read_behind_the_write, set()), (a_view_is_written, set()), (quotient_of_topk, set()),
     ],
@@ -151,6 +158,14 @@ def part_of_topk(x):
 )  # fmt: skip
 def test_writes_mean_what_they_meant(function: Callable[..., Any], written: set[str]) -> None:
     assert same_as_eager(function, torch.randn(3, 4)) == written
+
+
+def test_several_inputs_written_at_once():
+    def function(x, y):
+        torch._foreach_mul_([x, y], 2)
+        return x + y
+
+    assert len(same_as_eager(function, torch.randn(3, 4), torch.randn(3, 4))) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

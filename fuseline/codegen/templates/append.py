@@ -76,10 +76,11 @@ def emit_append(region: GraphModule, name: str) -> Launcher | Refusal:
         tuple(uses),
     )
     results = list(region.graph.output_node().all_input_nodes)
-    outs = [
-        Out("out", results.index(q), tuple(q.meta["val"].shape), None, dtype) for q in [found.queries] if q in results
-    ]
-    return Launcher(name, _host(region, found, name, kernel), (kernel,), outs=tuple(outs))
+    outs: tuple[Out, ...] = ()
+    if found.queries is not None:
+        shape = tuple(found.queries.meta["val"].shape)
+        outs = (Out("out", results.index(found.queries), shape, None, dtype),)
+    return Launcher(name, _host(region, found, name, kernel), (kernel,), outs=outs)
 
 
 def _analyse(region: GraphModule) -> _Append | Refusal:

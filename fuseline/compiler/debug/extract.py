@@ -148,6 +148,7 @@ def _written(graph: Graph) -> set[int]:
             continue
         for position, argument in enumerate(schema.arguments):
             value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
-                found.update(storages(value.meta.get("val")))
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for one in torch.utils._pytree.tree_leaves(value):
+                    found.update(storages(one.meta.get("val")) if isinstance(one, Node) else ())
     return found

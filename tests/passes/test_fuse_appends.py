@@ -87,6 +87,16 @@ def read_between(q: Any, k: Any, v: Any, cos: Any, sin: Any, keys: Any, values: 
     return attention(q, keys, values, None, 0.25, "causal", 3)
 
 
+def read_by_another_name(q: Any, k: Any, v: Any, cos: Any, sin: Any, keys: Any, values: Any, count: Any) -> Any:
+    q, k, view = rotary(q, cos, sin), rotary(k, cos, sin), count.view(1, 1)
+    at = torch.arange(k.shape[2]) + count
+    count.add_(k.shape[2])
+    k = k * view
+    keys.index_copy_(2, at, k)
+    values.index_copy_(2, at, v)
+    return attention(q, keys, values, None, 0.25, "causal", 3)
+
+
 def read_behind(q: Any, k: Any, v: Any, cos: Any, sin: Any, keys: Any, values: Any, count: Any) -> torch.Tensor:
     return layer(q, k, v, cos, sin, keys, values, count) * count
 
@@ -119,6 +129,7 @@ def from_queries(q: Any, k: Any, v: Any, cos: Any, sin: Any, keys: Any, values: 
     ("one", "expected"),
     [
         (read_between, [["index_copy_", "index_copy_"]]),
+        (read_by_another_name, [["index_copy_", "index_copy_"]]),
         (read_behind, [WHOLE]),
         (seen_between, []),
         (apart, []),
@@ -129,3 +140,26 @@ def test_what_tells_stays_where_it_is(one: Layer, expected: list[list[str]]) -> 
     regions, outside = fused(one)
     assert regions == expected
     assert "_foreach_add_" not in outside
+
+
+def test_writes_that_follow_each_other_go_in_pairs() -> None:
+    """Four writes by the same positions, read only behind the last."""
+
+    def four(q: Any, k: Any, v: Any, cos: Any, sin: Any, *caches: Any) -> torch.Tensor:
+        at = torch.arange(k.shape[2]) + caches[2]
+        for cache, x in zip((caches[0], caches[1], caches[3], caches[4]), (k, v, k, v)):
+            cache.index_copy_(2, at, x)
+        first, second = (attention(q, caches[i], caches[i + 1], None, 0.25, "causal", 3) for i in (0, 3))
+        return first + second
+
+    class Once(torch.nn.Module):
+        def forward(self, *given: Any) -> torch.Tensor:
+            return four(*given)
+
+    given = inputs(2)
+    program = fuseline.capture(Once(), tuple(t.clone() for t in given))
+    program, report = fuseline.Pipeline("fuse{allow_empty}").run(program, verification="full")
+    assert report["fuse"].rules["cache append"] == 2
+    ours, theirs = ([t.clone() for t in given] for _ in range(2))
+    assert torch.allclose(program.to_module()(*ours), four(*theirs), rtol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -139,7 +139,10 @@ def _kernel(name: str, found: _Append) -> tuple[str, list[str]]:
             _put(text, found, "part", head, head_v)
         else:
             with text.block("if part < groups:"):
-                text.add("h = part * ROWS + tl.arange(0, ROWS)", "x_rows = q_ptr + batch * q_s0 + h * q_s1 + s * q_s2")
+                text.add(
+                    "h = (part * ROWS + tl.arange(0, ROWS)).to(tl.int64)",
+                    "x_rows = q_ptr + batch * q_s0 + h * q_s1 + s * q_s2",
+                )
                 _turn(text, found, "q", head, "(h < query_heads)[:, None]", True)
                 text.add('first = tl.where(fits, first, float("nan"))', 'second = tl.where(fits, second, float("nan"))')
                 text.add("y_rows = out_ptr + batch * out_s0 + h * out_s1 + s * out_s2")
@@ -151,7 +154,9 @@ def _kernel(name: str, found: _Append) -> tuple[str, list[str]]:
 
 def _put(text: Text, found: _Append, part: str, head: int, head_v: int) -> None:
     inside = "((h < heads) & fits)[:, None]"
-    text.add(f"h = {part} * ROWS + tl.arange(0, ROWS)", "x_rows = k_ptr + batch * k_s0 + h * k_s1 + s * k_s2")
+    text.add(
+        f"h = ({part} * ROWS + tl.arange(0, ROWS)).to(tl.int64)", "x_rows = k_ptr + batch * k_s0 + h * k_s1 + s * k_s2"
+    )
     _turn(text, found, "k", head, inside, found.turned is not None)
     text.add("y_rows = keys_ptr + batch * keys_s0 + h * keys_s1 + row * keys_s2")
     _store_halves(text, "keys", head, inside)

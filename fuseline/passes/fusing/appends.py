@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
+from ...compiler.compat import storages
 from ...compiler.ops import rotary
 from ...compiler.order import Partition, touches_written
 from ...compiler.program import Program
@@ -30,9 +31,10 @@ COUNT = aten.add_.Tensor
 
 def append_regions(program: Program, partition: Partition, taken: set[object]) -> Iterator[Region]:
     """Each pair of writes to one cache, keys before values; put into `partition`."""
+    paired: set[Node] = set()
     for values in [n for n in program.graph.nodes if n.target is WRITE]:
         keys = _before(values)
-        if keys is None or not _is_pair(keys, values):
+        if keys is None or keys in paired or not _is_pair(keys, values):
             continue
         nodes = {keys, values}
         for more in (_rotations(keys), _positions(values)):
@@ -41,14 +43,15 @@ def append_regions(program: Program, partition: Partition, taken: set[object]) -
                 nodes = wider
         if partition.fits(nodes):
             partition.put(values, nodes)
+            paired |= {keys, values}
             yield Region("append", "cache append", sorted(nodes, key=partition.reach.index.__getitem__))
 
 
 def delay_counts(program: Program) -> None:
     """Moves `count += S` behind the writes to the cache where nothing between them looks at the count."""
     for count in [n for n in program.graph.nodes if n.target is COUNT]:
-        names, place = {count, count.args[0]}, count
-        while (following := place.next).op == "call_function" and not names & {*following.all_input_nodes}:
+        place = count
+        while (following := place.next).op == "call_function" and not _looks_at(following, count.args[0]):
             place = following
             if place.target is WRITE and _before(place) is not None:
                 place.append(count)
@@ -60,7 +63,8 @@ def join_counts(program: Program) -> None:
     alike: dict[object, list[Node]] = {}
     for count in [n for n in program.graph.nodes if n.target is COUNT and not n.users and not n.kwargs]:
         counted, by = count.args
-        if counted.op == "placeholder" and not isinstance(by, float) and not _is_touched(counted, behind=count):
+        seen = any(_looks_at(n, counted) for n in _behind(count) if n.op != "output")
+        if counted.op == "placeholder" and not isinstance(by, float) and not seen:
             alike.setdefault(by, []).append(count)
     for by, counts in alike.items():
         counted = list(dict.fromkeys(n.args[0] for n in counts))
@@ -74,8 +78,15 @@ def join_counts(program: Program) -> None:
             program.graph.erase_node(count)
 
 
-def _is_touched(counted: Node, behind: Node) -> bool:
-    return any(user > behind for user in counted.users if user.op != "output")
+def _behind(node: Node) -> Iterator[Node]:
+    while (node := node.next).op != "root":
+        yield node
+
+
+def _looks_at(node: Node, counted: Node) -> bool:
+    """Whether a node reads a count, by any name."""
+    keys = set(storages(counted.meta["val"]))
+    return any(keys & set(storages(x.meta.get("val"))) for x in node.all_input_nodes)
 
 
 def _before(node: Node) -> Node | None:
@@ -133,7 +144,7 @@ def _positions(values: Node) -> set[Node]:
     if at.target is not aten.add.Tensor or len(at.users) != 2 or at.kwargs:
         return set()
     steps = [n for n in at.all_input_nodes if n.target is aten.arange.default and list(n.users) == [at]]
-    counts = [n for n in at.all_input_nodes if n not in steps and n.meta["val"].numel() == 1]
-    if len(steps) != 1 or len(counts) != 1 or counts[0].meta["val"].is_floating_point():
+    counts = [n.meta["val"] for n in at.all_input_nodes if n not in steps]
+    if len(steps) != 1 or len(counts) != 1 or counts[0].numel() != 1 or counts[0].is_floating_point():
         return set()
-    return {at, *steps}
+    return {at, *steps} if counts[0].device == at.meta["val"].device else set()  # a number of the host's is no pointer

@@ -102,6 +102,10 @@ def split_as_written(joint: GraphModule, inputs: Sequence[Any], **given: Any) ->
     return default_partition(joint, inputs, **given)
 
 
+IN_ORDER = {"allow_buffer_reuse": False, "reorder_for_peak_memory": False}
+"""Inductor's settings for a graph whose memory is planned."""
+
+
 def inductor_through(module: GraphModule, inputs: Sequence[Any], partition: Partition, key: str) -> Callable[..., Any]:
     """A training graph compiled by Inductor, its joint graph split by `partition`; key: what tells this partition from
     others in Inductor's cache. AOTAutograd's own cache is left out: a hit would skip the partition, and with it what it
@@ -127,9 +131,7 @@ def inductor_through(module: GraphModule, inputs: Sequence[Any], partition: Part
             return str, (key,)
 
     with config.patch(custom_partitioner_fn=Ours()), functorch.patch(enable_autograd_cache=False):
-        return compile_fx(
-            module, list(inputs), config_patches={"allow_buffer_reuse": False, "reorder_for_peak_memory": False}
-        )
+        return compile_fx(module, list(inputs), config_patches=IN_ORDER)
 
 
 def checkpoint_policy(body: GraphModule) -> Callable[..., Any] | None:

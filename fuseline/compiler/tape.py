@@ -221,11 +221,11 @@ def _is_inlined(node: Node, reads: int) -> bool:
     number of storages that it is made from (`realize_reads_threshold`, `realize_acc_reads_threshold`). A residual
     stream's gradient, to which every block adds, would else be made from all of them. What a matrix product is added to
     becomes one call with it."""
-    if not _is_pointwise(node) or not node.users:
+    if kind(node) is not Kind.POINTWISE or not node.users or len(node.users) > 4:
         return False
     if reads > (4 if len(node.users) > 1 else 8) or _ends_product(node):
         return False
-    return all(_is_pointwise(u) or kind(u) is Kind.ROW for u in _readers(node))
+    return all(u.op == "call_function" and kind(u) in (Kind.POINTWISE, Kind.ROW) for u in _readers(node))
 
 
 def _readers(node: Node) -> Iterator[Node]:
@@ -236,13 +236,6 @@ def _readers(node: Node) -> Iterator[Node]:
             yield from _readers(user)
         else:
             yield user
-
-
-def _is_pointwise(node: Node) -> bool:
-    """Casts included, as Inductor writes them."""
-    if node.op != "call_function":
-        return False
-    return kind(node) is Kind.POINTWISE or node.target is torch.ops.prims.convert_element_type.default
 
 
 _SCATTERS = (

@@ -131,7 +131,8 @@ def cost(node: Node) -> Cost:
         return _collective(node, name, read, written)
     op = find(node.target)
     if op is not None and op.cost_rule is not None:
-        return op.cost_rule(*_values(node.args), **_values(node.kwargs))  # type: ignore[no-any-return]
+        own = op.cost_rule(*_values(node.args), **_values(node.kwargs))
+        return Cost(products=symbolic_expression(own.flops), bytes=symbolic_expression(own.bytes), narrow=narrow)
     if name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "matmul", "linear", "addmv", "mv"):
         return Cost(products=_product_flops(node, tensors[0]), bytes=read + written, narrow=narrow)
     if name in _ATTENTION:

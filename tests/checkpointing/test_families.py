@@ -42,7 +42,8 @@ def test_gradients_are_equal_bit_for_bit(kind, monkeypatch):
     again = []
     split = joint_level.Joint.split
     monkeypatch.setattr(joint_level.Joint, "split", lambda self, *a, **k: _noted(split(self, *a, **k), again))
-    for choice in ("checkpoint", "checkpoint{policy=full}", "checkpoint{policy=budget,memory=0.9}"):
+    share = 0.99 if kind == "mixtral" else 0.9  # gradients of experts are nearly all of the peak
+    for choice in ("checkpoint", "checkpoint{policy=full}", f"checkpoint{{policy=budget,memory={share}}}"):
         ours = gradients(model, ids, f"raise{{allow_empty}},{choice}")
         assert len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs)), choice
     assert any(len(list(b.graph.nodes)) > 100 for b in again)  # the blocks were in it, not the loss alone

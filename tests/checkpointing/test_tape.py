@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
+from fuseline.compiler import ops
+from fuseline.compiler.machine import MACHINES
 from fuseline.compiler.tape import Tape, tape
 from tests.helpers.joint import Traced
 
@@ -52,6 +54,16 @@ def test_a_sum_onto_a_product_is_one_call_that_writes() -> None:
     sums = [n for n in found.nodes if getattr(n.target, "_opname", "") == "add" and n.meta["val"].shape == (4, 4)]
     owners = {found.nodes[s.owner] for s in found.storages}
     assert len(sums) == 3 and owners.issuperset(sums)
+
+
+def test_routed_experts_cost_what_their_op_says() -> None:
+    def function(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        chosen = x.topk(2).indices
+        return ops.moe(x, chosen, torch.ones_like(chosen, dtype=x.dtype), up, down).sum()
+
+    found = tape_of(function, (4, 12, 4), (4, 4, 6))
+    cost = found.costs[found.nodes.index(node(found, "moe"))]
+    assert cost.products == 2 * (8 * 2) * (12 * 4 + 4 * 6) and cost.seconds(MACHINES["h100"], float) > 0
 
 
 def test_a_scatter_writes_into_what_nobody_else_reads() -> None:

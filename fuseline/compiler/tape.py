@@ -8,7 +8,7 @@ length by one product.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,7 @@ from .machine import Machine
 from .ops import Kind
 from .program import Program
 from .traits import kind
+from .views import readers
 
 At = dict[Any, int]
 """Size symbols and their values."""
@@ -225,17 +226,7 @@ def _is_inlined(node: Node, reads: int) -> bool:
         return False
     if reads > (4 if len(node.users) > 1 else 8) or _ends_product(node):
         return False
-    return all(u.op == "call_function" and kind(u) in (Kind.POINTWISE, Kind.ROW) for u in _readers(node))
-
-
-def _readers(node: Node) -> Iterator[Node]:
-    """Who reads a value, also through its views."""
-    keys = set(storages(node.meta.get("val")))
-    for user in node.users:
-        if user.op == "call_function" and keys & set(storages(user.meta.get("val"))):
-            yield from _readers(user)
-        else:
-            yield user
+    return all(u.op == "call_function" and kind(u) in (Kind.POINTWISE, Kind.ROW) for u in readers(node))
 
 
 _SCATTERS = (

@@ -11,8 +11,8 @@ from torch.fx import Node
 
 from fuseline.compiler.joint import forward_nodes
 from fuseline.compiler.machine import MACHINES
+from fuseline.compiler.views import viewed
 from fuseline.models.shapes import Decoder, Shape
-from fuseline.passes.checkpointing.order import viewed
 from tests.helpers.joint import assert_all_are_waited_for, split_under_inductor
 
 

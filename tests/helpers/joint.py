@@ -18,7 +18,7 @@ from fuseline.compiler.ops import after
 from fuseline.compiler.pipeline import Pipeline
 from fuseline.compiler.program import Program
 from fuseline.compiler.report import Report
-from fuseline.passes.checkpointing.order import viewed
+from fuseline.compiler.views import viewed
 
 
 class Traced:

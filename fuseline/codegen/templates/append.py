@@ -15,10 +15,12 @@ from torch.fx import GraphModule, Node
 from ...compiler.ops import rotary
 from ...compiler.traits import arguments
 from ..about import about
-from ..dtypes import is_supported, pointer_type
+from ..dtypes import compute_dtype, is_supported, pointer_type, triton_type
 from ..kernel import BufferUse, Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
-from .text import Names, Text
+from .cached_update import launch
+from .config import next_power_of_two
+from .text import Names, Text, load
 
 WARPS = 4
 ROWS = 8
@@ -28,7 +30,7 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class _Append:
     """keys, values: the writes; turned: the rotation of the keys, or None; queries: that of the queries, or None;
-    count: how many tokens were there, or None where `at` has the positions."""
+    at: the positions or, where `counted`, how many tokens were there."""
 
     keys: Node
     values: Node
@@ -127,14 +129,14 @@ def _kernel(name: str, found: _Append) -> tuple[str, list[str]]:
             if found.counted
             else "row = tl.load(at_ptr + s * at_s).to(tl.int64)",
             "fits = (row >= 0) & (row < T)",
-            f"d = tl.arange(0, {_power(head // 2)})",
+            f"d = tl.arange(0, {next_power_of_two(head // 2)})",
         )
         if found.turned is not None:
             for name_ in ("cos", "sin"):
                 text.add(f"{name_}_row = {name_}_ptr + batch * {name_}_s0 + s * {name_}_s2")
                 for which, place in enumerate(_halves(head)):
-                    load = _load(f"{name_}_row + {place} * {name_}_s3", _inside(head // 2))
-                    text.add(f"{name_}_{which} = {load}.to({_compute(found)})[None, :]")
+                    loaded = load(f"{name_}_row + {place} * {name_}_s3", _inside(head // 2))
+                    text.add(f"{name_}_{which} = {loaded}.to({_compute(found)})[None, :]")
         if found.queries is None:
             _put(text, found, "part", head, head_v)
         else:
@@ -160,10 +162,10 @@ def _put(text: Text, found: _Append, part: str, head: int, head_v: int) -> None:
     _turn(text, found, "k", head, inside, found.turned is not None)
     text.add("y_rows = keys_ptr + batch * keys_s0 + h * keys_s1 + row * keys_s2")
     _store_halves(text, "keys", head, inside)
-    more = [inside, *([f"(e < {head_v})[None, :]"] if _power(head_v) != head_v else [])]
+    more = [inside, *([f"(e < {head_v})[None, :]"] if next_power_of_two(head_v) != head_v else [])]
     mask = " & ".join(more)
     text.add(
-        f"e = tl.arange(0, {_power(head_v)})",
+        f"e = tl.arange(0, {next_power_of_two(head_v)})",
         "v_rows = v_ptr + batch * v_s0 + h * v_s1 + s * v_s2",
         f"v = tl.load(v_rows[:, None] + e[None, :] * v_s3, mask={mask})",
         "put = values_ptr + batch * values_s0 + h * values_s1 + row * values_s2",
@@ -176,7 +178,7 @@ def _turn(text: Text, found: _Append, x: str, head: int, inside: str, rotated: b
     half = head // 2
     mask = [inside, *(f"({c})[None, :]" for c in _inside(half))]
     for name, place in zip(("first", "second"), _halves(head)):
-        text.add(f"{name} = {_load(f'x_rows[:, None] + {place}[None, :] * {x}_s3', mask)}")
+        text.add(f"{name} = {load(f'x_rows[:, None] + {place}[None, :] * {x}_s3', mask)}")
     if rotated:
         text.add(
             f"first, second = first.to({_compute(found)}), second.to({_compute(found)})",
@@ -199,21 +201,12 @@ def _halves(head: int) -> tuple[str, str]:
 
 def _compute(found: _Append) -> str:
     """The type in which is turned."""
-    return "tl.float64" if found.tensors["k"].meta["val"].dtype == torch.float64 else "tl.float32"
+    return triton_type(compute_dtype(found.tensors["k"].meta["val"].dtype))
 
 
 def _inside(half: int) -> list[str]:
     """The condition that lanes of a half that is no power of two need."""
-    return [f"d < {half}"] if _power(half) != half else []
-
-
-def _load(pointer: str, mask: list[str]) -> str:
-    tail = f", mask={' & '.join(mask)}, other=0.0" if mask else ""
-    return f"tl.load({pointer}{tail})"
-
-
-def _power(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
+    return [f"d < {half}"] if next_power_of_two(half) != half else []
 
 
 def _host(region: GraphModule, found: _Append, name: str, kernel: Kernel) -> str:
@@ -240,7 +233,7 @@ def _host(region: GraphModule, found: _Append, name: str, kernel: Kernel) -> str
         known |= {f"{a}_s{i}": f"{x}.stride({i})" for a, x in value.items() if a != "at" for i in range(4)}
         known |= {
             "at_s": "0" if found.counted else f"{value['at']}.stride(0)", "S": "s", "T": f"{value['keys']}.shape[2]",
-            "heads": "heads", "ROWS": str(ROWS),
+            "heads": "heads",
         }  # fmt: skip
         grid = f"b * s, triton.cdiv(heads, {ROWS})"
         if found.queries is not None:
@@ -248,9 +241,7 @@ def _host(region: GraphModule, found: _Append, name: str, kernel: Kernel) -> str
             text.add(f"groups = triton.cdiv({value['q']}.shape[1], {ROWS})")
             grid = f"b * s, groups + triton.cdiv(heads, {ROWS})"
         with text.block(f"if {value['k']}.numel():"), text.block(f"with torch.cuda.device_of({value['k']}):"):
-            given = [f"ROWS={ROWS}" if p == "ROWS" else known[p] for p in kernel.signature]
-            given += [f"num_warps={kernel.num_warps}", f"num_stages={kernel.num_stages}"]
-            text.add(*call(f"{kernel.name}[({grid})](", given, ")"))
+            launch(text, kernel, grid, known)
         output = region.graph.output_node()
         said = {found.keys: value["keys"], found.values: value["values"], found.queries: "out"}
         results = [said[n] for n in output.all_input_nodes]

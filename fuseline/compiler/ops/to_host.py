@@ -7,15 +7,13 @@ computation's own stream has waited for its copy.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-
 import torch
 
 from ._define import Kind, op
 
 _Copy = tuple[torch.cuda.Event, torch.Tensor]
 _streams: dict[torch.device, torch.cuda.Stream] = {}
-_leaving: dict[torch.device, deque[_Copy]] = defaultdict(deque)
+_leaving: dict[torch.device, _Copy] = {}
 _coming: dict[int, _Copy] = {}
 
 
@@ -33,7 +31,7 @@ def to_host(x: torch.Tensor) -> torch.Tensor:
     stream.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(stream):
         host.copy_(x, non_blocking=True)
-    _leaving[x.device].append((stream.record_event(), x))
+    _leaving[x.device] = stream.record_event(), x
     return host
 
 
@@ -78,8 +76,8 @@ def _(x: torch.Tensor) -> None:
 
 def _release(device: torch.device) -> None:
     """Lets go of what has left: the caller's stream waits for the copies first."""
-    while _leaving[device]:
-        event, _ = _leaving[device].popleft()
+    if device in _leaving:
+        event, _ = _leaving.pop(device)
         event.wait(torch.cuda.current_stream(device))
 
 

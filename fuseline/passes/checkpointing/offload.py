@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ...compiler.ops import arrived, from_host, to_host
-from .order import viewed, views
+from ...compiler.views import readers, viewed, views
 
 
 def move_to_host(names: Collection[str], ahead: int) -> Callable[[GraphModule, GraphModule, int], None]:
@@ -90,24 +90,12 @@ def _send(module: GraphModule, name: str, results: int) -> bool:
     if node is None or node not in handed[results:]:
         return False
     order = {n: i for i, n in enumerate(graph.nodes)}
-    computed = max((u for u in _readers(node) if u.op != "output"), key=order.__getitem__, default=node)
+    computed = max((u for u in readers(node) if u.op != "output"), key=order.__getitem__, default=node)
     with graph.inserting_after(computed):
         sent = graph.call_function(to_host.overload, (node,))
     sent.meta["val"] = torch.empty_like(node.meta["val"], device="cpu")
     output.args = ([*handed[:results], *(sent if n is node else n for n in handed[results:])],)
     return True
-
-
-def _readers(node: Node) -> list[Node]:
-    """Who reads a value, through views too."""
-    found, pending = [], [node]
-    while pending:
-        for user in pending.pop().users:
-            found.append(user)
-            schema = getattr(user.target, "_schema", None)
-            if schema is not None and any(r.alias_info is not None for r in schema.returns):
-                pending.append(user)
-    return found
 
 
 def _fetch(module: GraphModule, names: Collection[str], ahead: int) -> None:

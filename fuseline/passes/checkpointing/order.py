@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch.fx import GraphModule, Node
 
-from ...compiler.compat import storages
 from ...compiler.joint import forward_nodes
 from ...compiler.ops import after, from_host, to_host
+from ...compiler.views import viewed
 
 
 def keep_order(forward: GraphModule, backward: GraphModule, results: int) -> None:
@@ -43,7 +43,7 @@ def keep_order(forward: GraphModule, backward: GraphModule, results: int) -> Non
                     _wait(backward, x, run, node)
                     waiting.add(x)
                     behind[x] = behind.get(x, 0) | passed
-        elif getattr(node.meta.get("val"), "numel", None) is not None and viewed(node) is node:
+        elif isinstance(node.meta.get("val"), torch.Tensor) and viewed(node) is node:
             number += bool(run)
             run, waiting = [], set()
             for x in read:
@@ -76,25 +76,6 @@ def _wait(module: GraphModule, x: Node, others: Sequence[Node], before: Node) ->
     """Has what reads x behind `before` wait for the others."""
     with module.graph.inserting_before(before):
         module.graph.call_function(after.overload, (x, list(others))).meta["val"] = None
-
-
-def viewed(node: Node) -> Node:
-    """What a view is of: the tensor that its storage came with."""
-    return views(node)[-1]
-
-
-def views(node: Node) -> list[Node]:
-    """A node and, one behind the other, what it is a view of; the last is a tensor of its own."""
-    chain, tensors = [node], 1
-    while (last := chain[-1]).op == "call_function":
-        keys = set(storages(last.meta.get("val")))
-        base = next((n for n in last.all_input_nodes if keys & set(storages(n.meta.get("val")))), None)
-        if base is None:
-            break
-        chain.append(base)
-        if isinstance(base.meta["val"], torch.Tensor):
-            tensors = len(chain)
-    return chain[:tensors]  # not the call whose results come in a tuple
 
 
 def _saved(forward: GraphModule, backward: GraphModule, results: int) -> set[Node]:

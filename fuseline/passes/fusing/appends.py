@@ -22,6 +22,7 @@ from ...compiler.ops import rotary
 from ...compiler.order import Partition, touches_written
 from ...compiler.program import Program
 from ...compiler.traits import arguments
+from ...compiler.views import share
 from .linear import Region
 
 aten = torch.ops.aten
@@ -51,7 +52,9 @@ def delay_counts(program: Program) -> None:
     """Moves `count += S` behind the writes to the cache where nothing between them looks at the count."""
     for count in [n for n in program.graph.nodes if n.target is COUNT]:
         place = count
-        while (following := place.next).op == "call_function" and not _looks_at(following, count.args[0]):
+        while (following := place.next).op == "call_function" and not any(
+            share(x, count) for x in following.all_input_nodes
+        ):
             place = following
             if place.target is WRITE and _before(place) is not None:
                 place.append(count)
@@ -61,32 +64,25 @@ def delay_counts(program: Program) -> None:
 def join_counts(program: Program) -> None:
     """Makes one call of the `count += S` of all layers, where no count is looked at behind its own."""
     alike: dict[object, list[Node]] = {}
-    for count in [n for n in program.graph.nodes if n.target is COUNT and not n.users and not n.kwargs]:
-        counted, by = count.args
-        seen = any(_looks_at(n, counted) for n in _behind(count) if n.op != "output")
-        if counted.op == "placeholder" and not isinstance(by, float) and not seen:
-            alike.setdefault(by, []).append(count)
+    seen: set[int] = set()  # storages that are read behind the node at hand
+    for node in reversed(program.graph.nodes):
+        if node.target is COUNT and not node.users and not node.kwargs and _is_input(node.args[0], seen):
+            alike.setdefault(node.args[1], []).insert(0, node)
+        if node.op != "output":
+            seen.update(s for x in node.all_input_nodes for s in storages(x.meta.get("val")))
     for by, counts in alike.items():
-        counted = list(dict.fromkeys(n.args[0] for n in counts))
-        if len(counts) < 2 or len(counted) < len(counts) or (isinstance(by, Node) and by.op == "call_function"):
+        if len(counts) < 2 or isinstance(by, float) or (isinstance(by, Node) and by.op == "call_function"):
             continue
         last = counts[-1]
         with program.graph.inserting_after(last):
-            joined = program.graph.call_function(aten._foreach_add_.Scalar, (counted, by))
+            joined = program.graph.call_function(aten._foreach_add_.Scalar, ([n.args[0] for n in counts], by))
         joined.meta = {**last.meta, "val": None}
         for count in counts:
             program.graph.erase_node(count)
 
 
-def _behind(node: Node) -> Iterator[Node]:
-    while (node := node.next).op != "root":
-        yield node
-
-
-def _looks_at(node: Node, counted: Node) -> bool:
-    """Whether a node reads a count, by any name."""
-    keys = set(storages(counted.meta["val"]))
-    return any(keys & set(storages(x.meta.get("val"))) for x in node.all_input_nodes)
+def _is_input(counted: Node, seen: set[int]) -> bool:
+    return counted.op == "placeholder" and seen.isdisjoint(storages(counted.meta["val"]))
 
 
 def _before(node: Node) -> Node | None:

@@ -72,8 +72,9 @@ _DONE: dict[tuple[object, str, str | None], tuple[Compiled, str]] = {}
 def compile_kernel(kernel: Kernel, target: str, store: Store | None = None) -> Compiled:
     """Compiles `kernel` with its constants for one of GPUS; no GPU is needed.
 
-    Pointers are taken as aligned to 16 bytes, as PyTorch allocates. A constant `PTX` is whether the target is NVIDIA's,
-    whatever the kernel says. Equal kernels are compiled once in a process, and never where `store` has them.
+    Pointers are taken as aligned to 16 bytes, as PyTorch allocates. A constant `PTX` is whether the target is NVIDIA's
+    and of capability 8.0 or later, whatever the kernel says. Equal kernels are compiled once in a process, and never
+    where `store` has them.
 
     Raises:
         UserError: an unknown target, no Triton, or Triton in interpreter mode.
@@ -82,7 +83,7 @@ def compile_kernel(kernel: Kernel, target: str, store: Store | None = None) -> C
     if target not in GPUS:
         raise UserError(f"unknown target {target!r}{nearest(target, GPUS)}")
     if "PTX" in kernel.constants:
-        kernel = replace(kernel, constants=kernel.constants | {"PTX": GPUS[target][0] == "cuda"})
+        kernel = replace(kernel, constants=kernel.constants | {"PTX": packs_pairs(target)})
     if store is None:
         return replace(compile_once(kernel, target)[0], kernel=kernel)
     key = _made_of(kernel, target)
@@ -94,6 +95,12 @@ def compile_kernel(kernel: Kernel, target: str, store: Store | None = None) -> C
     about = {"ops": kernel.ops, "lines": kernel.lines, "made_by": kernel.made_by}
     store.save(kernel.name, {**done.asm, "json": metadata}, files is not None, about, **key)
     return done
+
+
+def packs_pairs(target: str) -> bool:
+    """Whether a target has the instructions that kernels are written in where their constant PTX is true."""
+    backend, architecture, _ = GPUS[target]
+    return backend == "cuda" and int(architecture) >= 80
 
 
 def _made_of(kernel: Kernel, target: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..compiler import products
 from ..compiler.expert_expressions import PairsInWords
 from ..compiler.expressions import Constant, Expression, InWords, Transpose
 from ..compiler.formats.words import Words
-from ..compiler.ops import decode_pair_words, decode_pairs, decode_words, dequantize, lowrank_add, moe
+from ..compiler.ops import decode_pair_words, decode_pairs, decode_words, lowrank_add, moe
 from ..compiler.schemes import Scheme
 from ..compiler.traits import arguments, is_view
 from .sizes import same
@@ -145,7 +145,7 @@ class _Layout:
         inside = [n for n in region.graph.nodes if n.op == "placeholder"]
         outside: dict[Node, Node] = dict(zip(inside, call.args, strict=True))  # type: ignore[arg-type]
         decoded, codes = _linears(region) if region.meta["kind"] == "linear" else _experts(region)
-        if not decoded or not all(self._served(node, codes, outside, region) for node in decoded):
+        if not decoded or not all(self._served(node, codes, outside) for node in decoded):
             return False
         if region.meta["kind"] == "linear" and len({products.words_of(n, codes)[1] for n in decoded}) > 1:  # type: ignore[index, arg-type]
             return False
@@ -159,13 +159,10 @@ class _Layout:
         region.recompile()
         return True
 
-    def _served(self, node: object, codes: bool, outside: dict[Node, Node], region: GraphModule) -> bool:
-        target = getattr(node, "target", None)
-        if region.meta["kind"] == "linear" and not codes and target is dequantize.overload:
-            return False  # gemv and gemm serve int4 and int8: a whole step of batch 1 is faster (docs/benchmarks.md)
+    def _served(self, node: object, codes: bool, outside: dict[Node, Node]) -> bool:
         if not isinstance(node, Node):
             return False
-        if target is decode_pairs.overload:
+        if node.target is decode_pairs.overload:
             given = arguments(node) if products.pair_words_of(node) is not None else None
         else:
             found = products.words_of(node, codes)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from . import triton_api
+from . import dependent, triton_api
 from .kernel_store import KernelStore
 from .specialisation import Specialisation, prepare
 
@@ -75,12 +75,12 @@ class KernelLauncher:
         except (TypeError, OverflowError):  # not the kinds of arguments that the first call had
             return self.function[grid](*arguments, **constants)
         aligned = not reduce(or_, addresses) % ALIGNMENT or tuple(a % ALIGNMENT == 0 for a in addresses)
-        values = constants.values()
-        key = (aligned, *devices, *map(dtype_of, pointers), *types, *constants, *values, *map(type, values))
+        values, early = constants.values(), self._dependent and dependent.early(grid)
+        key = (early, aligned, *devices, *map(dtype_of, pointers), *types, *constants, *values, *map(type, values))
         try:
             ready = self.known[key]
         except KeyError:
-            ready = self._first_time(key, pointers, addresses, devices, types, constants)
+            ready = self._first_time(key, pointers, addresses, devices, types, constants, early)
         if ready is None or type(grid) is not tuple or _hooked(runtime):
             return self.function[grid](*arguments, **constants)
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
@@ -107,7 +107,10 @@ class KernelLauncher:
 
         self._runtime, self._driver = knobs.runtime, triton_api.driver()
         self._specialise = triton_api.specialiser()
-        self._backend = triton_api.backend(self._driver.get_current_target())
+        target, names = self._driver.get_current_target(), [p.name for p in self.function.params]
+        self._backend = triton_api.backend(target)
+        self._may_depend = dependent.CONSTANT in names
+        self._dependent = self._may_depend and dependent.possible(target.backend, target.arch)
         flags = [(not p.do_not_specialize, not p.do_not_specialize_on_alignment) for p in params[pointers:]]
         self._flags = tuple(zip(*flags)) or ((), ())
         self.pointers, self.count = pointers, len(arguments)
@@ -121,6 +124,7 @@ class KernelLauncher:
         devices: Sequence[int],
         types: Sequence[tuple[str, Any]],
         constants: dict[str, Any],
+        early: bool,
     ) -> Ready | None:
         """The kernel for arguments like these, loaded. None where Triton has to launch it, for good."""
         with self._lock:
@@ -133,6 +137,8 @@ class KernelLauncher:
                         (f"*{dtype}", "D" if a % ALIGNMENT == 0 and not skip else "")
                         for dtype, a, skip in zip(map(self._pointee, pointers), addresses, skipped)
                     ]
+                    if self._may_depend:
+                        constants = {**constants, **dependent.constants(early)}
                     made = Specialisation.of(self.function, (*kinds, *types), constants)
                     self.known[key] = self._ready(made, devices[0]) if made else None
             return self.known[key]

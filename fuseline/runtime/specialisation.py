@@ -12,7 +12,7 @@ from .about import about
 from .kernel_store import KernelStore
 
 log = logging.getLogger("fuseline")
-OPTIONS = {"num_warps", "num_stages"}
+OPTIONS = {"num_warps", "num_stages", "launch_pdl"}
 
 
 @dataclass(frozen=True)

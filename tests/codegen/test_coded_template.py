@@ -91,9 +91,10 @@ def test_every_case_compiles_without_a_gpu(case: Coded, target: str) -> None:
 
 def test_codes_go_to_tensor_cores_without_conversions() -> None:
     """Loads of 16 bytes that run ahead, two codes to an instruction, no conversion of an integer."""
-    few, *_ = emitted(WIDE).kernels
+    few, *_, many = emitted(WIDE).kernels
     ptx = str(compile_kernel(few, "sm_90").asm["ptx"])
-    assert "wgmma" in ptx and "cp.async.cg.shared.global" in ptx
+    assert "mma.sync.aligned.m16n8k16" in ptx and "cp.async.cg.shared.global" in ptx
+    assert "wgmma" in str(compile_kernel(many, "sm_90").asm["ptx"])
     assert "cvt.rn.bf16.s" not in ptx and "cvt.rn.f32.s" not in ptx and "cvt.rn.f32.u8" not in ptx
 
 
@@ -164,7 +165,7 @@ def test_tiles_are_picked_by_the_device(case: Coded, monkeypatch: pytest.MonkeyP
 def test_partial_sums_are_added_by_a_kernel_of_their_own() -> None:
     few, total, some, many = emitted(WIDE).kernels
     assert "parts_ptr" in few.signature and "linear_out" not in few.signature
-    assert [(b.access, b.shape) for b in total.buffers if b.value == "parts"] == [("read", (8, 4096, "rows_in_parts"))]
+    assert [(b.access, b.shape) for b in total.buffers if b.value == "parts"] == [("read", (16, 4096, "rows_in_parts"))]
     assert "parts_ptr" not in {**some.signature, **many.signature} and "atomic" not in few.source + total.source
     whole = emitted(WIDE, tiles=CodedTiling(Tile(16, 64), Tile(128, 128)))
     assert [k.name for k in whole.kernels] == ["fused_few", "fused_many"]

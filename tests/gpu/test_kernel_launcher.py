@@ -218,11 +218,11 @@ def test_what_a_launch_costs_the_host(tmp_path: Path, store: KernelStore) -> Non
         program = fuseline.capture(model, (torch.randn(4, 64).bfloat16(),), dynamic={"x": {0: torch.export.Dim("b")}})
     program, _ = fuseline.Pipeline("raise,quantize{weights=int4:g32},fuse").run(program)
     lowered = lower(program)
-    plain = load_module(lowered.write(tmp_path / "plain")).run_linear_0_row
-    ours = wrap(load_module(lowered.write(tmp_path / "ours")), store).run_linear_0_row
+    plain = load_module(lowered.write(tmp_path / "plain")).run_linear_0_few
+    ours = wrap(load_module(lowered.write(tmp_path / "ours")), store).run_linear_0_few
     assert isinstance(ours, KernelLauncher) and not isinstance(plain, KernelLauncher)
-    kernel = next(k for k in lowered.kernels if k.name == "run_linear_0_row")
-    kinds = {"*bf16": torch.bfloat16, "*u8": torch.uint8}
+    kernel = next(k for k in lowered.kernels if k.name == "run_linear_0_few")
+    kinds = {"*bf16": torch.bfloat16, "*u8": torch.uint8, "*i32": torch.int32, "*fp32": torch.float32}
     pointers = [torch.zeros(1 << 14, device="cuda", dtype=kinds[t]) for t in kernel.signature.values() if t in kinds]
     constants = {**kernel.constants, "num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
     costs = {}

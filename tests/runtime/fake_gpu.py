@@ -18,9 +18,11 @@ from triton.backends.compiler import GPUTarget
 
 @dataclass
 class FakeGpu:
-    """launches: (kernel's name, grid, arguments as numbers, constants dropped), in order."""
+    """launches: (kernel's name, grid, arguments as numbers, constants dropped), in order; overlapped: whether each may
+    begin while the one before it ends."""
 
     launches: list[tuple[Any, ...]] = field(default_factory=list)
+    overlapped: list[bool] = field(default_factory=list)
     loaded: list[str] = field(default_factory=list)
     scratch: int = 0  # bytes of global scratch memory that every kernel pretends to want
 
@@ -33,14 +35,15 @@ class FakeGpu:
             def __init__(self, src: Any, metadata: Any):
                 self.constants = {k[0] for k in src.constants}
                 self.global_scratch_size, self.profile_scratch_size = gpu.scratch, 0
-                self.launch_cooperative_grid = self.launch_pdl = False
+                self.launch_cooperative_grid, self.launch_pdl = False, metadata.launch_pdl
 
             def launch(self, x, y, z, stream, function, *rest):
-                _cooperative, _overlapped, _scratch, _profile, packed, metadata, enter, _leave, *args = rest
+                _cooperative, overlapped, _scratch, _profile, packed, metadata, enter, _leave, *args = rest
                 if enter is not None:
                     enter(metadata)
                 given = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
                 kept = tuple(a for i, a in enumerate(given) if i not in self.constants)
+                gpu.overlapped.append(overlapped)
                 gpu.launches.append((gpu.loaded[function], (x, y, z), stream, packed, kept))
 
             def __call__(self, x, y, z, stream, function, *args):

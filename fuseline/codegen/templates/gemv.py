@@ -8,6 +8,7 @@ piece and column, for any group size.
 
 from __future__ import annotations
 
+from ..dependent import MARK
 from .anchor import Anchor, Linear, Section
 from .config import PIECE_MAX, RowConfig
 from .epilogue import Epilogue
@@ -59,6 +60,7 @@ def _section(text: Text, anchor: Anchor, section: Section, tag: str, first: str,
                 scale = f"{anchor.names[linear.plain.scale]}_ptr + {n}"
                 total += f" * {load(scale, (inside,))}.to(tl.float32)"
             results[linear] = total
+    text.add(MARK)
     Epilogue(anchor, section, columns=n, inside=inside, rows="row", tile=False, tag=tag).write(text, results)
 
 

@@ -2,8 +2,8 @@
 
 A word is two halves of 16 bits, and word j of a run of R holds neighbours: with a mask and a shift its halves become
 codes 2j and 2j + 1 of a *piece* of 2R channels, so that one instruction works on two codes and pieces come out in the
-channels' order. Codes of 4, 2 or 1 bits fill a half; other widths are split into such parts, the low bits first, each
-in words of its own (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1, 8 = 4 + 4, 10 = 8 + 2). The narrowest part has
+channels' order. Codes of 8, 4, 2 or 1 bits fill a half; other widths are split into such parts, the low bits first,
+each in words of its own (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1, 10 = 8 + 2). The narrowest part has
 16 / width pieces a word, and so many pieces are a *chunk*:
 
     4 bits, R = 16     chunk = 16 words: 4 pieces of 32 channels; bits 4i … 4i + 3 of both halves are piece i
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-RUNS = (16, 8)
+RUNS = (32, 16, 8)
 COLUMNS = 64
-_PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (4, 4), 10: (8, 2)}
+_PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 10: (8, 2)}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Words:
 
         group: channels that share a scale, which pieces may not cross; `channels` where all do.
         """
-        runs = [run for run in RUNS if group == channels or group % (2 * run) == 0]
+        most = RUNS[0] if bits == 8 else RUNS[1]  # chunks of 4-bit codes are as long as those of 8-bit codes
+        runs = [run for run in RUNS if run <= most and (group == channels or group % (2 * run) == 0)]
         if not runs:
             return None
         return min((Words(bits, run) for run in runs), key=lambda w: w.padded(channels))

@@ -10,10 +10,11 @@ from ..anchor import Anchor
 from .weight import Coded
 
 FEW_ROWS = 64
-"""Up to this many rows a tile holds them all, in blocks of 16, 32 or 64, and its channels may be shared out."""
+"""Up to this many rows a tile holds them all, in blocks of 8, 16, 32 or 64, and its channels may be shared out."""
+LEAST_ROWS = 8  # of a tile: instructions for 8 multiply as fast as they can be fed, and leave registers
 SOME_ROWS = 512
 PROGRAMS = 528  # at once on an H100 or H200: four on each multiprocessor, whose registers 128 threads of 128 fill
-TURNS = 4  # of a program's loop, at least: fewer do not pay for its beginning and end
+TURNS = 2  # of a program's loop, at least: fewer do not pay for its beginning and end
 HOPPER = 227 << 10  # bytes of shared memory
 
 
@@ -55,7 +56,7 @@ def tiling(anchor: Anchor, target: torch.dtype) -> CodedTiling:
         few = within(Tile(FEW_ROWS, 32, stages=2), weight, target, widest, room)
         return CodedTiling(replace(few, block_m=16), fit(Tile(32, 32, stages=2)), few.block_m)
     few = fewer(anchor, weight, target, widest, room)
-    few, rows = replace(few, block_m=16), few.block_m
+    few, rows = replace(few, block_m=LEAST_ROWS), few.block_m
     if weight.chunk > weight.step:  # each tl.dot keeps an x of its own
         return CodedTiling(few, fit(Tile(64, 64 if widest > 1 else 128, 1, 8, 2)), rows)
     if widest > 1:

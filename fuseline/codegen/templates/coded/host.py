@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
+from ...dependent import dependent
 from ...dtypes import pointer_type
 from ...kernel import BufferUse, Kernel, Launcher, Out, Refusal
 from ...kernel_text import call
@@ -15,13 +16,14 @@ from ...sizes import size
 from ..anchor import Anchor, Refused, value
 from ..epilogue import check_operands
 from ..signature import DECORATOR, operands, outputs
-from ..text import Names, Text
+from ..text import Names, Text, is_nvidia
 from .config import CodedTiling, Tile, tiling
 from .kernel import Product, product_body, sum_body
 from .norm import norm_kernel, width
 from .values import FP8
 from .weight import Coded
 
+PAIRS = (8, 0)  # the compute capability
 SUM_BLOCK = 64  # output columns of a program that adds partial sums
 About = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
@@ -45,7 +47,7 @@ def emit_coded(anchor: Anchor, name: str, about: About, header: str, tiles: Code
             kernels.append(_kernel(some, f"{name}_some", product_body(some), about, header, normed=bool(before)))
         kernels.append(_kernel(many, f"{name}_many", product_body(many), about, header, normed=bool(before)))
         source, outs = _host(whole, name, tiles, tuple(kernels), few, before)
-        return Launcher(name, source, (*before, *kernels), outs=outs)
+        return dependent(Launcher(name, source, (*before, *kernels), outs=outs))
     except Refused as refused:
         return Refusal(str(refused))
 
@@ -71,6 +73,12 @@ def lacking(target: torch.dtype, capability: tuple[int, int] | None) -> str | No
     if target == torch.int8 and capability is not None and capability < (8, 0):
         return "int8 in Triton, which compute capability 8.0 has: weights alone (activations left out) run"
     return None
+
+
+def packs_pairs(device: torch.device) -> bool:
+    """Whether an NVIDIA GPU, the one that is there if there is one, has instructions on pairs of bfloat16."""
+    there = device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None
+    return not there or torch.cuda.get_device_capability(device) >= PAIRS
 
 
 def target_of(anchor: Anchor) -> torch.dtype:
@@ -110,6 +118,8 @@ def _kernel(
     constants: dict[str, int | float | bool] = {"BLOCK_M": tile.block_m, "BLOCK_N": block_n or tile.block_n}
     if product.few:
         constants["ROWS"] = tile.block_m
+    if re.search(r"\bPTX\b", body):
+        constants["PTX"] = False
     first = call(f"def {name}(", [*used, "M", *(f"{c}: tl.constexpr" for c in constants)], "):")
     return Kernel(
         name,
@@ -148,6 +158,7 @@ def _host(
     widths = {n: section.n for section in anchor.sections for n in section.outputs}
     known = {f"{anchor.names[n]}_ptr": f"{_bytes(n, anchor.names[n])}.contiguous()" for n in operands(anchor)}
     known |= {"x_ptr": rows, "parts_ptr": parts, "normed_ptr": normed, "M": m, "BLOCK_M": block_m, "ROWS": held}
+    known["PTX"] = is_nvidia("x") if packs_pairs(value(anchor.x).device) else "False"
     known |= {f"{anchor.names[n]}_out": x for n, x in out.items()}
     shape, device = "(*x.shape[:-1], {})", "device=x.device"
 
@@ -198,7 +209,7 @@ def _host(
 
 def _least(tile: Tile, m: str) -> str:
     """The least block of rows that holds all of them, up to FEW_ROWS; not below the tile's own."""
-    steps = [b for b in (16, 32) if b >= tile.block_m]
+    steps = [b for b in (8, 16, 32) if b >= tile.block_m]
     return " else ".join([*(f"{b} if {m} <= {b}" for b in steps), "64" if tile.block_m < 64 else str(tile.block_m)])
 
 

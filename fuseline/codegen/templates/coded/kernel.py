@@ -27,6 +27,7 @@ from functools import cached_property
 import torch
 
 from ....compiler.formats.words import COLUMNS
+from ...dependent import MARK
 from ...dtypes import triton_type
 from ..anchor import Anchor, Linear, Section
 from ..epilogue import Epilogue
@@ -73,7 +74,7 @@ class Product:
         return self.target == torch.int8
 
     def values(self, linear: Linear) -> Values:
-        return Values(linear.coded, self.target)
+        return Values(linear.coded, self.target, packed=True)
 
     def scaled_after(self, linear: Linear) -> bool:
         """Whether each tl.dot has one scale a column, which multiplies its sums."""
@@ -132,6 +133,8 @@ class _Section:
         with text.block(f"for turn{tag} in range({turns}):"):
             text.add(f"chunk{tag} = " + (f"{start} + turn{tag}" if start else f"turn{tag}"))
             self._turn(text)
+        if product.few:
+            text.add(MARK)
         if tile.split > 1:
             self._store_parts(text)
             return

@@ -23,6 +23,7 @@ from ....compiler.formats.ternary import Binary, Ternary
 from ....compiler.formats.words import COLUMNS
 from ...dtypes import triton_type
 from ..text import Text
+from . import packed
 from .weight import Coded
 
 FP8 = torch.float8_e4m3fn
@@ -32,10 +33,14 @@ MANTISSAS = {torch.bfloat16: (7, 127, 0x4300), torch.float16: (10, 15, 0x6400), 
 
 @dataclass(frozen=True)
 class Values:
-    """Writes tiles of one weight's values in `target`, a floating-point type, int8, or FP8 for e4m3 codes."""
+    """Writes tiles of one weight's values in `target`, a floating-point type, int8, or FP8 for e4m3 codes.
+
+    packed: whether kernels have the constant PTX, for the instructions on pairs that no compiler finds (`packed.py`).
+    """
 
     weight: Coded
     target: torch.dtype
+    packed: bool = False
 
     @property
     def factor(self) -> float:
@@ -95,6 +100,23 @@ class Values:
         return 2**weight.element.bits - 1
 
     @property
+    def pairs(self) -> str | None:
+        """Packed instructions for a word whose lowest bits are codes: they leave nothing to subtract from codes of two
+        numbers or with zero points. None where they save nothing: codes that lie in several words, floats."""
+        if not self.packed or self.magic is None or self._wide:
+            return None
+        element = self.weight.element
+        if isinstance(element, Binary) or self.weight.words is None or len(self.weight.words.parts) > 1:
+            return None
+        mask = both_halves(2**element.bits - 1)
+        if self.in_two:
+            low, high = ((both_halves(m), both_halves(bits)) for m, bits in ((127, 0x4300), (128, 0x4380)))
+            return packed.apart(low, high, self.target)
+        if self.zero_added is not None:
+            return packed.less(mask, self.magic, self.target)
+        return packed.joined(mask, self.magic)
+
+    @property
     def _wide(self) -> bool:
         """Whether values are made as float32: for that type, and for exponents that float16 has not."""
         element = self.weight.element
@@ -103,10 +125,13 @@ class Values:
 
     def constants(self, never: str) -> list[str]:
         """Lines that define what codes are or-ed into; never: a condition that no compiler knows to be false."""
-        if self.magic is None:
-            return []
-        lines = [f"magic = tl.where({never}, 0, {self.magic:#x})  # kept in a register: masks take the immediates"]
-        return [*lines, f"magic_high = tl.where({never}, 0, 0x45004500)"] if self.in_two else lines
+        lines = [f'{packed.NAME}: tl.constexpr = "{self.pairs}"'] if self.pairs else []
+        if self.magic is None or self.in_two:
+            return lines
+        return [
+            *lines,
+            f"magic = tl.where({never}, 0, {self.magic:#x})  # kept in a register: masks take the immediates",
+        ]
 
     def subtrahend(self, loaded: str) -> str:
         """What a code lies above the number that it stands for, its base included, from stored zero points; in the
@@ -114,7 +139,8 @@ class Values:
         if self.target == torch.int8:
             return f"{loaded}.to(tl.int8)"
         if self.zero_added is not None:
-            return f"({self.zero_added} - {loaded}.to(tl.int32)) * 0x10001 + magic"
+            plain = f"({self.zero_added} - {loaded}.to(tl.int32)) * 0x10001 + magic"
+            return f"{loaded}.to(tl.int32) * 0x10001 + {self.magic} if PTX else {plain}" if self.pairs else plain
         return f"({loaded}.to(tl.float32) + {self.base!r}).to({triton_type(self.made_in)})"
 
     def loads(self, name: str, row: str, turn: str, masks: str) -> list[str]:
@@ -155,8 +181,9 @@ class Values:
         subtracts = zero is not None or (has_centre and float(subtract) != 0)
         if several and (scale or zero):
             text.add(f"{w} = {w}.reshape(BLOCK_N, {pieces}, {weight.piece})")
-        if subtracts:
-            text.add(f"{w} = {w} - {subtract}")
+        if subtracts:  # packed instructions have done it
+            with text.block("if not PTX:" if self.pairs and added is not None else None):
+                text.add(f"{w} = {w} - {subtract}")
         if scale:
             text.add(f"{w} = {self._times(w, f'{scale}{around}')}")
         elif self.made_in != self.target:
@@ -196,6 +223,12 @@ class Values:
         found = self._parts(name, piece, to, together=True)
         return found[0] if len(found) == 1 else f"({' | '.join(found)})"
 
+    def _shifted(self, name: str, piece: int) -> str:
+        """The word with a piece's codes, which are whole there, from the lowest bit of each half on, and others."""
+        assert self.weight.words is not None
+        [(at, bit, _, _)] = self.weight.words.places(piece)
+        return f"(words{at}_{name} >> {bit})" if bit else f"words{at}_{name}"
+
     def _parts(self, name: str, piece: int, to: int = 0, together: bool = False) -> list[str]:
         """The parts of those codes, each from bit `to`, or where together they are the codes."""
         assert self.weight.words is not None
@@ -212,29 +245,19 @@ class Values:
     def _halves(self, text: Text, name: str, w: str, dot: int) -> None:
         """Pieces, put side by side, then both halves of each word: codes in the channels' order."""
         element = self.weight.element
-        names = []
-        for number, piece in enumerate(self._pieces(dot)):
-            names.append(f"piece{number}_{name}")
-            if self.in_two:
-                low, high = (f"{code} | magic{tail}" for code, tail in zip(self._parts(name, piece), ("", "_high")))
-                text.add(f"{names[-1]} = {low}", f"high{number}_{name} = {high}")
-                continue
-            code = self._code(name, piece, 1 if isinstance(element, Binary) else 0)
-            if isinstance(element, Float) and not self._wide:
-                text.add(f"{names[-1]} = {code}")
-                code = _moved(names[-1], element, MANTISSAS[self.target][0], 16)
-            elif self.zero_added is not None:
-                code = f"{code} + zero_{name}[:, None]"
-            elif self.magic and not self._wide:
-                code = f"{code} | magic"
-            text.add(f"{names[-1]} = {code}")
+        pieces = {f"piece{number}_{name}": piece for number, piece in enumerate(self._pieces(dot))}
+        names = list(pieces)
+        if self.pairs:
+            above = [] if self.zero_added is None else [f"zero_{name}[:, None]"]
+            with text.block("if PTX:"):
+                for made, piece in pieces.items():
+                    text.add(f"{made} = {packed.applied([self._shifted(name, piece), *above])}")
+        with text.block("else:" if self.pairs else None):
+            for made, piece in pieces.items():
+                text.add(f"{made} = {self._piece(text, made, name, piece)}")
         self._side_by_side(text, w, names)
-        if self.in_two:  # 128 + low, and 2048 + 16·high
-            high = f"high_{name}"
-            self._side_by_side(text, high, [f"high{i}_{name}" for i in range(len(names))])
-            for x in (w, high):
-                self._split(text, x, name, "tl.bfloat16")
-            text.add(f"{w} = {w} + ({high} - 2304.0)")
+        if self.in_two:
+            self._from_two(text, name, w)
             return
         if self._wide:
             low, high = f"({w} & 65535)", f"(({w} >> 16) & 65535)"
@@ -247,6 +270,35 @@ class Values:
             bias = MANTISSAS[self.target][1]
         if isinstance(element, Float) and (unbiased := self._unbiased(bias, element)):
             text.add(f"{w} = {w}{unbiased}")
+
+    def _piece(self, text: Text, piece: str, name: str, number: int) -> str:
+        """What a piece is before its halves are numbers; `in_two`, the word whose lowest bits are the codes."""
+        element = self.weight.element
+        if self.in_two:
+            return self._shifted(name, number)
+        code = self._code(name, number, 1 if isinstance(element, Binary) else 0)
+        if isinstance(element, Float) and not self._wide:
+            text.add(f"{piece} = {code}")
+            return _moved(piece, element, MANTISSAS[self.target][0], 16)
+        if self.zero_added is not None:
+            return f"{code} + zero_{name}[:, None]"
+        return f"{code} | magic" if self.magic and not self._wide else code
+
+    def _from_two(self, text: Text, name: str, w: str) -> None:
+        """Words of codes → their numbers less 128: 128 and the low 7 bits, less 128 or, without the high bit, 256.
+
+        The bits are literals: what is no constant would send values through shared memory on their way to the product.
+        """
+        if self.pairs:
+            with text.block("if PTX:"):
+                self._split(text, w, name, "tl.bfloat16")
+        with text.block("else:" if self.pairs else None):
+            high = f"high_{name}"
+            text.add(f"{high} = ({w} & {both_halves(128)}) ^ {both_halves(0x4380)}")
+            text.add(f"{w} = ({w} & {both_halves(127)}) | {self.magic}")
+            for x in (w, high):
+                self._split(text, x, name, "tl.bfloat16")
+            text.add(f"{w} = {w} - {high}")
 
     def _split(self, text: Text, w: str, name: str, kind: str) -> None:
         """Both halves of int32 words as 16-bit numbers, neighbours."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ class Chain(nn.Module):
 
 
 def chain(pipeline: str) -> Any:
+    torch.compiler.reset()
     torch.manual_seed(0)
     with torch.no_grad():
         return fuseline.optimize(Chain().to("cuda", torch.bfloat16).eval(), pipeline)
@@ -47,13 +49,17 @@ def early_launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize("pipeline", ["raise,fuse", "raise,quantize{weights=int4:g128},fuse"])
 @torch.no_grad()
-def test_the_bits_of_plain_launches(pipeline: str, early_launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bits_of_plain_launches(
+    pipeline: str, early_launches: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     inputs = [torch.randn(1, 1, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(100)]
     with monkeypatch.context() as plainly:
         plainly.setattr(dependent, "possible", lambda *_: False)
+        plainly.setenv("FUSELINE_CACHE", str(tmp_path / "plain"))  # modules, and what launches them, of its own
         plain = chain(pipeline)
         expected = [plain(x).clone() for x in inputs]
         assert not any(early_launches)
+    monkeypatch.setenv("FUSELINE_CACHE", str(tmp_path / "early"))
     model = chain(pipeline)
     for x, y in zip(inputs * 3, expected * 3):  # launched at first, then as a graph is replayed
         torch.empty(1 << 22, device="cuda").fill_(float("nan"))

@@ -51,9 +51,16 @@ def deduplicate(launchers: Sequence[Launcher]) -> list[Launcher]:
     return result
 
 
+_HEAD = re.compile(r"(?<=^def kernel\()([^)]*)(?=\):$)", re.MULTILINE)
+
+
 def identity(kernel: Kernel) -> tuple[object, ...]:
-    """What makes two kernels the same program: everything but the name and what it serves."""
+    """What makes two kernels the same program: everything but the name and what it serves.
+
+    How many lines the parameters take depends on the name's length.
+    """
     source = _rename(kernel.source, {kernel.name: "kernel"})
+    source = _HEAD.sub(lambda head: ", ".join(filter(None, (p.strip() for p in head[1].split(",")))), source, count=1)
     return (
         source,
         tuple(kernel.signature.items()),

@@ -36,6 +36,13 @@ def test_kernels_that_differ_in_their_names_only_are_shared() -> None:
     assert "def layer_1(" in text
 
 
+def test_a_longer_name_makes_no_other_kernel() -> None:
+    """Its parameters then take several lines."""
+    short, long = launcher("layer_0"), launcher(f"layer_{'1' * 100}")
+    assert long.kernels[0].source.count("\n") > short.kernels[0].source.count("\n")
+    assert len({kernel.name for one in deduplicate([short, long]) for kernel in one.kernels}) == 1
+
+
 def test_a_shared_kernel_serves_all_lines() -> None:
     def served(name: str, line: str) -> Launcher:
         kernel = Kernel(f"{name}_kernel", f"@triton.jit\ndef {name}_kernel(): pass\n", {}, {}, ("op",), (line,), ("p",))

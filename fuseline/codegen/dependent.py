@@ -17,6 +17,7 @@ import re
 from dataclasses import replace
 
 from .kernel import Kernel, Launcher
+from .kernel_text import call
 
 CONSTANT = "DEPENDENT"
 MARK = "# the next kernel may begin"
@@ -44,11 +45,9 @@ def _kernel(kernel: Kernel) -> Kernel:
 
 def _split(kernel: Kernel) -> tuple[list[str], str]:
     """A kernel's text with the further parameter, up to the body, and the body."""
-    end = "):\n"
-    at = kernel.source.index(end, kernel.source.index(f"def {kernel.name}("))
-    head, body = kernel.source[:at], kernel.source[at + len(end) :]
-    parameter = f"{CONSTANT}: tl.constexpr = False"
-    line = f"{head}, {parameter}):"
-    if head.endswith("\n"):  # an argument a line
-        return [f"{head}    {parameter},", "):"], body
-    return [line], body
+    start, end = f"def {kernel.name}(", "):\n"
+    before, _, rest = kernel.source.partition(start)
+    parameters, _, body = rest.partition(end)
+    names = [name.strip() for name in parameters.split(",") if name.strip()]
+    head = call(start, [*names, f"{CONSTANT}: tl.constexpr = False"], "):")
+    return [before + head[0], *head[1:]], body

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fuseline.codegen.kernel import Kernel, Launcher
+from fuseline.codegen.kernel_text import call
 from fuseline.codegen.module_file import deduplicate, load_module, render, write_module, write_text
 from fuseline.compiler.errors import UserError
 from tests.codegen.regions import region
@@ -38,9 +39,15 @@ def test_kernels_that_differ_in_their_names_only_are_shared() -> None:
 
 def test_a_longer_name_makes_no_other_kernel() -> None:
     """Its parameters then take several lines."""
-    short, long = launcher("layer_0"), launcher(f"layer_{'1' * 100}")
+
+    def of(name: str) -> Launcher:
+        head = call(f"def {name}(", ["x_ptr", "y_ptr", "ROWS: tl.constexpr"], "):")
+        source = "\n".join(["@triton.jit", *head, "    pass"]) + "\n"
+        return Launcher(f"run_{name}", f"def run_{name}():\n    {name}[(1,)]()\n", (Kernel(name, source, {}, {}),))
+
+    short, long = of("k"), of("k" * 110)
     assert long.kernels[0].source.count("\n") > short.kernels[0].source.count("\n")
-    assert len({kernel.name for one in deduplicate([short, long]) for kernel in one.kernels}) == 1
+    assert {kernel.name for one in deduplicate([short, long]) for kernel in one.kernels} == {"k"}
 
 
 def test_a_shared_kernel_serves_all_lines() -> None:

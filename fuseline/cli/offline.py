@@ -9,7 +9,7 @@ from typing import Any
 
 from fuseline.cli.environment import has
 from fuseline.codegen.lower import Lowered
-from fuseline.codegen.offline import TARGETS, CompileError, compile_kernel
+from fuseline.codegen.offline import TARGETS, CompileError, begins_early, compile_kernel
 from fuseline.codegen.resources import resources
 from fuseline.compiler.progress import bar, step
 from fuseline.runtime.kernel_store import KernelStore
@@ -64,6 +64,8 @@ def compile_all(
                 try:
                     compiled = compile_kernel(kernel, target, store)
                     figures = resources(compiled).to_json()
+                    if (early := begins_early(kernel, target)) is not None:
+                        compile_kernel(early, target, store)  # what launches of few programs look for
                     found[kernel.name][target] = {"ok": True, "cached": compiled.stored, **figures}
                 except CompileError as error:  # a finding, not an end
                     said = error.details[-1] if error.details else error.headline

@@ -16,10 +16,10 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from ..compiler.early_launch import CONSTANT
 from .kernel import Kernel, Launcher
 from .kernel_text import call
 
-CONSTANT = "DEPENDENT"
 MARK = "# the next kernel may begin"
 """A line of a template whose programs are long: the next kernel's, if they came early, would wait in the places that
 this one's own need, unevenly. Kernels without it say so as they begin."""

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..compiler.early_launch import CAPABILITY, CONSTANT, OPTION
 from ..compiler.errors import FuselineError, UserError, nearest
 from .kernel import Kernel, Launcher
 from .module_file import identity, load_module, write_module
@@ -72,9 +73,9 @@ _DONE: dict[tuple[object, str, str | None], tuple[Compiled, str]] = {}
 def compile_kernel(kernel: Kernel, target: str, store: Store | None = None) -> Compiled:
     """Compiles `kernel` with its constants for one of GPUS; no GPU is needed.
 
-    Pointers are taken as aligned to 16 bytes, as PyTorch allocates. A constant `PTX` is whether the target is NVIDIA's
-    and of capability 8.0 or later, whatever the kernel says. Equal kernels are compiled once in a process, and never
-    where `store` has them.
+    Pointers are taken as aligned to 16 bytes, as PyTorch allocates. A constant `PTX` is whether the target is NVIDIA's,
+    `PACKED` whether it is of capability 8.0 or later, too, whatever the kernel says. Equal kernels are compiled once in
+    a process, and never where `store` has them.
 
     Raises:
         UserError: an unknown target, no Triton, or Triton in interpreter mode.
@@ -82,8 +83,8 @@ def compile_kernel(kernel: Kernel, target: str, store: Store | None = None) -> C
     """
     if target not in GPUS:
         raise UserError(f"unknown target {target!r}{nearest(target, GPUS)}")
-    if "PTX" in kernel.constants:
-        kernel = replace(kernel, constants=kernel.constants | {"PTX": packs_pairs(target)})
+    if known := _of_target(kernel, target):
+        kernel = replace(kernel, constants=kernel.constants | known)
     if store is None:
         return replace(compile_once(kernel, target)[0], kernel=kernel)
     key = _made_of(kernel, target)
@@ -97,10 +98,24 @@ def compile_kernel(kernel: Kernel, target: str, store: Store | None = None) -> C
     return done
 
 
-def packs_pairs(target: str) -> bool:
-    """Whether a target has the instructions that kernels are written in where their constant PTX is true."""
+def begins_early(kernel: Kernel, target: str) -> Kernel | None:
+    """The kernel as it is launched where it begins while the one before it ends; None where no such GPU does that."""
     backend, architecture, _ = GPUS[target]
-    return backend == "cuda" and int(architecture) >= 80
+    if CONSTANT not in kernel.constants or backend != "cuda" or int(architecture) < CAPABILITY:
+        return None
+    return replace(kernel, constants={**kernel.constants, CONSTANT: True})
+
+
+def _of_target(kernel: Kernel, target: str) -> dict[str, bool]:
+    backend, architecture, _ = GPUS[target]
+    nvidia = backend == "cuda"
+    known = {"PTX": nvidia, "PACKED": nvidia and int(architecture) >= 80}
+    return {name: known[name] for name in known if name in kernel.constants}
+
+
+def _options(kernel: Kernel) -> dict[str, int]:
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    return options | ({OPTION: True} if kernel.constants.get(CONSTANT) else {})
 
 
 def _made_of(kernel: Kernel, target: str) -> dict[str, Any]:
@@ -111,7 +126,7 @@ def _made_of(kernel: Kernel, target: str) -> dict[str, Any]:
         "signature": kernel.signature,
         "divisible": [name for name, kind in kernel.signature.items() if kind.startswith("*")],
         "constants": kernel.constants,
-        "options": {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
+        "options": _options(kernel),
         "target": (backend, architecture),
     }
 
@@ -149,7 +164,7 @@ def _compile(kernel: Kernel, target: str) -> tuple[Compiled, str]:
     aligned = [["tt.divisibility", 16]]
     attributes = {(k,): aligned for k, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = source_type(function, signature, {name: kernel.constants[name] for name in kernel.constants}, attributes)
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
+    options = {**_options(kernel), "enable_fp_fusion": True}
     compile_it = lambda: triton.compile(source, target=target_type(*GPUS[target]), options=options)
     try:
         try:

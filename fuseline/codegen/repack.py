@@ -23,10 +23,11 @@ from ..compiler import products
 from ..compiler.expert_expressions import PairsInWords
 from ..compiler.expressions import Constant, Expression, InWords, Transpose
 from ..compiler.formats.words import Words
-from ..compiler.ops import decode_pair_words, decode_pairs, decode_words, lowrank_add, moe
+from ..compiler.ops import decode_pair_words, decode_pairs, decode_words, dequantize, lowrank_add, moe
 from ..compiler.schemes import Scheme
 from ..compiler.traits import arguments, is_view
 from .sizes import same
+from .templates.coded.host import packs_pairs
 
 PARTS = ("codes", "scale", "zero", "outer")
 PAIR_PARTS = ("codes", "scale", "rows", "slots")
@@ -162,6 +163,8 @@ class _Layout:
     def _served(self, node: object, codes: bool, outside: dict[Node, Node]) -> bool:
         if not isinstance(node, Node):
             return False
+        if node.target is dequantize.overload and not codes and not packs_pairs(node.meta["val"].device):
+            return False  # without tensor cores for the template, gemv and gemm serve int4 and int8
         if node.target is decode_pairs.overload:
             given = arguments(node) if products.pair_words_of(node) is not None else None
         else:

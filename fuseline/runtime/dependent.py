@@ -8,12 +8,12 @@ from functools import cache
 from math import prod
 from typing import Any
 
+from ..compiler.early_launch import CAPABILITY, CONSTANT, OPTION
+
 VARIABLE = "FUSELINE_DEPENDENT_LAUNCH"
 """0: every kernel begins when the one before it has ended."""
-CONSTANT, OPTION = "DEPENDENT", "launch_pdl"
 PROGRAMS = 1024
 """At most: all are on the GPU at once, or nearly so. Each program of more would pay for a wait that is over."""
-CAPABILITY = 90
 DRIVER = 12040  # the first whose captures know such launches
 
 

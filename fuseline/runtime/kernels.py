@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..compiler.early_launch import CONSTANT
 from . import dependent, triton_api
 from .kernel_store import KernelStore
 from .specialisation import Specialisation, prepare
@@ -44,8 +45,9 @@ class Ready:
 class KernelLauncher:
     """Stands for a `@triton.jit` function: `kernel[grid](*arguments, BLOCK=…, num_warps=…, num_stages=…)`.
 
-    Arguments that are no constants are given by position, tensors first, as generated modules do. Everything else the
-    function has (`warmup`, `fn`, …) is its own.
+    Arguments that are no constants are given by position, tensors first, as generated modules do; the constant
+    DEPENDENT is the launcher's own to choose (`dependent.py`). Everything else the function has (`warmup`, `fn`, …) is
+    its own.
     """
 
     def __init__(self, function: Any, store: KernelStore):
@@ -109,7 +111,7 @@ class KernelLauncher:
         self._specialise = triton_api.specialiser()
         target, names = self._driver.get_current_target(), [p.name for p in self.function.params]
         self._backend = triton_api.backend(target)
-        self._may_depend = dependent.CONSTANT in names
+        self._may_depend = CONSTANT in names
         self._dependent = self._may_depend and dependent.possible(target.backend, target.arch)
         flags = [(not p.do_not_specialize, not p.do_not_specialize_on_alignment) for p in params[pointers:]]
         self._flags = tuple(zip(*flags)) or ((), ())

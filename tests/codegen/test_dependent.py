@@ -11,11 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from fuseline.codegen.dependent import CONSTANT, MARK, dependent
+from fuseline.codegen.dependent import MARK, dependent
 from fuseline.codegen.kernel import Kernel, Launcher
 from fuseline.codegen.offline import compile_kernel
 from fuseline.codegen.templates.append import emit_append
 from fuseline.codegen.templates.linear import emit_linear
+from fuseline.compiler.early_launch import CONSTANT
 from fuseline.compiler.ops import rms_norm
 from tests.codegen.append_cases import CASES as APPENDS, inputs, made, step
 from tests.codegen.coded_cases import Coded

@@ -1,4 +1,4 @@
-"""The linear template for int4 weights behind a norm: a row costs one read of x and of each code.
+"""The template of int4 weights in groups that no words hold, behind a norm: a row costs one read of x and each code.
 
 Columns are 201, which no block divides: both kernels mask their last ones. Rows are addressed with 64 bits."""
 
@@ -19,13 +19,13 @@ class Layer(torch.nn.Module):
 
 model, x = Layer().to(torch.bfloat16), torch.randn(3, 96, dtype=torch.bfloat16)
 program = fuseline.capture(model, (x,), dynamic=({0: torch.export.Dim("rows")},))
-after, _ = fuseline.Pipeline("raise,quantize{weights=int4:g32},fuse").run(program)
+after, _ = fuseline.Pipeline("raise,quantize{weights=int4:g24},fuse").run(program)
 print(lower(after).source)
 
 
 # CHECK:      2 kernels for 1 regions, 0 regions run through PyTorch
 # CHECK:      # made by: {{.*}}raise/RMSNorm{{.*}}quantize/linear
-# CHECK:      # rms_norm → linear (201 x 96 int4:g32 with zero points) → relu
+# CHECK:      # rms_norm → linear (201 x 96 int4:g24 with zero points) → relu
 # CHECK:      def [[ROW:\w+_row]](
 # CHECK:      [[X:\w+]] = x_ptr + {{\w+}}.to(tl.int64) * 96
 # CHECK:      [[IN:\w+]] = [[N:\w+]] < 201
@@ -34,7 +34,7 @@ print(lower(after).source)
 # CHECK-NOT:  for
 # CHECK:      [[LOW:\w+]] = tl.load([[X]] + k, mask=live, other=0.0).to(tl.float32)
 # CHECK-NEXT: [[SQUARES:\w+]] += [[LOW]] * [[LOW]]
-# CHECK:      [[HIGH:\w+]] = tl.load([[X]] + k + 16, mask=live, other=0.0).to(tl.float32)
+# CHECK:      [[HIGH:\w+]] = tl.load([[X]] + k + 12, mask=live, other=0.0).to(tl.float32)
 # CHECK-NEXT: [[SQUARES]] += [[HIGH]] * [[HIGH]]
 # CHECK-NOT:  tl.load([[X]]
 # CHECK:      [[CODES:\w+]] = tl.load(codes_ptr + {{.*}}[[IN]]{{.*}}other=0)

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from fuseline.codegen.dependent import dependent as with_constant
 from fuseline.codegen.kernel import Launcher
+from fuseline.codegen.offline import begins_early, compile_kernel
 from fuseline.runtime import dependent
 from fuseline.runtime.cache import Cache
 from fuseline.runtime.kernel_store import KernelStore
@@ -57,6 +58,18 @@ def test_both_ways_are_found_by_the_next_process(gpu: FakeGpu, tmp_path: Path, s
     monkeypatch.setattr("triton.compile", lambda *_, **__: pytest.fail("it is compiled again"))
     for grid in ((4,), (5000,)):
         kernel(tmp_path / "a", store)[grid](X[:100], X[512:612], 7, 3, **OPTIONS)
+
+
+def test_what_is_compiled_ahead_is_found(gpu: FakeGpu, tmp_path: Path, store: KernelStore, monkeypatch) -> None:
+    [add] = with_constant(Launcher("unused", "", (ADD,))).kernels
+    early = begins_early(add, "sm_90")
+    assert early is not None and begins_early(add, "sm_89") is begins_early(add, "gfx942") is None
+    for one in (add, early):
+        compile_kernel(one, "sm_90", store)
+    monkeypatch.setattr("triton.compile", lambda *_, **__: pytest.fail("it is compiled again"))
+    for grid in ((4,), (5000,)):
+        kernel(tmp_path / "a", store)[grid](X, X[512:], 7, 3, **OPTIONS)
+    assert gpu.overlapped == [True, False]
 
 
 def test_switched_off(gpu: FakeGpu, tmp_path: Path, store: KernelStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from .weight import Coded
 FEW_ROWS = 64
 """Up to this many rows a tile holds them all, in blocks of 8, 16, 32 or 64, and its channels may be shared out."""
 LEAST_ROWS = 8  # of a tile: instructions for 8 multiply as fast as they can be fed, and leave registers
+AMD_ROWS = 16  # whose instructions want more
 SOME_ROWS = 512
 PROGRAMS = 528  # at once on an H100 or H200: four on each multiprocessor, whose registers 128 threads of 128 fill
 TURNS = 2  # of a program's loop, at least: fewer do not pay for its beginning and end
@@ -56,7 +57,8 @@ def tiling(anchor: Anchor, target: torch.dtype) -> CodedTiling:
         few = within(Tile(FEW_ROWS, 32, stages=2), weight, target, widest, room)
         return CodedTiling(replace(few, block_m=16), fit(Tile(32, 32, stages=2)), few.block_m)
     few = fewer(anchor, weight, target, widest, room)
-    few, rows = replace(few, block_m=LEAST_ROWS), few.block_m
+    least = LEAST_ROWS if torch.version.hip is None else AMD_ROWS
+    few, rows = replace(few, block_m=least), few.block_m
     if weight.chunk > weight.step:  # each tl.dot keeps an x of its own
         return CodedTiling(few, fit(Tile(64, 64 if widest > 1 else 128, 1, 8, 2)), rows)
     if widest > 1:
@@ -108,7 +110,8 @@ def within(tile: Tile, weight: Coded, target: torch.dtype, linears: int, room: i
 
 
 def shared(tile: Tile, weight: Coded, target: torch.dtype, linears: int) -> int:
-    """Bytes of shared memory, at most: what is read ahead, and a dot's values on their way between threads.
+    """Bytes of shared memory, at most, from compute capability 8.0 on: what is read ahead, and a dot's values on their
+    way between threads.
 
     Hopper's tensor cores read x where it lies, so that it has a place a stage; elsewhere a stage is in registers.
     """

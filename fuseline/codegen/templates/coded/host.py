@@ -118,8 +118,8 @@ def _kernel(
     constants: dict[str, int | float | bool] = {"BLOCK_M": tile.block_m, "BLOCK_N": block_n or tile.block_n}
     if product.few:
         constants["ROWS"] = tile.block_m
-    if re.search(r"\bPTX\b", body):
-        constants["PTX"] = False
+    if re.search(r"\bPACKED\b", body):
+        constants["PACKED"] = False
     first = call(f"def {name}(", [*used, "M", *(f"{c}: tl.constexpr" for c in constants)], "):")
     return Kernel(
         name,
@@ -158,7 +158,7 @@ def _host(
     widths = {n: section.n for section in anchor.sections for n in section.outputs}
     known = {f"{anchor.names[n]}_ptr": f"{_bytes(n, anchor.names[n])}.contiguous()" for n in operands(anchor)}
     known |= {"x_ptr": rows, "parts_ptr": parts, "normed_ptr": normed, "M": m, "BLOCK_M": block_m, "ROWS": held}
-    known["PTX"] = is_nvidia("x") if packs_pairs(value(anchor.x).device) else "False"
+    known["PACKED"] = is_nvidia("x") if packs_pairs(value(anchor.x).device) else "False"
     known |= {f"{anchor.names[n]}_out": x for n, x in out.items()}
     shape, device = "(*x.shape[:-1], {})", "device=x.device"
 

@@ -4,7 +4,7 @@
             instruction holds one
     fma     minus one times what lies above the numbers, added: Triton would take the halves of a word apart for it
 
-They make the same numbers as the text that other GPUs and the interpreter run (the constant PTX).
+They make the same numbers as the text that other GPUs and the interpreter run (the constant PACKED).
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ No code is converted by a conversion instruction, which runs at a fraction of th
 
 integers  the bits of a code or-ed into those of 128 (bfloat16: 0x4300), 1024 (float16: 0x6400) or 2^23 (float32) are
           that number plus the code; one subtraction takes it away with the zero point, exactly (Kim et al., 2022).
+          bfloat16 has no room for 8 bits below 128: such a code is the number of its low 7 bits less one of the high
+          bit.
 floats    a code's exponent and mantissa, moved to where those of the result lie, are its number times a power of two
           that makes up for the biases; subnormal codes become subnormal numbers, so that the factor is exact for them.
 int8      for products with 8-bit activations: the code in the upper bits of a byte, its sign bit flipped, is
@@ -35,7 +37,7 @@ MANTISSAS = {torch.bfloat16: (7, 127, 0x4300), torch.float16: (10, 15, 0x6400), 
 class Values:
     """Writes tiles of one weight's values in `target`, a floating-point type, int8, or FP8 for e4m3 codes.
 
-    packed: whether kernels have the constant PTX, for the instructions on pairs that no compiler finds (`packed.py`).
+    packed: whether kernels have the constant PACKED, for instructions on pairs that no compiler finds (`packed.py`).
     """
 
     weight: Coded
@@ -89,6 +91,7 @@ class Values:
     @property
     def zero_added(self) -> int | None:
         """Where codes and zero points meet as bits: 2^b − 1 − zero is added to a code, and this number is 2^b − 1.
+        Packed instructions subtract the zero point itself, as the bits of a number.
 
         A half has room for the sum, which an addition of two codes at once makes; None where it has not, or where the
         pieces of a tile have zero points of their own.
@@ -140,7 +143,7 @@ class Values:
             return f"{loaded}.to(tl.int8)"
         if self.zero_added is not None:
             plain = f"({self.zero_added} - {loaded}.to(tl.int32)) * 0x10001 + magic"
-            return f"{loaded}.to(tl.int32) * 0x10001 + {self.magic} if PTX else {plain}" if self.pairs else plain
+            return f"{loaded}.to(tl.int32) * 0x10001 + {self.magic} if PACKED else {plain}" if self.pairs else plain
         return f"({loaded}.to(tl.float32) + {self.base!r}).to({triton_type(self.made_in)})"
 
     def loads(self, name: str, row: str, turn: str, masks: str) -> list[str]:
@@ -182,7 +185,7 @@ class Values:
         if several and (scale or zero):
             text.add(f"{w} = {w}.reshape(BLOCK_N, {pieces}, {weight.piece})")
         if subtracts:  # packed instructions have done it
-            with text.block("if not PTX:" if self.pairs and added is not None else None):
+            with text.block("if not PACKED:" if self.pairs and added is not None else None):
                 text.add(f"{w} = {w} - {subtract}")
         if scale:
             text.add(f"{w} = {self._times(w, f'{scale}{around}')}")
@@ -220,7 +223,7 @@ class Values:
 
     def _code(self, name: str, piece: int, to: int) -> str:
         """The two codes of a piece in each word, as int32, their bits from bit `to` of each half."""
-        found = self._parts(name, piece, to, together=True)
+        found = self._parts(name, piece, to)
         return found[0] if len(found) == 1 else f"({' | '.join(found)})"
 
     def _shifted(self, name: str, piece: int) -> str:
@@ -229,12 +232,12 @@ class Values:
         [(at, bit, _, _)] = self.weight.words.places(piece)
         return f"(words{at}_{name} >> {bit})" if bit else f"words{at}_{name}"
 
-    def _parts(self, name: str, piece: int, to: int = 0, together: bool = False) -> list[str]:
-        """The parts of those codes, each from bit `to`, or where together they are the codes."""
+    def _parts(self, name: str, piece: int, to: int) -> list[str]:
+        """The parts of those codes, which or-ed are the codes from bit `to` on."""
         assert self.weight.words is not None
         found = []
         for at, bit, width, low in self.weight.words.places(piece):
-            word, place = f"words{at}_{name}", to + (low if together else 0)
+            word, place = f"words{at}_{name}", to + low
             if bit > place:
                 word = f"({word} >> {bit - place})"
             elif bit < place:
@@ -249,7 +252,7 @@ class Values:
         names = list(pieces)
         if self.pairs:
             above = [] if self.zero_added is None else [f"zero_{name}[:, None]"]
-            with text.block("if PTX:"):
+            with text.block("if PACKED:"):
                 for made, piece in pieces.items():
                     text.add(f"{made} = {packed.applied([self._shifted(name, piece), *above])}")
         with text.block("else:" if self.pairs else None):
@@ -290,7 +293,7 @@ class Values:
         The bits are literals: what is no constant would send values through shared memory on their way to the product.
         """
         if self.pairs:
-            with text.block("if PTX:"):
+            with text.block("if PACKED:"):
                 self._split(text, w, name, "tl.bfloat16")
         with text.block("else:" if self.pairs else None):
             high = f"high_{name}"

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from ..compiler.early_launch import CONSTANT
 from .kernel import Kernel, Launcher
-from .kernel_text import call
+from .kernel_text import call, opened
 
 MARK = "# the next kernel may begin"
 """A line of a template whose programs are long: the next kernel's, if they came early, would wait in the places that
@@ -32,22 +32,13 @@ def dependent(launcher: Launcher) -> Launcher:
 
 
 def _kernel(kernel: Kernel) -> Kernel:
-    head, body = _split(kernel)
+    before, parameters, body = opened(kernel.source, kernel.name)
+    head = call(f"def {kernel.name}(", [*parameters, f"{CONSTANT}: tl.constexpr = False"], "):")
     marked = re.sub(rf"^( +){MARK}$", rf"\1if {CONSTANT}:\n\1    {_BEGIN}", body, flags=re.MULTILINE)
     lines = [f"if {CONSTANT}:", *([f"    {_BEGIN}"] if marked == body else []), f"    {_WAIT}"]
     return replace(
         kernel,
-        source="\n".join([*head, *(f"    {line}" for line in lines), marked]),
+        source=before + "\n".join([*head, *(f"    {line}" for line in lines)]) + marked,
         signature={**kernel.signature, CONSTANT: "constexpr"},
         constants={**kernel.constants, CONSTANT: False},
     )
-
-
-def _split(kernel: Kernel) -> tuple[list[str], str]:
-    """A kernel's text with the further parameter, up to the body, and the body."""
-    start, end = f"def {kernel.name}(", "):\n"
-    before, _, rest = kernel.source.partition(start)
-    parameters, _, body = rest.partition(end)
-    names = [name.strip() for name in parameters.split(",") if name.strip()]
-    head = call(start, [*names, f"{CONSTANT}: tl.constexpr = False"], "):")
-    return [before + head[0], *head[1:]], body

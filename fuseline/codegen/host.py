@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from .call import Unsupported
-from .dependent import dependent
 from .kernel import BufferUse, Kernel, Launcher, Out
 from .kernel_text import call
 from .schedule import Domain, Launch
@@ -74,9 +73,7 @@ class Host:
         body.append(f"return {self._results()}")
         head = call(f"def {self.name}(", [*self.parameters, *(f"{o.name}=None" for o in self.outputs)], "):")
         source = "\n".join([*head, *("    " + line for line in body)]) + "\n"
-        return dependent(
-            Launcher(self.name, source, (kernel,) if kernel.name in source else (), outs=tuple(self._outs()))
-        )
+        return Launcher(self.name, source, (kernel,) if kernel.name in source else (), outs=tuple(self._outs()))
 
     def buffers(self, signature: Iterable[str]) -> tuple[BufferUse, ...]:
         """What a kernel's pointers point to, in the order of its arguments."""

@@ -24,6 +24,13 @@ def kernel_source(name: str, tile: Tile, constants: Mapping[str, int]) -> tuple[
     return "\n".join([decorator, *head, *("    " + line for line in lines)]) + "\n", signature
 
 
+def opened(source: str, name: str) -> tuple[str, list[str], str]:
+    """A kernel's text apart: what stands before its `def`, its parameters as they are written there, its body."""
+    before, _, rest = source.partition(f"def {name}(")
+    parameters, _, body = rest.partition("):")
+    return before, [p.strip() for p in parameters.split(",") if p.strip()], body
+
+
 def _order(item: tuple[str, str]) -> int:
     name, kind = item
     return 0 if kind.startswith("*") else 1 if "_stride_" in name else 2

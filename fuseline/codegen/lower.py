@@ -21,6 +21,7 @@ from ..compiler.expressions import Expression
 from ..compiler.program import Program
 from ..compiler.provenance import makers, source_lines
 from .buffers import Planned, plan
+from .dependent import dependent
 from .emitter import emit_region
 from .kernel import Kernel, Launcher, Refusal, function_name
 from .leftovers import gather
@@ -125,7 +126,8 @@ def _region(module: GraphModule, name: str) -> GraphModule:
 
 def emit(region: GraphModule, name: str) -> Launcher | Refusal:
     """The kernels of one region, by its kind."""
-    return _EMITTERS.get(region.meta.get("kind"), emit_region)(region, name)
+    launcher = _EMITTERS.get(region.meta.get("kind"), emit_region)(region, name)
+    return launcher if isinstance(launcher, Refusal) else dependent(launcher)
 
 
 _EMITTERS: dict[object, Callable[[GraphModule, str], Launcher | Refusal]] = {

@@ -22,7 +22,7 @@ from types import CodeType, ModuleType
 
 from ..compiler.errors import UserError
 from .kernel import Kernel, Launcher
-from .kernel_text import call
+from .kernel_text import call, opened
 
 _IMPORTS = "import torch\nimport triton\nimport triton.language as tl\n"
 _LIBDEVICE = "from triton.language.extra import libdevice\n"
@@ -51,18 +51,14 @@ def deduplicate(launchers: Sequence[Launcher]) -> list[Launcher]:
     return result
 
 
-_HEAD = re.compile(r"(?<=^def kernel\()([^)]*)(?=\):$)", re.MULTILINE)
-
-
 def identity(kernel: Kernel) -> tuple[object, ...]:
     """What makes two kernels the same program: everything but the name and what it serves.
 
     How many lines the parameters take depends on the name's length.
     """
-    source = _rename(kernel.source, {kernel.name: "kernel"})
-    source = _HEAD.sub(lambda head: ", ".join(filter(None, (p.strip() for p in head[1].split(",")))), source, count=1)
+    before, parameters, body = opened(_rename(kernel.source, {kernel.name: "kernel"}), "kernel")
     return (
-        source,
+        (before, tuple(parameters), body),
         tuple(kernel.signature.items()),
         tuple(kernel.constants.items()),
         kernel.num_warps,

@@ -57,7 +57,8 @@ def test_both_ways_are_found_by_the_next_process(gpu: FakeGpu, tmp_path: Path, s
         kernel(tmp_path / "a", store)[grid](X[:100], X[512:612], 7, 3, **OPTIONS)
     monkeypatch.setattr("triton.compile", lambda *_, **__: pytest.fail("it is compiled again"))
     for grid in ((4,), (5000,)):
-        kernel(tmp_path / "a", store)[grid](X[:100], X[512:612], 7, 3, **OPTIONS)
+        kernel(tmp_path / "b", store)[grid](X[:100], X[512:612], 7, 3, **OPTIONS)
+    assert gpu.overlapped == [True, False] * 2
 
 
 def test_what_is_compiled_ahead_is_found(gpu: FakeGpu, tmp_path: Path, store: KernelStore, monkeypatch) -> None:

@@ -15,7 +15,6 @@ from torch.fx import GraphModule, Node
 from ...compiler.ops import rotary
 from ...compiler.traits import arguments
 from ..about import about
-from ..dependent import dependent
 from ..dtypes import compute_dtype, is_supported, pointer_type, triton_type
 from ..kernel import BufferUse, Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
@@ -83,7 +82,7 @@ def emit_append(region: GraphModule, name: str) -> Launcher | Refusal:
     if found.queries is not None:
         shape = tuple(found.queries.meta["val"].shape)
         outs = (Out("out", results.index(found.queries), shape, None, dtype),)
-    return dependent(Launcher(name, _host(region, found, name, kernel), (kernel,), outs=outs))
+    return Launcher(name, _host(region, found, name, kernel), (kernel,), outs=outs)
 
 
 def _analyse(region: GraphModule) -> _Append | Refusal:

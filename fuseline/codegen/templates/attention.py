@@ -23,7 +23,6 @@ from torch.fx import GraphModule, Node
 from ...compiler.ops import find
 from ...compiler.traits import arguments
 from ..about import about
-from ..dependent import dependent
 from ..dtypes import is_supported, pointer_type
 from ..kernel import BufferUse, Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
@@ -88,7 +87,7 @@ def emit_attention(region: GraphModule, name: str) -> Launcher | Refusal:
     )
     b, h, s, d = shape(attention.node)
     out = Out("out", 0, (b, s, h, d), None, attention.node.meta["val"].dtype)
-    return dependent(Launcher(name, _host(attention, name, kernels), kernels, outs=(out,)))
+    return Launcher(name, _host(attention, name, kernels), kernels, outs=(out,))
 
 
 def buffers(node: Node, pointers: Mapping[str, Node], head_v: int, parameters: Sequence[str]) -> tuple[BufferUse, ...]:

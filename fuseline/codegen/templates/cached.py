@@ -26,7 +26,6 @@ from ...compiler.cached import CacheScheme
 from ...compiler.ops import cache_attention, cache_write
 from ...compiler.traits import arguments
 from ..about import about
-from ..dependent import dependent
 from ..dtypes import is_supported, pointer_type
 from ..kernel import Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
@@ -81,7 +80,7 @@ def emit_cached(region: GraphModule, name: str) -> Launcher | Refusal:
         outs = (Out("out", 0, (b, s, h, d), None, attention.node.meta["val"].dtype),)
     placeholders = [n for n in region.graph.nodes if n.op == "placeholder"]
     host = _host(placeholders, updates, attention, name, list(kernels.values()))
-    return dependent(Launcher(name, host, tuple(kernels.values()), outs=outs))
+    return Launcher(name, host, tuple(kernels.values()), outs=outs)
 
 
 def _kernels(found: _Attention, name: str) -> tuple[Kernel, ...]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from ..about import about
-from ..dependent import dependent
 from ..kernel import Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
 from ..sizes import size
@@ -52,7 +51,7 @@ def emit_linear(region: GraphModule, name: str, tiles: Tiling | CodedTiling | No
         check_operands(anchor)
         kernels = (_row(anchor, f"{name}_row", tiles.row), _tile(anchor, f"{name}_tile", tiles.tile))
         source, outs = _host(anchor, name, tiles, kernels)
-        return dependent(Launcher(name, source, kernels, outs=outs))
+        return Launcher(name, source, kernels, outs=outs)
     except Refused as refused:
         return Refusal(str(refused))
 

@@ -27,7 +27,6 @@ import torch
 from torch.fx import GraphModule
 
 from ..about import about
-from ..dependent import dependent
 from ..dtypes import pointer_type
 from ..kernel import BufferUse, Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
@@ -61,7 +60,7 @@ def emit_moe(region: GraphModule, name: str, tiles: Tiling | None = None) -> Lau
     tiles = tiles or tiling(experts)
     kernels = _kernels(experts, name, tiles)
     out = Out("out", 0, (size(experts.given["hidden"].meta["val"].shape[0]), experts.hidden), None, experts.dtype)
-    return dependent(Launcher(name, _host(experts, name, tiles, kernels), tuple(kernels.values()), outs=(out,)))
+    return Launcher(name, _host(experts, name, tiles, kernels), tuple(kernels.values()), outs=(out,))
 
 
 def _kernels(experts: Experts, name: str, tiles: Tiling) -> dict[str, Kernel]:

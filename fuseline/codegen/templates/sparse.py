@@ -25,7 +25,6 @@ from torch.fx import GraphModule, Node
 from ...compiler.ops import sparse_linear
 from ...compiler.traits import arguments
 from ..about import about
-from ..dependent import dependent
 from ..dtypes import pointer_type
 from ..kernel import BufferUse, Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
@@ -70,7 +69,7 @@ def emit_sparse(region: GraphModule, name: str, config: GatherConfig | None = No
         config = config or tiles(sparse)
         kernels = (_gather(sparse, f"{name}_gather", config), _finish(sparse, f"{name}_finish", config))
         source, outs = _host(sparse, name, config, kernels)
-        return dependent(Launcher(name, source, kernels, outs=outs))
+        return Launcher(name, source, kernels, outs=outs)
     except Refused as refused:
         return Refusal(str(refused))
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from ...dependent import dependent
 from ...dtypes import pointer_type
 from ...kernel import BufferUse, Kernel, Launcher, Out, Refusal
 from ...kernel_text import call
@@ -47,7 +46,7 @@ def emit_coded(anchor: Anchor, name: str, about: About, header: str, tiles: Code
             kernels.append(_kernel(some, f"{name}_some", product_body(some), about, header, normed=bool(before)))
         kernels.append(_kernel(many, f"{name}_many", product_body(many), about, header, normed=bool(before)))
         source, outs = _host(whole, name, tiles, tuple(kernels), few, before)
-        return dependent(Launcher(name, source, (*before, *kernels), outs=outs))
+        return Launcher(name, source, (*before, *kernels), outs=outs)
     except Refused as refused:
         return Refusal(str(refused))
 

@@ -113,8 +113,7 @@ class Values:
             return None
         mask = both_halves(2**element.bits - 1)
         if self.in_two:
-            low, high = ((both_halves(m), both_halves(bits)) for m, bits in ((127, 0x4300), (128, 0x4380)))
-            return packed.apart(low, high, self.target)
+            return packed.apart(LOW_BITS, HIGH_BIT, self.target)
         if self.zero_added is not None:
             return packed.less(mask, self.magic, self.target)
         return packed.joined(mask, self.magic)
@@ -223,17 +222,6 @@ class Values:
 
     def _code(self, name: str, piece: int, to: int) -> str:
         """The two codes of a piece in each word, as int32, their bits from bit `to` of each half."""
-        found = self._parts(name, piece, to)
-        return found[0] if len(found) == 1 else f"({' | '.join(found)})"
-
-    def _shifted(self, name: str, piece: int) -> str:
-        """The word with a piece's codes, which are whole there, from the lowest bit of each half on, and others."""
-        assert self.weight.words is not None
-        [(at, bit, _, _)] = self.weight.words.places(piece)
-        return f"(words{at}_{name} >> {bit})" if bit else f"words{at}_{name}"
-
-    def _parts(self, name: str, piece: int, to: int) -> list[str]:
-        """The parts of those codes, which or-ed are the codes from bit `to` on."""
         assert self.weight.words is not None
         found = []
         for at, bit, width, low in self.weight.words.places(piece):
@@ -243,7 +231,13 @@ class Values:
             elif bit < place:
                 word = f"({word} << {place - bit})"
             found.append(f"({word} & {both_halves((1 << width) - 1 << place)})")
-        return found
+        return found[0] if len(found) == 1 else f"({' | '.join(found)})"
+
+    def _shifted(self, name: str, piece: int) -> str:
+        """The word with a piece's codes, which are whole there, from the lowest bit of each half on, and others."""
+        assert self.weight.words is not None
+        [(at, bit, _, _)] = self.weight.words.places(piece)
+        return f"(words{at}_{name} >> {bit})" if bit else f"words{at}_{name}"
 
     def _halves(self, text: Text, name: str, w: str, dot: int) -> None:
         """Pieces, put side by side, then both halves of each word: codes in the channels' order."""
@@ -296,9 +290,8 @@ class Values:
             with text.block("if PACKED:"):
                 self._split(text, w, name, "tl.bfloat16")
         with text.block("else:" if self.pairs else None):
-            high = f"high_{name}"
-            text.add(f"{high} = ({w} & {both_halves(128)}) ^ {both_halves(0x4380)}")
-            text.add(f"{w} = ({w} & {both_halves(127)}) | {self.magic}")
+            high, (low_mask, low_bits), (high_mask, high_bits) = f"high_{name}", LOW_BITS, HIGH_BIT
+            text.add(f"{high} = ({w} & {high_mask}) ^ {high_bits}", f"{w} = ({w} & {low_mask}) | {low_bits}")
             for x in (w, high):
                 self._split(text, x, name, "tl.bfloat16")
             text.add(f"{w} = {w} - {high}")
@@ -348,3 +341,7 @@ def both_halves(bits: int) -> int:
     """The same 16 bits in both halves of an int32."""
     both = bits * 0x10001
     return both - (1 << 32) if both >= 1 << 31 else both
+
+
+LOW_BITS, HIGH_BIT = ((both_halves(mask), both_halves(bits)) for mask, bits in ((127, 0x4300), (128, 0x4380)))
+"""(mask, bits) of an 8-bit code in bfloat16: 128 and the low 7 bits; 128 where the high bit is, else 256 (by xor)."""

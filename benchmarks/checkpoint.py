@@ -6,12 +6,12 @@
     python benchmarks/checkpoint.py --small --device cpu     tries it out
 
 Each row runs in a process of its own. All share the model, its attention (is_causal), and a loss that is computed in
-chunks outside of the compiled graph, so that none stores logits; the step is forward and backward at batch 1. Several
-processes compile at the length that is measured, their parameters without memory, and each waits before its first step
-until the GPU is its own; with --longest the length is symbolic, and `half_s` is a step of half of --length. `peak_gb`
-is the allocator's, parameters and gradients included; `predicted_gb` what our pass said before the run; `compile_s`
-counts processor time, as processes share the cores; `beaten_by` the other rows of the point with no more memory and no
-more time.
+chunks outside of the compiled graph, so that none stores logits; the step is forward, backward and SGD at batch 1.
+Several processes compile at the length that is measured, their parameters without memory, and each waits before its
+first step until the GPU is its own; with --longest the length is symbolic, and `half_s` is a step of half of --length.
+`peak_gb` is the allocator's, parameters and gradients included; `predicted_gb` what our pass said before the run;
+`compile_s` counts processor time, as processes share the cores; `beaten_by` the other rows of the point with no more
+memory and no more time.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from harness import Run, arguments, synchronize
 COLUMNS = ("name", "peak_gb", "step_ms", "predicted_gb", "off", "kept_gb", "compile_s", "beaten_by")
 FAR = ("name", "longest", "peak_gb", "step_s", "half_s", "gb_per_1k", "compile_s")
 STEP = 1024
+GIVES_WAY = 10  # niceness of those that compile
 SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # else much of the memory is lost between blocks
 
 
@@ -73,20 +74,24 @@ def measured(settings: argparse.Namespace) -> dict[str, Any]:
     if settings.small:
         shape = replace(shape, hidden=64, inner=128, heads=4, kv_heads=2, layers=4, vocabulary=256)
     device = torch.device(settings.device)
+    os.nice(GIVES_WAY)
     weights = Weights(shape, name.startswith("full-block"), device)
     record: list[Any] = []
     turn = Turn(settings.lock, settings.longest, weights.fill)
     run = compiled(name, weights.model, settings, record, turn)
+    optimizer = torch.optim.SGD(weights.bytes, lr=1e-4, foreach=False)  # in place, one after another
 
     def step(length: int) -> float:
         ids = torch.randint(0, shape.vocabulary, (1, length + 1), device=device)
         inputs = ids[:, :-1].contiguous()
         if settings.longest:
             torch._dynamo.mark_dynamic(inputs, 1)
+        optimizer.zero_grad()
         hidden = run(inputs)
         loss = ChunkedLoss.apply(hidden[0], weights.head, ids[0, 1:])
         del hidden
         loss.backward()
+        optimizer.step()
         return float(loss.detach())
 
     if settings.longest:
@@ -116,11 +121,11 @@ def measured(settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def predicted(said: dict[str, Any], weights: Weights, length: int) -> dict[str, Any]:
-    """The peak of a step by what the pass said of the graph: parameters, their gradients and the loss are besides."""
+    """The peak of a step by what the pass said of the graph: parameters and the loss, which has a gradient of its
+    head, are besides."""
     head = weights.head
     head_bytes, width = head.numel() * head.element_size(), head.element_size()
-    # gradients of the step before are there until the optimizer has them; the loss holds its own besides
-    held = 2 * sum(weights.bytes.values())
+    held = sum(weights.bytes.values())
     hidden = length * head.shape[1] * width
     loss = said["kept"] + 2 * hidden + head_bytes + CHUNK * head.shape[0] * (4 + 4 + width)
     during = said["peak"] + hidden + head_bytes
@@ -128,8 +133,8 @@ def predicted(said: dict[str, Any], weights: Weights, length: int) -> dict[str, 
 
 
 def furthest(step: Any, settings: argparse.Namespace, row: dict[str, Any], turn: Turn) -> int:
-    """The longest length within `--memory`: from the peaks at the last two lengths, each at most twice the one before,
-    and confirmed by a step of that length. It is compiled for all of them at a quarter of `--length`."""
+    """The longest length within `--memory`: from the peaks at the last two lengths, each at most three times the one
+    before, and confirmed by a step of that length. It is compiled for all of them at a quarter of `--length`."""
     total = torch.cuda.get_device_properties(0).total_memory
     limit = settings.memory * 1e9
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
@@ -146,6 +151,7 @@ def furthest(step: Any, settings: argparse.Namespace, row: dict[str, Any], turn:
             row["ended_by"] = "memory"
             return False
         row["steps"][length] = [time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9]
+        print(json.dumps(row), flush=True)  # what a run that is cut off leaves
         return True
 
     short = settings.length // 4
@@ -157,13 +163,13 @@ def furthest(step: Any, settings: argparse.Namespace, row: dict[str, Any], turn:
         return 0
     row["half_s"] = row["steps"][2 * short][0]
     reached, ceiling = 2 * short, 1 << 62
-    for _ in range(7):
+    for _ in range(5):
         (a, (_, first)), (b, (_, second)) = sorted(row["steps"].items())[-2:]
         grows = (second - first) / (b - a)  # short steps are at their fullest where the length does not count
         row["gb_per_1k"] = grows * 1024
         row["fitted"] = int(b + (limit / 1e9 - second) / grows)
-        length = int(min(0.99 * row["fitted"], 2 * reached, 0.5 * (reached + ceiling))) // STEP * STEP
-        if length <= reached * 1.02:
+        length = int(min(0.98 * row["fitted"], 3 * reached, 0.5 * (reached + ceiling))) // STEP * STEP
+        if length <= reached * 1.04:
             break
         if fits(length):
             reached = length
@@ -176,15 +182,24 @@ def furthest(step: Any, settings: argparse.Namespace, row: dict[str, Any], turn:
 def child(name: str, at: Point, settings: argparse.Namespace) -> dict[str, Any]:
     """One row, in a process of its own."""
     given = {k: v for k, v in vars(settings).items() if k != "json"} | {"candidate": name, "at": vars(at)}
-    done = subprocess.run(
-        [sys.executable, __file__, "--given", json.dumps(given, default=str)], capture_output=True, text=True,
-        timeout=max(settings.budget, 60),
-        env={"TORCHINDUCTOR_COMPILE_THREADS": "4", **SEGMENTS, **os.environ, "FUSELINE_REPRO": "off"},
-    )  # fmt: skip
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, "--given", json.dumps(given, default=str)], capture_output=True, text=True,
+            timeout=max(settings.budget, 60),
+            env={"TORCHINDUCTOR_COMPILE_THREADS": "4", **SEGMENTS, **os.environ, "FUSELINE_REPRO": "off"},
+        )  # fmt: skip
+        printed, ended = done.stdout, "\n".join(done.stderr.strip().splitlines()[-8:])
+        ended = ended or f"exit code {done.returncode}"
+    except subprocess.TimeoutExpired as cut:
+        printed, ended = (cut.stdout or b"").decode(), f"cut off after {cut.timeout:.0f} s"
+    lines = [line for line in printed.splitlines() if line.startswith("{")]
     if not lines:
-        raise RuntimeError("\n".join(done.stderr.strip().splitlines()[-8:]) or f"exit code {done.returncode}")
-    return json.loads(lines[-1])
+        raise RuntimeError(ended)
+    row = json.loads(lines[-1])
+    if "longest" not in row and "step_ms" not in row:
+        reached = max(map(int, row["steps"]))
+        row |= {"longest": reached, "ended_by": ended, "peak_gb": row["steps"][str(reached)][1]}
+    return row
 
 
 def beaten(rows: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Callable
@@ -26,6 +27,8 @@ class Turn:
     def take(self) -> None:
         if not self.taken:
             fcntl.flock(self.file, fcntl.LOCK_EX)
+            with contextlib.suppress(PermissionError):  # raising it is not everybody's to do
+                os.setpriority(os.PRIO_PROCESS, 0, 0)
             self.taken = True
 
     def start(self) -> None:

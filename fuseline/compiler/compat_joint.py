@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .compat_distributed import place_in
+from .ops import embedding_gradient
 
 Partition = Callable[..., tuple[GraphModule, GraphModule]]
 """(joint graph, its inputs, keyword arguments of AOTAutograd's) → forward and backward."""
@@ -102,6 +103,23 @@ def split_as_written(joint: GraphModule, inputs: Sequence[Any], **given: Any) ->
     return default_partition(joint, inputs, **given)
 
 
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's, but for the gradient of a 16-bit embedding."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    target = torch.ops.aten.embedding_dense_backward.default
+    table = dict(select_decomp_table())
+    theirs = table[target]
+
+    def without_a_second_table(grad, indices, rows, padding_idx, by_frequency):  # type: ignore[no-untyped-def]
+        if by_frequency or grad.dtype.itemsize != 2:
+            return theirs(grad, indices, rows, padding_idx, by_frequency)
+        return embedding_gradient(grad, indices, rows, padding_idx)
+
+    table[target] = without_a_second_table
+    return table
+
+
 IN_ORDER = {"allow_buffer_reuse": False, "reorder_for_peak_memory": False}
 """Inductor's settings for a graph whose memory is planned."""
 
@@ -131,7 +149,7 @@ def inductor_through(module: GraphModule, inputs: Sequence[Any], partition: Part
             return str, (key,)
 
     with config.patch(custom_partitioner_fn=Ours()), functorch.patch(enable_autograd_cache=False):
-        return compile_fx(module, list(inputs), config_patches=IN_ORDER)
+        return compile_fx(module, list(inputs), config_patches=IN_ORDER, decompositions=_decompositions())
 
 
 def checkpoint_policy(body: GraphModule) -> Callable[..., Any] | None:

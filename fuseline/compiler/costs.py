@@ -186,8 +186,12 @@ def workspace(node: Node) -> Size:
     """Bytes that a call has for itself while it runs, beside its results.
 
     Flash attention sums the gradient of the queries in float32, and where key heads are shared it makes their
-    gradients for each query head first (Dao's `mha_bwd`); cuDNN's was measured to take as much.
+    gradients for each query head first (Dao's `mha_bwd`); cuDNN's was measured to take as much. Ops of the dialect
+    have rules of their own.
     """
+    op = find(node.target)
+    if op is not None and op.workspace_rule is not None:
+        return symbolic_expression(op.workspace_rule(*_values(node.args), **_values(node.kwargs)))
     if getattr(node.target, "_opname", "") not in _WITH_WORKSPACE:
         return 0
     q, k, v = _attended(node)

@@ -116,6 +116,7 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (r(2, 3, 8), r(8, 6), torch.tensor([0.4])), (r(2, 8), r(8, 6), torch.rand(8), r(2, 8), r(2, 6), r(6)),
         (r(3, 8), r(8, 6), torch.tensor([0.4]), None, None, r(6), 2),
     ],
+    "embedding_gradient": [(r(2, 3, 8), codes(5, torch.int64, 2, 3), 5, -1), (r(3, 8), LABELS[4:] % 5, 5, 0)],
     "encode": [
         (torch.randn(2, 3, 8), "e4m3", 8), (torch.randn(2, 8), "ternary", 4), (torch.randn(2, 8), "int8", 0),
         (torch.randn(2, 32).half(), "nvfp4", 16),

@@ -11,6 +11,7 @@ from .decode_pair_words import decode_pair_words
 from .decode_pairs import decode_pairs
 from .decode_words import decode_words
 from .dequantize import dequantize, pack_nibbles, unpack_nibbles
+from .embedding_gradient import embedding_gradient
 from .encode import encode
 from .encode_at import encode_at
 from .fake_quantize import fake_quantize, fake_quantize_backward
@@ -34,10 +35,11 @@ from .staircase import fake_staircase, staircase
 from .to_host import arrived, from_host, to_host
 
 __all__ = [
-    "REGISTRY", "Kind", "Op", "after", "arrived", "attention", "cache_attention", "cache_read", "cache_write", "decode",
-    "decode_pair_words", "decode_pairs", "decode_words", "dequantize", "encode", "encode_at", "fake_quantize",
-    "fake_quantize_backward", "fake_staircase", "find", "from_host", "glu", "hadamard", "layer_norm",
-    "linear_cross_entropy", "linear_cross_entropy_gradients", "lowrank_add", "moe", "moe_backward", "moe_pairs",
-    "op", "pack_nibbles", "quantize", "quantize_affine", "ring_attention", "rms_norm", "rotary", "round_through",
-    "scale_gradient", "sparse_linear", "staircase", "sum_gradient", "to_host", "unpack_nibbles",
+    "REGISTRY", "Kind", "Op", "after", "arrived", "attention", "cache_attention", "cache_read", "cache_write",
+    "decode", "decode_pair_words", "decode_pairs", "decode_words", "dequantize", "embedding_gradient", "encode",
+    "encode_at", "fake_quantize", "fake_quantize_backward", "fake_staircase", "find", "from_host", "glu",
+    "hadamard", "layer_norm", "linear_cross_entropy", "linear_cross_entropy_gradients", "lowrank_add", "moe",
+    "moe_backward", "moe_pairs", "op", "pack_nibbles", "quantize", "quantize_affine", "ring_attention", "rms_norm",
+    "rotary", "round_through", "scale_gradient", "sparse_linear", "staircase", "sum_gradient", "to_host",
+    "unpack_nibbles",
 ]  # fmt: skip

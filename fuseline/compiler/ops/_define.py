@@ -50,6 +50,7 @@ class Op:
         self.schema, self.naive, self.kind = schema, naive, kind
         self.cost_rule: Callable[..., Any] | None = None
         self.backward_rule: Callable[..., Any] | None = None
+        self.workspace_rule: Callable[..., Any] | None = None
         self.template: str | None = None
         self.__doc__ = naive.__doc__
         LIBRARY.define(schema)
@@ -85,6 +86,11 @@ class Op:
     def cost(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """FLOPs and bytes of one call, from the fake inputs; sizes may be symbolic."""
         self.cost_rule = function
+        return function
+
+    def workspace(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Bytes that a call has for itself while it runs, from the fake inputs; sizes may be symbolic."""
+        self.workspace_rule = function
         return function
 
     def lowers_to(self, template: str) -> None:

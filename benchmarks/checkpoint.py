@@ -8,7 +8,8 @@
 Each row runs in a process of its own. All share the model, its attention (is_causal), and a loss that is computed in
 chunks outside of the compiled graph, so that none stores logits; the step is forward, backward and SGD at batch 1.
 Several processes compile at the length that is measured, their parameters without memory, and each waits before its
-first step until the GPU is its own; with --longest the length is symbolic, and `half_s` is a step of half of --length.
+first step until the GPU is its own. With --longest the length is symbolic, and `half_s` is a step of half of --length;
+with --exactly it is a number, and the row tells whether a step of so many tokens fits, compiled for them alone.
 `peak_gb` is the allocator's, parameters and gradients included; `predicted_gb` what our pass said before the run;
 `compile_s` counts processor time, as processes share the cores; `beaten_by` the other rows of the point with no more
 memory and no more time.
@@ -43,12 +44,21 @@ GIVES_WAY = 10  # niceness of those that compile
 SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # else much of the memory is lost between blocks
 
 
+def compile_backward_at_once() -> None:
+    """PyTorch compiles a backward when it is first called: the GPU would wait for it."""
+    from torch._functorch import config
+
+    config.force_non_lazy_backward_lowering = True
+
+
 def compiled(name: str, model: torch.nn.Module, settings: argparse.Namespace, record: list[Any], turn: Turn) -> Any:
     target = "inductor" if settings.device == "cuda" or settings.inductor else "eager"
     if name in OURS:
         import fuseline  # noqa: F401
 
-        pipeline = OURS[name] + (f",target_seq={settings.length}}}" if settings.longest else "}")
+        pipeline = OURS[name] + (
+            f",target_seq={settings.length}}}" if settings.longest and not settings.exactly else "}"
+        )
         options = {"pipeline": pipeline, "target": target, "record": record.append}
         return torch.compile(model, backend=turn.before("fuseline", options=options))
     if name == "full-block eager":
@@ -75,16 +85,17 @@ def measured(settings: argparse.Namespace) -> dict[str, Any]:
         shape = replace(shape, hidden=64, inner=128, heads=4, kv_heads=2, layers=4, vocabulary=256)
     device = torch.device(settings.device)
     os.nice(GIVES_WAY)
+    compile_backward_at_once()
     weights = Weights(shape, name.startswith("full-block"), device)
     record: list[Any] = []
-    turn = Turn(settings.lock, settings.longest, weights.fill)
+    turn = Turn(settings.lock, settings.longest and not settings.exactly, weights.fill)
     run = compiled(name, weights.model, settings, record, turn)
     optimizer = torch.optim.SGD(weights.bytes, lr=1e-4, foreach=False)  # in place, one after another
 
     def step(length: int) -> float:
         ids = torch.randint(0, shape.vocabulary, (1, length + 1), device=device)
         inputs = ids[:, :-1].contiguous()
-        if settings.longest:
+        if settings.longest and not settings.exactly:
             torch._dynamo.mark_dynamic(inputs, 1)
         optimizer.zero_grad()
         hidden = run(inputs)
@@ -96,7 +107,7 @@ def measured(settings: argparse.Namespace) -> dict[str, Any]:
 
     if settings.longest:
         row: dict[str, Any] = {}
-        row["longest"] = furthest(step, settings, row, turn)
+        row["longest"] = (exactly if settings.exactly else furthest)(step, settings, row, turn)
         return row
     step(at.length)
     row = {"compile_s": time.process_time()}
@@ -135,9 +146,7 @@ def predicted(said: dict[str, Any], weights: Weights, length: int) -> dict[str, 
 def furthest(step: Any, settings: argparse.Namespace, row: dict[str, Any], turn: Turn) -> int:
     """The longest length within `--memory`: from the peaks at the last two lengths, each at most three times the one
     before, and confirmed by a step of that length. It is compiled for all of them at a quarter of `--length`."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    limit = settings.memory * 1e9
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+    limit = limit_memory(settings)
     row["steps"] = {}
 
     def fits(length: int) -> bool:
@@ -177,6 +186,32 @@ def furthest(step: Any, settings: argparse.Namespace, row: dict[str, Any], turn:
             ceiling = length
     row["step_s"], row["peak_gb"] = row["steps"][reached]
     return reached
+
+
+def exactly(step: Any, settings: argparse.Namespace, row: dict[str, Any], turn: Turn) -> int:
+    """`--exactly`, if two steps of that many tokens fit in `--memory`; else 0."""
+    limit_memory(settings)
+    row["exactly"] = settings.exactly
+    try:
+        step(settings.exactly)
+        row["compile_s"] = time.process_time()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        step(settings.exactly)
+        torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        row["ended_by"] = "memory"
+        return 0
+    row["step_s"], row["peak_gb"] = time.perf_counter() - began, torch.cuda.max_memory_allocated() / 1e9
+    return settings.exactly
+
+
+def limit_memory(settings: argparse.Namespace) -> float:
+    """Lets this process have no more than `--memory`: in bytes."""
+    limit = settings.memory * 1e9
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.get_device_properties(0).total_memory))
+    return limit
 
 
 def child(name: str, at: Point, settings: argparse.Namespace) -> dict[str, Any]:
@@ -222,6 +257,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", default="llama-3.2-1b", help="of --longest (default: llama-3.2-1b)")
     parser.add_argument("--length", type=int, default=32768, help="of --longest: half of it is tried first")
     parser.add_argument("--memory", type=float, default=24, help="of --longest: GB a process may use (default: 24)")
+    parser.add_argument("--exactly", type=int, default=0, help="of --longest: try that length, and no other")
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
     parser.add_argument("--at-a-time", type=int, default=7, help="processes that compile at the same time")
     parser.add_argument("--lock", help="a file: runs that name the same one take turns on the GPU")

@@ -7,6 +7,7 @@ length by one product.
 
 from __future__ import annotations
 
+import bisect
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from .joint import FUSED, forward_nodes
 from .machine import Machine
 from .ops import Kind
 from .program import Program
+from .remade import source
 from .traits import kind
 from .views import readers
 
@@ -65,6 +67,7 @@ class Tape:
     results: frozenset[int]
     gradients: frozenset[int]
     inputs: list[tuple[int, ...]]  # positions of the nodes that a node reads
+    made_of: dict[int, int] = field(default_factory=dict)  # storages that are made again of another behind a wait on it
 
     @cached_property
     def is_forward(self) -> np.ndarray:
@@ -171,11 +174,29 @@ def tape(program: Program) -> Tape:
     gradients = [n for n in torch.utils._pytree.tree_leaves(handed) if isinstance(n, Node) and n not in results]
     behind = [i for i, n in enumerate(nodes) if n.op == "call_function" and i not in before]
     behind += [i for i, n in enumerate(nodes) if is_tangent(n)]
+    made_of = _made_of(nodes, before, position, allocates, holds) if fused else {}
     return Tape(
         nodes, forward, sorted(behind), reads, allocates, holds, found, list(sizes), costs,
         frozenset(s for n in results for s in holds[position[n]]),
-        frozenset(s for n in gradients for s in holds[position[n]]), inputs,
+        frozenset(s for n in gradients for s in holds[position[n]]), inputs, made_of,
     )  # fmt: skip
+
+
+def _made_of(
+    nodes: Sequence[Node], before: Collection[int], position: Mapping[Node, int], allocates: Sequence[Sequence[int]],
+    holds: Sequence[tuple[int, ...]],
+) -> dict[int, int]:  # fmt: skip
+    """Storages of the forward that are made of one other, by `remade.source`."""
+    sources: dict[Node, Node] = {}
+    found: dict[int, int] = {}
+    for node in nodes:
+        if position[node] not in before or (one := source(node, sources)) is None:
+            continue
+        sources[node] = one
+        owned, held = allocates[position[node]], holds[position[one]]
+        if len(owned) == 1 and len(held) == 1 and owned[0] != held[0]:
+            found[owned[0]] = held[0]
+    return found
 
 
 def _results(program: Program, handed: Any, before: set[int], position: dict[Node, int]) -> list[Node]:
@@ -333,11 +354,15 @@ def execute(tape: Tape, saved: Collection[int], offloaded: Collection[int] = (),
     count = len(steps)
     first: dict[int, int] = {}
     final: dict[int, int] = {}
+    touched: dict[int, list[int]] = {s: [] for s in tape.made_of}
     for p, i in enumerate(steps):
         for s in (*tape.reads[i], *tape.allocates[i]):
             first.setdefault(s, p)
             final[s] = p
+            if s in touched:
+                touched[s].append(p)
     changes = np.zeros((count + 1, len(tape.sizes)))
+    waits = _waits(tape, steps, kept)
     for s, end in final.items():
         if s in tape.gradients:
             end = count - 1
@@ -347,10 +372,36 @@ def execute(tape: Tape, saved: Collection[int], offloaded: Collection[int] = (),
             begin = 0
         else:
             begin = first[s]
-        changes[begin, storages_[s].size] += 1
-        changes[end + 1, storages_[s].size] -= 1
+        lives = [(begin, end)]
+        if s in again and (behind_ := waits.get(tape.made_of.get(s, -1))):
+            lives = _between(touched[s], behind_)
+        for begin, end in lives:
+            changes[begin, storages_[s].size] += 1
+            changes[end + 1, storages_[s].size] -= 1
     behind = Profile(tuple(steps), np.cumsum(changes[:-1], 0) if count else changes[:-1])
     return Execution(ahead, behind, tuple(ran), kept)
+
+
+def _waits(tape: Tape, steps: Sequence[int], kept: Collection[int]) -> dict[int, list[int]]:
+    """For each kept storage the steps at which recomputation that reads it begins, or goes on behind a gradient."""
+    found: dict[int, list[int]] = {}
+    begins = 0
+    for p, i in enumerate(steps):
+        if not tape.is_forward[i]:
+            begins = p + 1
+            continue
+        for s in tape.reads[i]:
+            if s in kept and (s not in found or found[s][-1] < begins):
+                found.setdefault(s, []).append(begins)
+    return found
+
+
+def _between(touched: Sequence[int], waits: Sequence[int]) -> list[tuple[int, int]]:
+    """The steps from the first to the last of those that touch a value, apart for the times between waits."""
+    groups: dict[int, list[int]] = {}
+    for p in touched:
+        groups.setdefault(bisect.bisect(waits, p), []).append(p)
+    return [(found[0], found[-1]) for found in groups.values()]
 
 
 def peak(execution: Execution, sizes: np.ndarray) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,11 @@ from torch.fx import Node
 import fuseline.passes.checkpointing as checkpointing
 from fuseline.compiler import compat_joint
 from fuseline.compiler.compat_joint import is_backward
+from fuseline.compiler.costs import cost
+from fuseline.compiler.machine import MACHINES
+from fuseline.compiler.ops import arrived, from_host
 from fuseline.models.shapes import Decoder, Shape
+from fuseline.passes.checkpointing import policies
 from tests.checkpointing.test_exact import Dropping
 from tests.helpers.joint import Traced, agree, assert_all_are_waited_for, uncheckpointed
 
@@ -50,8 +55,8 @@ def test_what_comes_from_the_host_waits_too() -> None:
     fetched = [n for n in backward.graph.nodes if "from_host" in str(n.target)]
     held = {wait.args[0] for wait in waits(backward.graph)}
     assert len(fetched) >= 4
-    assert all(n.args[0] not in held for n in fetched[:2])  # the last block's begin with the backward
-    assert all(n.args[0] in held for n in fetched[2:])
+    assert fetched[0].args[0] not in held  # the last block's begins with the backward
+    assert all(n.args[0] in held for n in fetched[1:])
     assert all(n in held for n in fetched)  # and their readers wait
     sent = [n for n in forward.graph.nodes if "to_host" in str(n.target)]
     assert [(w.args[0], w.args[1]) for w in waits(forward.graph)] == [(n.args[0], [n]) for n in sent]
@@ -63,11 +68,33 @@ def test_eager_runs_the_graph_in_its_order_and_needs_no_waiting() -> None:
     assert not waits(backward.graph)
 
 
-def peak(pipeline: str) -> int:
+@pytest.mark.parametrize("host", [1e3, 1e6, 1e12])
+def test_values_come_from_the_host_as_late_as_they_are_in_time(monkeypatch: pytest.MonkeyPatch, host: float) -> None:
+    """Half as fast as they should be they would still arrive, but for those that no earlier call is left for, or that a
+    block's worth of others is still before."""
+    monkeypatch.setitem(MACHINES, "cpu", replace(MACHINES["cpu"], host=host))
+    given = Traced(nn.Sequential(*(Dropping(rate=0.0) for _ in range(6))), torch.randn(2, 12, 16), fused=True)
+    monkeypatch.setattr(policies, "host_bytes", lambda problem: 1e9)
+    forward, backward, joint = given.split("checkpoint{policy=full,offload=cpu}")
+    body = [n for n in backward.graph.nodes if n.op == "call_function"]
+    fetched = [i for i, n in enumerate(body) if n.target is from_host.overload]
+    early = 0
+    for place, i in enumerate(fetched):
+        value = body[i].meta["val"]
+        wait = body.index(next(u for u in body[i].users if u.target is arrived.overload))
+        takes = lambda j: sum(cost(n).seconds(MACHINES["cpu"], float) for n in body[i:j])  # noqa: B023
+        needed = 2 * value.numel() * value.element_size() / host
+        early += takes(wait) >= needed
+        assert place == 0 or takes(wait) < 3 * needed + 1e-4, "it lies there for long"
+    assert early >= (len(fetched) - 2 if host > 1e9 else 0)
+    assert agree(given.step(forward, backward), uncheckpointed(given))
+
+
+def peak(pipeline: str, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of the second step under Inductor on the CPU, at most, above those before it."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    model = Decoder(Shape(hidden=64, inner=256, layers=4, heads=4, kv_heads=2, vocabulary=128), loss=False)
+    model = Decoder(Shape(hidden=64, inner=256, layers=4, heads=4, kv_heads=2, vocabulary=128), loss=False).to(dtype)
     ids = torch.randint(0, 128, (1, 1024))
     run = torch.compile(model, backend="fuseline", options={"pipeline": pipeline, "target": "inductor"})
     run(ids).square().mean().backward()

@@ -74,17 +74,21 @@ def split_under_inductor(
     model: torch.nn.Module, ids: torch.Tensor, pipeline: str, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[GraphModule, GraphModule]:
     """Forward and backward of a model that is compiled for Inductor, as `checkpoint` hands them over in the order it
-    keeps."""
+    keeps, with what is made again."""
     torch.compiler.reset()
     found: list[tuple[GraphModule, GraphModule]] = []
-    ordered = checkpointing.keep_order
+    ordered, remade = checkpointing.keep_order, checkpointing.remake
 
     def keep_order(forward: GraphModule, backward: GraphModule, results: int) -> None:
         ordered(forward, backward, results)
         found.append((forward, backward))
+
+    def remake(backward: GraphModule) -> None:
+        remade(backward)
         raise Split
 
     monkeypatch.setattr(checkpointing, "keep_order", keep_order)
+    monkeypatch.setattr(checkpointing, "remake", remake)
     with pytest.raises(Exception, match="Split"):
         torch.compile(model, backend="fuseline", options={"pipeline": pipeline, "target": "inductor"})(ids)
     return found[0]

@@ -47,6 +47,7 @@ from .offload import move_to_host
 from .order import keep_order
 from .policies import Choice, Collectives, Policy, Problem, choose, gigabytes
 from .ranks import agreed
+from .remake import remake
 
 
 class Objective(enum.Enum):
@@ -90,9 +91,11 @@ class Checkpoint(Pass):
         if choice.offloaded:
             moved = problem.sections.spread(choice.offloaded) & choice.execution.saved
             names = [problem.tape.storages[s].node.name for s in moved]
-            after_split(program, move_to_host(names, len(choice.offloaded)))
+            ahead = max(1, *(len(choice.offloaded.intersection(s.values)) for s in problem.sections.sections))
+            after_split(program, move_to_host(names, ahead, problem.takes, problem.arrives))
         if FUSED in program.state:
             after_split(program, keep_order)
+            after_split(program, lambda forward, backward, results: remake(backward))
 
     def _predicted(self, problem: Problem, choice: Choice) -> dict[str, float]:
         """Bytes and seconds of the step: its peak apart from parameters and inputs, what is kept between forward and

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Collection, Mapping
+from itertools import accumulate
 
 import torch
 from torch.fx import GraphModule, Node
@@ -10,19 +12,28 @@ from torch.fx import GraphModule, Node
 from ...compiler.ops import arrived, from_host, to_host
 from ...compiler.views import readers, viewed, views
 
+MARGIN = 2.0
+"""How many times what its copy takes a value is sent for before its reader: times are the cost model's."""
 
-def move_to_host(names: Collection[str], ahead: int) -> Callable[[GraphModule, GraphModule, int], None]:
+Seconds = Callable[[Node], float]
+
+
+def move_to_host(
+    names: Collection[str], ahead: int, takes: Seconds, arrives: Seconds
+) -> Callable[[GraphModule, GraphModule, int], None]:
     """A rewrite of forward and backward after the split: `names` are the kept values' in both.
 
     Args:
-        ahead: how many values are on their way, or have arrived and wait for their reader, at a time: a block's.
+        ahead: how many values are on their way, or have arrived and wait for their reader, at most: a block's.
+        takes: the seconds of a call.
+        arrives: the seconds that the copy of a value takes.
     """
 
     def rewrite(forward: GraphModule, backward: GraphModule, results: int) -> None:
         for name in names:
             _view_again(forward, backward, name, results)
         moved = [n for n in names if _send(forward, n, results)]
-        _fetch(backward, moved, ahead)
+        _fetch(backward, moved, ahead, takes, arrives)
         forward.recompile()
         backward.recompile()
 
@@ -98,9 +109,9 @@ def _send(module: GraphModule, name: str, results: int) -> bool:
     return True
 
 
-def _fetch(module: GraphModule, names: Collection[str], ahead: int) -> None:
-    """Has the backward fetch the values one after another: each begins when the reader of the one that is so many
-    places before it is reached."""
+def _fetch(module: GraphModule, names: Collection[str], ahead: int, takes: Seconds, arrives: Seconds) -> None:
+    """Has the backward fetch the values one after another, each as late as it still arrives in time, and not before the
+    reader of the one that is `ahead` places before it is reached."""
     graph = module.graph
     body = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     order = {n: i for i, n in enumerate(body)}
@@ -108,9 +119,15 @@ def _fetch(module: GraphModule, names: Collection[str], ahead: int) -> None:
     wanted = [inputs[name] for name in names if name in inputs]
     first = {n: min(order[u] for u in n.users if u in order) for n in wanted if any(u in order for u in n.users)}
     queue = sorted(first, key=first.__getitem__)
-    for place, node in enumerate(queue):
+    begins = list(accumulate(map(takes, body), initial=0.0))
+    leads: list[int] = []
+    due = begins[-1]
+    for node in reversed(queue):
+        due = min(due, begins[first[node]]) - MARGIN * arrives(node)
+        leads.append(max(bisect.bisect_right(begins, due) - 1, 0))
+    for place, (node, late) in enumerate(zip(queue, reversed(leads), strict=True)):
         value = node.meta["val"]
-        lead = body[first[queue[place - ahead]]] if place >= ahead else body[0]
+        lead = body[max(late, first[queue[place - ahead]]) if place >= ahead else late]
         reader = body[first[node]]
         users = list(node.users)
         with graph.inserting_before(lead):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import GraphModule, Node
 
+from ...compiler.compat import storages
 from ...compiler.joint import forward_nodes
 from ...compiler.ops import after, from_host, to_host
 from ...compiler.views import viewed
@@ -43,12 +44,13 @@ def keep_order(forward: GraphModule, backward: GraphModule, results: int) -> Non
                     _wait(backward, x, run, node)
                     waiting.add(x)
                     behind[x] = behind.get(x, 0) | passed
-        elif isinstance(node.meta.get("val"), torch.Tensor) and viewed(node) is node:
+        elif storages(value := node.meta.get("val")) and viewed(node) is node:
             number += bool(run)
             run, waiting = [], set()
             for x in read:
                 made.pop(x, None)
-            made[node] = 0
+            if isinstance(value, torch.Tensor):  # of a call with several results each is one
+                made[node] = 0
         behind[node] = 0
         for x in read:
             behind[node] |= behind.get(x, 0)

@@ -8,13 +8,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from torch.fx import Node
 
-from ...compiler.costs import is_attention, is_collective
+from ...compiler.costs import bytes_of, cost, is_attention, is_collective
 from ...compiler.errors import UserError
 from ...compiler.machine import Machine
 from ...compiler.regions import region_of, region_saves
 from ...compiler.sites import sites
-from ...compiler.tape import FREE, At, Execution, Tape, execute, peak
+from ...compiler.tape import FREE, At, Execution, Tape, execute, peak, value_at
 from .min_cut import cut
 from .program import Limits, Solution, relevant, solve
 from .scaling import for_layers, rows_of, traced_blocks
@@ -125,6 +126,14 @@ class Problem:
         if self.sections.blocks == self.traced:
             return max(peak(execution, self.sizes))
         return float((rows_of(self.sections, execution, self.sections.blocks) @ self.sizes).max())
+
+    def takes(self, node: Node) -> float:
+        """Seconds of a call, of the graph's or of the parts it is split in."""
+        return cost(node).seconds(self.machine, lambda size: value_at(size, self.at))
+
+    def arrives(self, node: Node) -> float:
+        """Seconds that a value takes to or from the host's memory."""
+        return value_at(bytes_of(node.meta["val"]), self.at) / self.machine.host
 
     def time(self, execution: Execution) -> float:
         """Seconds of what runs again."""

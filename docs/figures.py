@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from fuseline.cli.charts import Series, chart
 
@@ -15,20 +16,36 @@ SPARSITY = ("gate only", "uniform", "teal uniform", "teal greedy", "sensitivity"
 
 def figures() -> dict[Path, str]:
     """Path → SVG, of what was measured."""
-    drawn = {"sparsity.svg": sparsity(), "decode-roofline.svg": roofline()}
+    drawn = {"sparsity.svg": sparsity(), "decode-roofline.svg": roofline(), "checkpoint.svg": checkpointing()}
     return {IMAGES / name: text for name, text in drawn.items() if text is not None}
 
 
 def roofline() -> str | None:
     """The kernels of the decode step, from the newest record of `benchmarks/decode.py --all` on a GPU."""
-    found = sorted(RESULTS.glob("*-h?00-decode-kernels.json"))
-    if not found:
+    record = newest("decode-kernels")
+    if record is None:
         return None
-    if str(ROOT / "benchmarks") not in sys.path:
-        sys.path.append(str(ROOT / "benchmarks"))
     from decoding.roofline import drawn
 
-    return drawn(json.loads(found[-1].read_text(encoding="utf-8")))
+    return drawn(record)
+
+
+def checkpointing() -> str | None:
+    """Memory and time of training steps, from the newest record of `benchmarks/checkpoint.py` on a GPU."""
+    record = newest("checkpoint")
+    if record is None:
+        return None
+    from checkpoints.pareto import drawn
+
+    return drawn(record, "1b-32k")
+
+
+def newest(name: str) -> dict[str, Any] | None:
+    """The newest record of that name from a GPU, and the benchmarks' own modules at hand."""
+    found = sorted(RESULTS.glob(f"*-h?00-{name}.json"))
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
+    return json.loads(found[-1].read_text(encoding="utf-8")) if found else None
 
 
 def sparsity() -> str:

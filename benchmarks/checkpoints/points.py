@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SHARES = (0.15, 0.25, 0.35, 0.5, 0.65, 0.8)
+SHARES = (0.15, 0.25, 0.35, 0.45, 0.5, 0.65, 0.8)
 TILED = "raise{allow_empty},tile{tiles=8},"
 OURS = {
     "ours long-context": "checkpoint{policy=long-context",

@@ -14,7 +14,6 @@ from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .compat_distributed import place_in
-from .ops import embedding_gradient
 
 Partition = Callable[..., tuple[GraphModule, GraphModule]]
 """(joint graph, its inputs, keyword arguments of AOTAutograd's) → forward and backward."""
@@ -114,7 +113,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     def without_a_second_table(grad, indices, rows, padding_idx, by_frequency):  # type: ignore[no-untyped-def]
         if by_frequency or grad.dtype.itemsize != 2:
             return theirs(grad, indices, rows, padding_idx, by_frequency)
-        return embedding_gradient(grad, indices, rows, padding_idx)
+        return torch.ops.fuseline.embedding_gradient.default(grad, indices, rows, padding_idx)
 
     table[target] = without_a_second_table
     return table

@@ -363,6 +363,10 @@ def execute(tape: Tape, saved: Collection[int], offloaded: Collection[int] = (),
                 touched[s].append(p)
     changes = np.zeros((count + 1, len(tape.sizes)))
     waits = _waits(tape, steps, kept)
+    apart = {s: _between(touched[s], waits[x]) for s in again if (x := tape.made_of.get(s, -1)) in waits}
+    for s, lives in apart.items():  # what it is made of is there until it is made for the last time
+        x = tape.made_of[s]
+        final[x] = max(final[x], lives[-1][0])
     for s, end in final.items():
         if s in tape.gradients:
             end = count - 1
@@ -372,12 +376,10 @@ def execute(tape: Tape, saved: Collection[int], offloaded: Collection[int] = (),
             begin = 0
         else:
             begin = first[s]
-        lives = [(begin, end)]
-        if s in again and (behind_ := waits.get(tape.made_of.get(s, -1))):
-            lives = _between(touched[s], behind_)
-        for begin, end in lives:
-            changes[begin, storages_[s].size] += 1
-            changes[end + 1, storages_[s].size] -= 1
+        whole_life = [(begin, end)]
+        for born, died in whole_life if s in tape.gradients else apart.get(s, whole_life):
+            changes[born, storages_[s].size] += 1
+            changes[died + 1, storages_[s].size] -= 1
     behind = Profile(tuple(steps), np.cumsum(changes[:-1], 0) if count else changes[:-1])
     return Execution(ahead, behind, tuple(ran), kept)
 

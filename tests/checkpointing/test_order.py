@@ -17,7 +17,7 @@ from fuseline.compiler.costs import cost
 from fuseline.compiler.machine import MACHINES
 from fuseline.compiler.ops import arrived, from_host
 from fuseline.models.shapes import Decoder, Shape
-from fuseline.passes.checkpointing import policies
+from fuseline.passes.checkpointing import offload, policies
 from tests.checkpointing.test_exact import Dropping
 from tests.helpers.joint import Traced, agree, assert_all_are_waited_for, uncheckpointed
 
@@ -117,3 +117,20 @@ def test_inductor_holds_no_other_blocks_values(monkeypatch: pytest.MonkeyPatch) 
     assert kept <= peak(pipeline)
     monkeypatch.setattr(compat_joint, "IN_ORDER", {})
     assert kept < 0.85 * peak(pipeline)
+
+
+def test_a_value_that_takes_no_time_to_arrive_still_comes_before_its_reader() -> None:
+    graph = torch.fx.Graph()
+    kept, gradient = graph.placeholder("kept"), graph.placeholder("tangents_1")
+    product = graph.call_function(torch.ops.aten.mm.default, (gradient, gradient))
+    view = graph.call_function(torch.ops.aten.t.default, (kept,))
+    graph.output((graph.call_function(torch.ops.aten.mm.default, (view, product)),))
+    for n in graph.nodes:
+        n.meta["val"] = torch.empty(2, 2)
+    backward = torch.fx.GraphModule(torch.nn.Module(), graph)
+    for takes, arrives in ((0.0, 0.0), (1e9, 1e-9)):
+        module = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+        module.graph.output(module.graph.graph_copy(backward.graph, {}))
+        offload._fetch(module, ["kept"], 1, lambda n, takes=takes: takes * ("mm" in str(n.target)), lambda n: arrives)  # noqa: B023
+        module.graph.lint()
+        assert [str(n.target).split(".")[0] for n in module.graph.nodes].count("fuseline") == 2

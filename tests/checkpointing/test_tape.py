@@ -8,8 +8,9 @@ import torch
 from torch.fx import Node
 
 from fuseline.compiler import ops
+from fuseline.compiler.costs import Cost
 from fuseline.compiler.machine import MACHINES
-from fuseline.compiler.tape import Tape, tape
+from fuseline.compiler.tape import Storage, Tape, execute, tape
 from tests.helpers.joint import Traced
 
 
@@ -76,3 +77,31 @@ def test_a_scatter_writes_into_what_nobody_else_reads() -> None:
     assert "index_put" not in written(found)
     into, put = node(found, "zeros"), node(found, "index_put")
     assert found.holds[found.nodes.index(put)] == found.holds[found.nodes.index(into)] != ()
+
+
+def test_what_is_made_again_is_not_alive_between_two_waits() -> None:
+    """n is made of k, which is kept, for g1 and once more for g3; k is there until then."""
+    graph = torch.fx.Graph()
+    names = ("k", "n", "r", "g1", "g2", "g3")
+    reads = {"k": "", "n": "k", "r": "k", "g1": "n", "g2": "r", "g3": "n"}
+    nodes: dict[str, Node] = {}
+    for name in names:
+        nodes[name] = graph.call_function(torch.neg, tuple(nodes[n] for n in reads[name].split()))
+        nodes[name].meta["val"] = torch.empty(4, device="meta")
+    places = [[names.index(n) for n in reads[name].split()] for name in names]
+    one = [(i,) for i in range(6)]
+    storages = [Storage(i, i, nodes[name], [j for j in range(6) if i in places[j]]) for i, name in enumerate(names)]
+    found = Tape(
+        list(nodes.values()), [0, 1, 2], [3, 4, 5], [tuple(p) for p in places], [list(o) for o in one], one, storages,
+        [16] * 6, [Cost(bytes=16)] * 6, frozenset(), frozenset({5}), [tuple(p) for p in places],
+    )  # fmt: skip
+    held = execute(found, {0})
+    assert [names[i] for i in held.backward.steps] == ["n", "g1", "r", "g2", "g3"]
+    assert held.backward.counts[:, 1].tolist() == [1, 1, 1, 1, 1]
+    assert held.backward.counts[:, 0].tolist() == [1, 1, 1, 0, 0]
+    found.made_of = {1: 0}
+    made = execute(found, {0})
+    assert made.backward.steps == held.backward.steps
+    assert made.backward.counts[:, 1].tolist() == [1, 1, 0, 0, 1]
+    assert made.backward.counts[:, 0].tolist() == [1, 1, 1, 1, 1]
+    assert (made.backward.counts[:, 2:] == held.backward.counts[:, 2:]).all()

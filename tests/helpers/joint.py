@@ -128,7 +128,12 @@ def assert_all_are_waited_for(backward: GraphModule) -> None:
             held[read[0]] = before[node]
             left = made - before[node]
             assert not left, f"{node.args[0]} does not wait for {left}"
-        elif is_backward(node) and isinstance(node.meta.get("val"), torch.Tensor) and viewed(node) is node:
+        elif (
+            node.op == "call_function"
+            and is_backward(node)
+            and isinstance(node.meta.get("val"), torch.Tensor)
+            and viewed(node) is node
+        ):
             made.add(node)
 
 

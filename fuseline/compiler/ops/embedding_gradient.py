@@ -22,7 +22,7 @@ def columns_at_a_time(rows: Any, width: Any) -> Any:
     """How many columns of a table [rows, width] are summed at a time."""
     if not isinstance(rows, int) or not isinstance(width, int):
         return width
-    return min(width, max(AT_A_TIME // (4 * rows) // 64, 1) * 64)
+    return min(width, max(AT_A_TIME // (4 * max(rows, 1)) // 64, 1) * 64)
 
 
 @op("embedding_gradient(Tensor grad, Tensor indices, SymInt rows, SymInt padding_idx) -> Tensor", whole=True)

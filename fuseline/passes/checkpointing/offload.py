@@ -124,7 +124,7 @@ def _fetch(module: GraphModule, names: Collection[str], ahead: int, takes: Secon
     due = begins[-1]
     for node in reversed(queue):
         due = min(due, begins[first[node]]) - MARGIN * arrives(node)
-        leads.append(max(bisect.bisect_right(begins, due) - 1, 0))
+        leads.append(min(max(bisect.bisect_right(begins, due) - 1, 0), first[node]))
     for place, (node, late) in enumerate(zip(queue, reversed(leads), strict=True)):
         value = node.meta["val"]
         lead = body[max(late, first[queue[place - ahead]]) if place >= ahead else late]

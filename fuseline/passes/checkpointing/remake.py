@@ -31,7 +31,7 @@ def remake(backward: GraphModule) -> None:
         if found in waits:
             sources[node] = found
     made: dict[tuple[Node, int], Node] = {}
-    reading = [(order[u], u, n) for n in sources for u in n.users if u not in sources]
+    reading = [(order[u], u, n) for n in sources for u in n.users]
     for place, user, node in sorted(reading, key=lambda one: one[0]):
         before = waits[sources[node]]
         wait = bisect.bisect(before, place)

@@ -41,6 +41,7 @@ COLUMNS = ("name", "peak_gb", "step_ms", "predicted_gb", "off", "kept_gb", "comp
 FAR = ("name", "longest", "peak_gb", "step_s", "half_s", "gb_per_1k", "compile_s")
 STEP = 1024
 GIVES_WAY = 10  # niceness of those that compile
+SPARE = 5  # seconds of the budget that are left for what processes that are cut off leave
 SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # else much of the memory is lost between blocks
 
 
@@ -220,7 +221,7 @@ def child(name: str, at: Point, settings: argparse.Namespace) -> dict[str, Any]:
     try:
         done = subprocess.run(
             [sys.executable, __file__, "--given", json.dumps(given, default=str)], capture_output=True, text=True,
-            timeout=max(settings.budget, 60),
+            timeout=max(settings.deadline - time.time(), 1),
             env={"TORCHINDUCTOR_COMPILE_THREADS": "4", **SEGMENTS, **os.environ, "FUSELINE_REPRO": "off"},
         )  # fmt: skip
         printed, ended = done.stdout, "\n".join(done.stderr.strip().splitlines()[-8:])
@@ -283,6 +284,7 @@ def main() -> None:
         changes["length"] = 256
     run = Run("checkpoint-longest" if settings.longest else "checkpoint", settings, floors=False)
     run.check(chosen)
+    settings.deadline = time.time() + run.seconds_left() - SPARE
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(settings.at_a_time) as pool:
         settings.lock = settings.lock or str(Path(folder) / "lock")
         pending = {

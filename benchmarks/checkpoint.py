@@ -27,6 +27,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,7 @@ def compiled(name: str, model: torch.nn.Module, settings: argparse.Namespace, re
     if name in OURS:
         import fuseline  # noqa: F401
 
-        pipeline = OURS[name] + (
-            f",target_seq={settings.length}}}" if settings.longest and not settings.exactly else "}"
-        )
+        pipeline = OURS[name] + (f",target_seq={settings.length}}}" if settings.symbolic else "}")
         options = {"pipeline": pipeline, "target": target, "record": record.append}
         return torch.compile(model, backend=turn.before("fuseline", options=options))
     if name == "full-block eager":
@@ -89,14 +88,14 @@ def measured(settings: argparse.Namespace) -> dict[str, Any]:
     compile_backward_at_once()
     weights = Weights(shape, name.startswith("full-block"), device)
     record: list[Any] = []
-    turn = Turn(settings.lock, settings.longest and not settings.exactly, weights.fill)
+    turn = Turn(settings.lock, settings.symbolic, weights.fill)
     run = compiled(name, weights.model, settings, record, turn)
     optimizer = torch.optim.SGD(weights.bytes, lr=1e-4, foreach=False)  # in place, one after another
 
     def step(length: int) -> float:
         ids = torch.randint(0, shape.vocabulary, (1, length + 1), device=device)
         inputs = ids[:, :-1].contiguous()
-        if settings.longest and not settings.exactly:
+        if settings.symbolic:
             torch._dynamo.mark_dynamic(inputs, 1)
         optimizer.zero_grad()
         hidden = run(inputs)
@@ -148,22 +147,7 @@ def furthest(step: Any, settings: argparse.Namespace, row: dict[str, Any], turn:
     """The longest length within `--memory`: from the peaks at the last two lengths, each at most three times the one
     before, and confirmed by a step of that length. It is compiled for all of them at a quarter of `--length`."""
     limit = limit_memory(settings)
-    row["steps"] = {}
-
-    def fits(length: int) -> bool:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        try:
-            step(length)
-            torch.cuda.synchronize()
-        except torch.OutOfMemoryError:
-            row["ended_by"] = "memory"
-            return False
-        row["steps"][length] = [time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9]
-        print(json.dumps(row), flush=True)  # what a run that is cut off leaves
-        return True
-
+    fits = partial(fitting, step, row)
     short = settings.length // 4
     if not fits(short):
         return 0
@@ -193,19 +177,29 @@ def exactly(step: Any, settings: argparse.Namespace, row: dict[str, Any], turn: 
     """`--exactly`, if two steps of that many tokens fit in `--memory`; else 0."""
     limit_memory(settings)
     row["exactly"] = settings.exactly
+    if not fitting(step, row, settings.exactly):
+        return 0
+    row["compile_s"] = time.process_time()
+    if not fitting(step, row, settings.exactly):
+        return 0
+    row["step_s"], row["peak_gb"] = row["steps"][settings.exactly]
+    return settings.exactly
+
+
+def fitting(step: Any, row: dict[str, Any], length: int) -> bool:
+    """Whether a step of that length fits: its seconds and its peak in GB are in the row's `steps` then."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
     try:
-        step(settings.exactly)
-        row["compile_s"] = time.process_time()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        step(settings.exactly)
+        step(length)
         torch.cuda.synchronize()
     except torch.OutOfMemoryError:
         row["ended_by"] = "memory"
-        return 0
-    row["step_s"], row["peak_gb"] = time.perf_counter() - began, torch.cuda.max_memory_allocated() / 1e9
-    return settings.exactly
+        return False
+    row.setdefault("steps", {})[length] = [time.perf_counter() - began, torch.cuda.max_memory_allocated() / 1e9]
+    print(json.dumps(row), flush=True)  # what a run that is cut off leaves
+    return True
 
 
 def limit_memory(settings: argparse.Namespace) -> float:
@@ -284,6 +278,7 @@ def main() -> None:
         changes["length"] = 256
     run = Run("checkpoint-longest" if settings.longest else "checkpoint", settings, floors=False)
     run.check(chosen)
+    settings.symbolic = settings.longest and not settings.exactly
     settings.deadline = time.time() + run.seconds_left() - SPARE
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(settings.at_a_time) as pool:
         settings.lock = settings.lock or str(Path(folder) / "lock")

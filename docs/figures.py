@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGES, RESULTS = ROOT / "docs" / "images", ROOT / "benchmarks" / "results"
 SPARSITY = ("gate only", "uniform", "teal uniform", "teal greedy", "sensitivity", "searched")
 
+if str(ROOT / "benchmarks") not in sys.path:  # whose own modules draw some of them
+    sys.path.append(str(ROOT / "benchmarks"))
+
 
 def figures() -> dict[Path, str]:
     """Path → SVG, of what was measured."""
@@ -41,10 +44,8 @@ def checkpointing() -> str | None:
 
 
 def newest(name: str) -> dict[str, Any] | None:
-    """The newest record of that name from a GPU, and the benchmarks' own modules at hand."""
+    """The newest record of that name from a GPU."""
     found = sorted(RESULTS.glob(f"*-h?00-{name}.json"))
-    if str(ROOT / "benchmarks") not in sys.path:
-        sys.path.append(str(ROOT / "benchmarks"))
     return json.loads(found[-1].read_text(encoding="utf-8")) if found else None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch.fx import Node
@@ -17,6 +18,16 @@ SMALL = 16
 """A value that is read besides has at most that part of the result's elements: a norm's scale for each position."""
 CAST = torch.ops.prims.convert_element_type.default
 """A cast, as Inductor's decompositions write it."""
+
+
+def made_of(nodes: Iterable[Node], among: Collection[Node] | None = None) -> dict[Node, Node]:
+    """Each of the calls, in the graph's order, that has a `source`, with that; among: what may be one (None: all)."""
+    found: dict[Node, Node] = {}
+    for node in nodes:
+        one = source(node, found)
+        if one is not None and (among is None or one in among):
+            found[node] = one
+    return found
 
 
 def source(node: Node, sources: Mapping[Node, Node]) -> Node | None:
@@ -37,7 +48,4 @@ def source(node: Node, sources: Mapping[Node, Node]) -> Node | None:
 
 
 def _elements(value: torch.Tensor) -> int:
-    count = 1
-    for size in value.shape:
-        count *= size_hint(size)
-    return count
+    return math.prod(map(size_hint, value.shape))

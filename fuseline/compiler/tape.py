@@ -26,7 +26,7 @@ from .joint import FUSED, forward_nodes
 from .machine import Machine
 from .ops import Kind
 from .program import Program
-from .remade import source
+from .remade import made_of
 from .traits import kind
 from .views import readers
 
@@ -174,25 +174,21 @@ def tape(program: Program) -> Tape:
     gradients = [n for n in torch.utils._pytree.tree_leaves(handed) if isinstance(n, Node) and n not in results]
     behind = [i for i, n in enumerate(nodes) if n.op == "call_function" and i not in before]
     behind += [i for i, n in enumerate(nodes) if is_tangent(n)]
-    made_of = _made_of(nodes, before, position, allocates, holds) if fused else {}
     return Tape(
         nodes, forward, sorted(behind), reads, allocates, holds, found, list(sizes), costs,
         frozenset(s for n in results for s in holds[position[n]]),
-        frozenset(s for n in gradients for s in holds[position[n]]), inputs, made_of,
+        frozenset(s for n in gradients for s in holds[position[n]]), inputs,
+        _made_of([nodes[i] for i in forward], position, allocates, holds) if fused else {},
     )  # fmt: skip
 
 
 def _made_of(
-    nodes: Sequence[Node], before: Collection[int], position: Mapping[Node, int], allocates: Sequence[Sequence[int]],
+    forward: Sequence[Node], position: Mapping[Node, int], allocates: Sequence[Sequence[int]],
     holds: Sequence[tuple[int, ...]],
 ) -> dict[int, int]:  # fmt: skip
-    """Storages of the forward that are made of one other, by `remade.source`."""
-    sources: dict[Node, Node] = {}
+    """Storages of the forward that are made of one other."""
     found: dict[int, int] = {}
-    for node in nodes:
-        if position[node] not in before or (one := source(node, sources)) is None:
-            continue
-        sources[node] = one
+    for node, one in made_of(forward).items():
         owned, held = allocates[position[node]], holds[position[one]]
         if len(owned) == 1 and len(held) == 1 and owned[0] != held[0]:
             found[owned[0]] = held[0]
@@ -363,7 +359,11 @@ def execute(tape: Tape, saved: Collection[int], offloaded: Collection[int] = (),
                 touched[s].append(p)
     changes = np.zeros((count + 1, len(tape.sizes)))
     waits = _waits(tape, steps, kept)
-    apart = {s: _between(touched[s], waits[x]) for s in again if (x := tape.made_of.get(s, -1)) in waits}
+    apart = {
+        s: _between(touched[s], waits[x])
+        for s, x in tape.made_of.items()
+        if s in again and s not in tape.gradients and x in waits
+    }
     for s, lives in apart.items():  # what it is made of is there until it is made for the last time
         x = tape.made_of[s]
         final[x] = max(final[x], lives[-1][0])
@@ -376,8 +376,7 @@ def execute(tape: Tape, saved: Collection[int], offloaded: Collection[int] = (),
             begin = 0
         else:
             begin = first[s]
-        whole_life = [(begin, end)]
-        for born, died in whole_life if s in tape.gradients else apart.get(s, whole_life):
+        for born, died in apart.get(s, [(begin, end)]):
             changes[born, storages_[s].size] += 1
             changes[died + 1, storages_[s].size] -= 1
     behind = Profile(tuple(steps), np.cumsum(changes[:-1], 0) if count else changes[:-1])

@@ -19,10 +19,8 @@ from tests.helpers.models import error
 def test_each_row_is_the_sum_over_its_tokens(monkeypatch, dtype, padding):
     """Some columns at a time, the last ones fewer; a row that is read often is not summed in 16 bits."""
     monkeypatch.setattr(sys.modules[columns_at_a_time.__module__], "AT_A_TIME", 4 * 50 * 64)
-    grad, indices = (
-        torch.randn(3, 700, 200, dtype=dtype),
-        torch.randint(0, 50, (3, 700)).where(torch.rand(3, 700) < 0.5, 7),
-    )
+    grad = torch.randn(3, 700, 200, dtype=dtype)
+    indices = torch.randint(0, 50, (3, 700)).where(torch.rand(3, 700) < 0.5, 7)
     assert columns_at_a_time(50, 200) == 64
     found = embedding_gradient(grad, indices, 50, padding)
     wanted = torch.ops.aten.embedding_dense_backward(grad.double(), indices, 50, padding, False)

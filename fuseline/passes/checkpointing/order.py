@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch.fx import GraphModule, Node
 
-from ...compiler.compat import storages
 from ...compiler.joint import forward_nodes
+from ...compiler.liveness import tensors
 from ...compiler.ops import after, from_host, to_host
 from ...compiler.views import viewed
 
@@ -44,7 +44,7 @@ def keep_order(forward: GraphModule, backward: GraphModule, results: int) -> Non
                     _wait(backward, x, run, node)
                     waiting.add(x)
                     behind[x] = behind.get(x, 0) | passed
-        elif storages(value := node.meta.get("val")) and viewed(node) is node:
+        elif tensors(value := node.meta.get("val")) and viewed(node) is node:
             number += bool(run)
             run, waiting = [], set()
             for x in read:

@@ -3,7 +3,8 @@
 A wait (`order.py`) tells a code generator that the kept value changes there. Inductor, which writes a cast of a block's
 input into each of its readers, has to store it then, for those behind the wait: the backward of a block's first norm
 reads the input in float32, and the norm's result, when all tiles of the block are done. Made again from the value
-itself they take no memory meanwhile, and a cast none at all. `tape.execute` counts them so.
+itself they take no memory meanwhile, and a cast none at all. `tape.execute` counts casts so, and norms as held: what
+is read of them besides, a scale for each position, is no kept value there.
 """
 
 from __future__ import annotations
@@ -14,22 +15,18 @@ from torch.fx import GraphModule, Node
 
 from ...compiler.joint import forward_nodes
 from ...compiler.ops import after
-from ...compiler.remade import source
+from ...compiler.remade import made_of
 from ...compiler.views import viewed
 
 
 def remake(backward: GraphModule) -> None:
-    """Has every reader behind a wait read what was recomputed behind it, too, where `source` finds how."""
+    """Has every reader behind a wait read what was recomputed behind it, too, where `made_of` finds how."""
     order = {n: i for i, n in enumerate(backward.graph.nodes)}
     waits: dict[Node, list[int]] = {}
     for node in order:
         if node.target is after.overload:
             waits.setdefault(viewed(node.args[0]), []).append(order[node])  # type: ignore[arg-type]
-    sources: dict[Node, Node] = {}
-    for node in forward_nodes(backward):
-        found = source(node, sources)
-        if found in waits:
-            sources[node] = found
+    sources = made_of(forward_nodes(backward), waits)
     made: dict[tuple[Node, int], Node] = {}
     reading = [(order[u], u, n) for n in sources for u in n.users]
     for place, user, node in sorted(reading, key=lambda one: one[0]):

@@ -64,7 +64,8 @@ def test_rows_are_measured_once_and_make_the_page(tmp_path: Path, monkeypatch: p
     schemes.main([*WORDS.split(), str(path), "--only", "int4:g64", "KV8"])
     assert measured == ["KV8"]
     rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
-    assert list(rows) == ["int4:g64", "int4:g64 gptq", "KV8", "KV4"] and rows["int4:g64"] == nearest
+    assert list(rows) == ["int4:g64", "int4:g64 gptq", "KV8", "KV4"]
+    assert rows["int4:g64"] == nearest | {"commit": record["environment"]["commit"]}
     monkeypatch.setattr(schemes, "code", lambda: "other")
     schemes.main([*WORDS.split(), str(path), "--only", "int4:g64"])
     assert measured == ["KV8", "int4:g64"]

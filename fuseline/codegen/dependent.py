@@ -35,10 +35,7 @@ def _kernel(kernel: Kernel) -> Kernel:
     before, parameters, body = opened(kernel.source, kernel.name)
     head = call(f"def {kernel.name}(", [*parameters, f"{CONSTANT}: tl.constexpr = False"], "):")
     marked = re.sub(rf"^( +){MARK}$", rf"\1if {CONSTANT}:\n\1    {_BEGIN}", body, flags=re.MULTILINE)
-    here = re.search(r"^( +)# waits here$", marked, flags=re.MULTILINE)
-    if here:
-        marked = re.sub(r"^( +)# waits here$", rf"\1if {CONSTANT}:\n\1    {_WAIT}", marked, flags=re.MULTILINE)
-    lines = [f"if {CONSTANT}:", *([f"    {_BEGIN}"] if body.find(MARK) < 0 else []), *([] if here else [f"    {_WAIT}"]), "    pass"]
+    lines = [f"if {CONSTANT}:", *([f"    {_BEGIN}"] if marked == body else []), f"    {_WAIT}"]
     return replace(
         kernel,
         source=before + "\n".join([*head, *(f"    {line}" for line in lines)]) + marked,

@@ -10,6 +10,7 @@ import fuseline
 from fuseline.codegen.buffers import live
 from fuseline.codegen.lower import Lowered, lower
 from fuseline.compiler.compat import _ALWAYS_NEW, may_return_an_input
+from tests.codegen import append_cases
 from tests.codegen.test_leftovers import function
 
 pytest.importorskip("triton")
@@ -145,3 +146,17 @@ def test_ops_taken_to_give_new_memory_do():
     assert set(calls) | {"conv3d", "scaled_dot_product_attention"} == set(_ALWAYS_NEW)
     for name, call in calls.items():
         assert call().untyped_storage().data_ptr() != x.untyped_storage().data_ptr(), name
+
+
+def test_what_is_added_to_a_cache_may_have_any_length():
+    """`generate()` takes a prompt of any length to a static cache."""
+
+    def code(q, k, v, cos, sin, keys, values, at):
+        turned, _, _ = append_cases.step(True, True, True)(q, k, v, cos, sin, keys, values, at)
+        return torch.nn.functional.scaled_dot_product_attention(turned, keys, values)
+
+    given = append_cases.inputs((1, 4, 2, 2, 16, 16, True, True, True), torch.float32)
+    length = torch.export.Dim("length", min=2, max=9)
+    along = [{3: None, 2: length} if name in ("q", "k", "v", "cos", "sin") else None for name in given]
+    result = lowered(code, *given.values(), dynamic={"inputs": tuple(along)})
+    assert planned(result) == ["append_0"] and "((1, 2, s" in result.source

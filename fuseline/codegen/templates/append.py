@@ -18,6 +18,7 @@ from ..about import about
 from ..dtypes import compute_dtype, is_supported, pointer_type, triton_type
 from ..kernel import BufferUse, Kernel, Launcher, Out, Refusal
 from ..kernel_text import call
+from ..sizes import shape
 from .cached_update import launch
 from .config import next_power_of_two
 from .text import Names, Text, load
@@ -80,8 +81,7 @@ def emit_append(region: GraphModule, name: str) -> Launcher | Refusal:
     results = list(region.graph.output_node().all_input_nodes)
     outs: tuple[Out, ...] = ()
     if found.queries is not None:
-        shape = tuple(found.queries.meta["val"].shape)
-        outs = (Out("out", results.index(found.queries), shape, None, dtype),)
+        outs = (Out("out", results.index(found.queries), shape(found.queries), None, dtype),)
     return Launcher(name, _host(region, found, name, kernel), (kernel,), outs=outs)
 
 

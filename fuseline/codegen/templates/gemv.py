@@ -92,16 +92,6 @@ class Product:
                 text.add(f"zero_{name} = {zero}.to(tl.float32)[:, None, None]")
         if takes_squares:
             text.add(f"squares{tag} = tl.zeros(({pieces}, {piece}), tl.float32)")
-        import os
-        self.pre = os.environ.get("FL_PRE") == "1" and not weight.bits and not self.live
-        if self.pre:
-            text.add(f"j{tag} = (tl.arange(0, {pieces}) * {piece})[:, None] + tl.arange(0, {piece})[None, :]")
-            for linear in self.linears:
-                name = names[linear.node]
-                mask = (self.inside and f"{self.inside}[:, None, None]",)
-                text.add(f"row_{name} = {names[linear.plain.tensor]}_ptr + {column_offset(self.n, linear)}[:, None, None] + j{tag}[None, :, :]")
-                text.add(f"ahead_{name} = {load(f'row_{name}', mask)}")
-            text.add("# waits here")
         with text.block(f"for first{tag} in tl.range(0, {self.total}, {pieces}, num_stages=STAGES):"):
             text.add(f"piece{tag} = first{tag} + tl.arange(0, {pieces})")
             text.add(f"j{tag} = (piece{tag} * {piece})[:, None] + tl.arange(0, {piece})[None, :]")
@@ -139,13 +129,6 @@ class Product:
         masks = (self.inside and f"{self.inside}[:, None, None]", self.live and f"{self.live}[None, :, :]")
         offset = column_offset(self.n, linear)
         pointer = f"{self.anchor.names[weight.tensor]}_ptr + {offset}[:, None, None] + j{tag}[None, :, :]"
-        if not weight.bits and self.pre:
-            text.add(f"w_{name} = ahead_{name}.to(tl.float32)")
-            step = f"ELEMENTS // {self.piece}"
-            masks = (self.inside and f"{self.inside}[:, None, None]", f"(first{tag} + {step} < {self.total})")
-            text.add(f"ahead_{name} = {load(f'row_{name} + (first{tag} + {step}) * {self.piece}', masks)}")
-            text.add(f"acc_{name} += w_{name} * {activations[0]}")
-            return
         if not weight.bits:
             text.add(f"w_{name} = {load(pointer, masks)}.to(tl.float32)")
             text.add(f"acc_{name} += w_{name} * {activations[0]}")

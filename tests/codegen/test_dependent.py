@@ -16,12 +16,14 @@ from fuseline.codegen.kernel import Kernel, Launcher, Refusal
 from fuseline.codegen.offline import compile_kernel
 from fuseline.codegen.templates.append import emit_append
 from fuseline.codegen.templates.linear import emit_linear
+from fuseline.codegen.templates.sparse import emit_sparse
 from fuseline.compiler.early_launch import CONSTANT
 from fuseline.compiler.ops import rms_norm
 from tests.codegen.append_cases import CASES as APPENDS, inputs, made, step
 from tests.codegen.coded_cases import Coded
 from tests.codegen.linear_cases import CASES as LINEARS
 from tests.codegen.regions import emitted
+from tests.codegen.sparse_cases import CASES as SPARSE
 
 WAIT, BEGIN = "tl.extra.cuda.gdc_wait()", "tl.extra.cuda.gdc_launch_dependents()"
 MEMORY = re.compile(r"tl\.(load|store|atomic\w*)\(")
@@ -34,6 +36,7 @@ def launchers() -> Iterator[Launcher | Refusal]:
     yield emit_append(made(step(*case[-3:]), tuple(inputs(case, torch.bfloat16).values())), "append")
     x, weight = torch.randn(4, 64, dtype=torch.bfloat16), torch.randn(64, dtype=torch.bfloat16)
     yield emitted(lambda x, w: rms_norm(x, w, 1e-5), x, weight)
+    yield emit_sparse(next(case for case in SPARSE if case.rank).graph(torch.bfloat16), "sparse")
 
 
 KERNELS = {kernel.name: kernel for one in launchers() for kernel in dependent(one).kernels}  # type: ignore[arg-type]
@@ -59,6 +62,15 @@ def test_it_compiles_for_hopper_and_others_have_none_of_it(name: str) -> None:
     assert first and 0 <= ptx.index("griddepcontrol.wait") < first.start()
     assert "griddepcontrol.launch_dependents" in ptx
     assert "griddepcontrol" not in str(compile_kernel(kernel, "sm_80").asm["ptx"])
+
+
+def test_programs_that_gather_are_long() -> None:
+    """Each of their ends lets the next kernel begin, none does so before its loop."""
+    source = KERNELS["sparse_gather"].source
+    loops = [found.start() for found in re.finditer(r"for c\w* in", source)]
+    assert len(loops) > 1 and source.count(BEGIN) == len(loops)
+    assert all(source.find(BEGIN, start) < source.find("tl.store(", start) for start in loops)
+    assert source.index(BEGIN) > loops[0]
 
 
 SOURCE = """# a comment with a bracket ):

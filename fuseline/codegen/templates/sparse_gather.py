@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from ..dependent import MARK
 from ..kernel_text import call
 from .anchor import Anchor, Linear, value
 from .config import PIECE_MAX, next_power_of_two
@@ -185,6 +186,7 @@ def _columns(text: Text, sparse: Sparse, linear: Linear, tag: str, first: str, c
             text.add(f"w{tag} = {load(pointer, masks)}.to(tl.float32)", f"acc0_{name} += w{tag} * x{tag}{row}")
         else:
             _codes(text, weight, names, name, tag, pointer, masks, inside)
+    text.add(MARK)
     columns = f"parts_ptr + slot * {sparse.anchor.columns_of_all} + {sparse.offset(linear)}"
     for half in range(weight.halves):
         at = f"s{tag}"
@@ -257,6 +259,7 @@ def _branch(text: Text, sparse: Sparse, first: str, width: int) -> None:
         masks = ("(live_z & ~keep_z)[None, :]", inside and f"{inside}[:, None]")
         text.add(f"down_z = {load(pointer, masks)}.to(tl.float32)")
         text.add("acc_z += down_z * tl.where(keep_z, 0.0, x_z)[None, :]")
+    text.add(MARK)
     text.add(f"tl.store(z_ptr + slot * {rank} + r, tl.sum(acc_z, 1){joined((inside,))})")
 
 

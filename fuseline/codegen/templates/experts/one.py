@@ -9,6 +9,7 @@ expert's words lie, `up` writes down for `down`: places [K], row·4 + slot, one 
 
 from __future__ import annotations
 
+from ...dependent import MARK
 from ...dtypes import triton_type
 from ..config import next_power_of_two
 from ..text import Text, joined, load
@@ -49,6 +50,7 @@ def up_body(experts: Experts, config: RowConfig) -> str:
                 mask = (inside and f"{inside}[:, None]", live and f"{live}[None, :]")
                 loaded = load(f"{name}_rows + j[None, :]{step}", mask, "0" if experts.pairs else "0.0")
                 _multiply(text, experts, name, loaded)
+        text.add(MARK)
         for name in ("gate", "up"):
             text.add(f"{name} = tl.sum({name}, 1)" + (" * scale" if experts.pairs else ""))
         if "gate_up_bias" in experts.tensors:
@@ -94,7 +96,7 @@ def down_body(experts: Experts, config: RowConfig) -> str:
             )  # fmt: skip
             loaded = load(f"down_rows + j[None, None, :]{step}", mask, "0" if experts.pairs else "0.0")
             _multiply(text, experts, "down", loaded, "[:, None, :]")
-        text.add("down = tl.sum(down, 2)")
+        text.add(MARK, "down = tl.sum(down, 2)")
         factor = "factor" if experts.pairs else "weight"
         if "down_bias" in experts.tensors:
             at = f"down_bias_ptr + (expert * {experts.hidden})[:, None] + n[None, :]"

@@ -30,6 +30,7 @@ from ..compiler.provenance import makers, module_path, source_line
 from ..compiler.schemes import Scheme
 from ..compiler.sites import op_name, sites
 from ..passes.rotation.carriers import is_attention
+from ..passes.rotation.prepare import written_down
 from ..passes.rotation.products import product
 from .codes import dequantized, rounded
 from .rotations import Matrix, peel
@@ -134,11 +135,12 @@ class _Walk:
 
     def _node(self, ours: Node, theirs: Node) -> list[tuple[Node, Node]]:
         """Compares two calls; the pairs of nodes that their arguments are."""
-        if ours.op != theirs.op or (ours.op != "output" and ours.target != theirs.target):
+        (target, args, named), (other_target, other_args, other_named) = written_down(ours), written_down(theirs)
+        if ours.op != theirs.op or (ours.op != "output" and target != other_target):
             raise self._mismatch(ours, theirs)
         if ours.op in ("placeholder", "get_attr"):
             return []
-        mine, other = list(ours.args), list(theirs.args)
+        mine, other = list(args), list(other_args)
         if ours.target is rms_norm.overload:
             mine, other = self._norm(ours, mine, other)
         elif is_attention(ours):
@@ -156,9 +158,9 @@ class _Walk:
             if found is not None and peel(mine[position]) is None:
                 other[position] = found.x
                 self.found.online.append(Online(self.sites[ours], module_path(ours), found.matrix, made.expression))
-        if len(mine) != len(other) or ours.kwargs.keys() != theirs.kwargs.keys():
+        if len(mine) != len(other) or named.keys() != other_named.keys():
             raise self._mismatch(ours, theirs)
-        both = [*zip(mine, other, strict=True), *((ours.kwargs[k], theirs.kwargs[k]) for k in ours.kwargs)]
+        both = [*zip(mine, other, strict=True), *((named[k], other_named[k]) for k in named)]
         return [pair for a, b in both for pair in self._argument(ours, theirs, a, b)]
 
     def _argument(self, ours: Node, theirs: Node, a: Any, b: Any) -> Iterator[tuple[Node, Node]]:

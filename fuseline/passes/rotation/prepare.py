@@ -36,14 +36,14 @@ def prepare(program: Program, rewriter: Rewriter, folds: Folds) -> None:
     """Applies each of the rewrites wherever it fits."""
     for node in list(program.graph.nodes):
         if node.target in _NEW:
-            _as_fresh(rewriter, node)
+            _without_like(rewriter, node)
         if node._erased or touches_written(node):
             continue
         columns = _columns(node)
         if columns is not None:
             _as_rows(rewriter, node, *columns)
         elif node.target is aten.type_as.default:
-            _as_cast(rewriter, node)
+            _without_like(rewriter, node)
         elif (position := _position(node)) is not None:
             _as_slice(rewriter, node, *position)
         elif (weight := _derived(node, folds)) is not None:
@@ -69,23 +69,26 @@ def _as_rows(rewriter: Rewriter, node: Node, x: Node, stack: Node) -> None:
     rewriter.rewrite(node, [node, *node.all_input_nodes], build, "columns as rows")
 
 
-def _as_cast(rewriter: Rewriter, node: Node) -> None:
-    x, other = node.args
-    if x.meta["val"].device == other.meta["val"].device:  # type: ignore[union-attr]
-        dtype = node.meta["val"].dtype
-        rewriter.rewrite(node, [node], lambda new: new(aten.to.dtype, x, dtype), "type as cast")
+def written_down(node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """A call's target and arguments; dtype and device that it takes from another tensor are written out."""
+    value = node.meta.get("val")
+    if node.target in _NEW:
+        return _NEW[node.target], (node.args[1],), {"dtype": value.dtype, "device": value.device}
+    if node.target is aten.type_as.default and value.device == node.args[0].meta["val"].device:  # type: ignore[union-attr]
+        return aten.to.dtype, (node.args[0], value.dtype), {}
+    return node.target, node.args, dict(node.kwargs)
 
 
-def _as_fresh(rewriter: Rewriter, node: Node) -> None:
-    """An allocation that takes dtype and device from a tensor, with the two written down."""
-    value = node.meta["val"]
+def _without_like(rewriter: Rewriter, node: Node) -> None:
+    target, args, kwargs = written_down(node)
 
     def build(new: Builder) -> Node:
-        made = new(_NEW[node.target], node.args[1], dtype=value.dtype, device=value.device)
+        made = new(target, *args, **kwargs)
         made.meta.update({key: node.meta[key] for key in ("written",) if key in node.meta})
         return made
 
-    rewriter.rewrite(node, [node], build, "new as fresh")
+    if target is not node.target:
+        rewriter.rewrite(node, [node], build, "new as fresh" if node.target in _NEW else "type as cast")
 
 
 def _as_weight(rewriter: Rewriter, node: Node, weight: Expression) -> None:

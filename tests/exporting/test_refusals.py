@@ -55,9 +55,9 @@ CASES = {
     ),
     "r4 of stacked experts": (
         lambda: model_of("Mixtral, grouped_mm"),
-        "raise,rotate{r1,r4,untie}",
+        "raise{experts=false},rotate{r1,r4,untie}",
         r"experts/.*its weight model.layers.0.mlp.experts.down_proj is no nn.Linear's",
-        "raise,rotate{r1,untie}",
+        "raise{experts=false},rotate{r1,untie}",
     ),
     "a size without a matrix": (
         lambda: build("LlamaConfig", intermediate_size=94),

@@ -22,6 +22,7 @@ from .compiler.compat import break_after
 from .compiler.deferred import DEFERS
 from .compiler.errors import UserError, nearest
 from .compiler.graph_breaks import tell_of
+from .compiler.heap import settled
 from .compiler.lengths import ask_for_sequences, ask_for_symbols
 from .compiler.pipeline import DEFAULT, Pipeline
 from .compiler.plan import Plan
@@ -44,6 +45,7 @@ recent: deque[Compilation] = deque(maxlen=8)
 """The last compilations of this process, newest last; they keep no model's tensors alive."""
 
 
+@settled()
 def compile(
     module: torch.fx.GraphModule,
     inputs: Sequence[Any],

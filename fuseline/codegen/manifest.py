@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..compiler.errors import UserError
 from ..compiler.provenance import makers, module_path, source_lines
-from .about import short
+from .about import op_name, short
 from .kernel import BufferUse, Kernel, Launcher, function_name
 from .sizes import size
 
@@ -96,7 +96,7 @@ def manifest_of(module: ModuleType | str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _kernel(kernel: Kernel, regions: list[dict[str, Any]], lowered: Lowered) -> dict[str, Any]:
-    """One distinct kernel, with the ops and buffers of the first region that it serves."""
+    """One distinct kernel, with its ops and buffers in the first region that it serves."""
     served = [region for region in regions if kernel.name in region["kernels"]]
     first = served[0]
     graph = lowered.regions[first["name"]].graph
@@ -104,7 +104,7 @@ def _kernel(kernel: Kernel, regions: list[dict[str, Any]], lowered: Lowered) -> 
     uses = next(x.buffers for x in lowered.launchers if x.name == first["function"])[kernel.name]
     return {
         "name": kernel.name,
-        "ops": [node["op"] for node in first["nodes"]],
+        "ops": [node["op"] for node in first["nodes"] if node["op"] in kernel.ops],
         "lines": list(kernel.lines),
         "made_by": list(kernel.made_by),
         "regions": [region["name"] for region in served],
@@ -148,7 +148,7 @@ def _region(
         "nodes": [
             {
                 "name": n.name,
-                "op": _op(n),
+                "op": op_name(n),
                 "module": module_path(n),
                 "lines": [short(line) for line in source_lines([n])],
                 "made_by": list(makers(n)),
@@ -177,16 +177,10 @@ def _size(value: int | torch.SymInt) -> int | str:
     return found if isinstance(found, int) else str(found)
 
 
-def _op(node: Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target)
-    return f"operator.{getattr(node.target, '__name__', node.target)}"
-
-
 def _outside(graph: Graph) -> dict[str, int]:
     """The ops that PyTorch runs between the regions, and how often."""
     nodes = [n for n in graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
-    return dict(Counter(_op(n) for n in nodes))
+    return dict(Counter(op_name(n) for n in nodes))
 
 
 def _symbols(graph: Graph) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..compiler import products
+from ..compiler.compat_graphs import graph_module
 from ..compiler.expert_expressions import PairsInWords
 from ..compiler.expressions import Constant, Expression, InWords, Transpose
 from ..compiler.formats.words import Words
@@ -58,7 +59,7 @@ def _copy(region: GraphModule) -> GraphModule:
     graph = Graph()
     output = graph.output(graph.graph_copy(region.graph, {}))
     output.meta = dict(next(iter(reversed(region.graph.nodes))).meta)
-    copied = GraphModule(region, graph, class_name=type(region).__name__)
+    copied = graph_module(region, graph, class_name=type(region).__name__)
     copied.meta.update(region.meta)
     return copied
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule, Node
 
+from .compat_graphs import graph_module
 from .program import Program
 
 
@@ -40,7 +41,7 @@ def cut(program: Program, nodes: Sequence[Node], kind: str) -> Cut:
     out = graph.output(results[0] if len(results) == 1 else results)
     out.meta["val"] = tuple(n.meta["val"] for n in outputs) if len(outputs) > 1 else outputs[0].meta["val"]
     inner = {str(n.target): program.module.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
-    module = GraphModule(inner, graph, class_name=kind.title().replace("_", ""))
+    module = graph_module(inner, graph, class_name=kind.title().replace("_", ""))
     module.meta["kind"] = kind
     return Cut(module, inputs, outputs)
 
@@ -65,4 +66,4 @@ def inline(module: GraphModule) -> GraphModule:
         elif node not in mapping:
             mapping[node] = graph.node_copy(node, mapping.__getitem__)
             mapping[node].meta = copy.copy(node.meta)
-    return GraphModule(module, graph)
+    return graph_module(module, graph)

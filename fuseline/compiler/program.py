@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .binder import Binder
 from .compat import real_tensors
+from .compat_graphs import graph_module
 from .expressions import Expression, Param
 from .weights import STORE, WeightStore
 
@@ -85,7 +86,7 @@ class Program:
         node = graph.output(output)
         original = next(iter(reversed(self.graph.nodes)))
         node.meta = copy.copy(original.meta)
-        module = GraphModule(self.module, graph)
+        module = graph_module(self.module, graph)
         module.meta.update(self.module.meta)
         return Program(
             module, self.fake_mode, list(self.arguments), dict(self.sources), self.mutated, self.training,

@@ -16,6 +16,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from . import compat
+from .compat_graphs import graph_module
 from .inliner import Inliner
 
 _OPENS = re.compile(r"_(vmap|grad|jvp)_increment_nesting$")
@@ -28,7 +29,7 @@ def resolve_transforms(module: GraphModule, fakes: Sequence[Any], mode: Any) -> 
         return module
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    module = GraphModule(module, graph)
+    module = graph_module(module, graph)
     found = stretches(module.graph)
     recorder = _Recorder(module, {n for stretch in found for n in _entering(stretch)})
     with mode:

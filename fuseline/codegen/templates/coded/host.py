@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
+from ...about import about as about_nodes
 from ...dtypes import pointer_type
 from ...kernel import BufferUse, Kernel, Launcher, Out, Refusal
 from ...kernel_text import call
@@ -34,7 +35,7 @@ def emit_coded(anchor: Anchor, name: str, about: About, header: str, tiles: Code
         check_operands(anchor)
         target = target_of(anchor)
         tiles, whole = tiles or tiling(anchor, target), anchor
-        before = [] if anchor.norm is None else [_norm(anchor, f"{name}_norm", about)]
+        before = [] if anchor.norm is None else [_norm(anchor, f"{name}_norm")]
         anchor = replace(anchor, norm=None)
         few, many = Product(anchor, target, tiles.few, few=True), Product(anchor, target, tiles.many)
         parts = few.apart if tiles.few.split > 1 else few
@@ -132,8 +133,8 @@ def _kernel(
     )
 
 
-def _norm(anchor: Anchor, name: str, about: About) -> Kernel:
-    """The kernel that normalises x."""
+def _norm(anchor: Anchor, name: str) -> Kernel:
+    """The kernel that normalises x; regions with other products share it."""
     norm = anchor.norm
     assert norm is not None
     read = [anchor.x, *(n for n in (norm.weight, norm.bias) if n is not None)]
@@ -142,7 +143,8 @@ def _norm(anchor: Anchor, name: str, about: About) -> Kernel:
     kinds = [*(_pointer(value(n).dtype) for n in read), _pointer(anchor.dtype)]
     signature = {use.argument: kind for use, kind in zip(uses, kinds, strict=True)} | {"M": "i32"}
     source = f"# {norm.node.target}\n" + norm_kernel(anchor, name, [use.argument for use in uses])
-    return Kernel(name, source, signature, {}, *about, 8 if width(anchor) > 2048 else 4, 1, tuple(uses))
+    warps = 8 if width(anchor) > 2048 else 4
+    return Kernel(name, source, signature, {}, *about_nodes([norm.node]), warps, 1, tuple(uses))
 
 
 def _host(

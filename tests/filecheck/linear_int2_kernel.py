@@ -24,12 +24,14 @@ print(lower(after).source)
 
 
 # CHECK:      4 kernels for 1 regions, 0 regions run through PyTorch
-# CHECK:      # made by: {{.*}}raise/RMSNorm{{.*}}quantize/linear
-# The norm is a kernel of its own, in float32 within, in the product's type without.
+# The norm is a kernel of its own, in float32 within, in the product's type without; it says what it stands for alone.
+# CHECK:      # made by: raise/RMSNorm
+# CHECK-NOT:  quantize/linear
 # CHECK:      def [[NORM:\w+_norm]](
 # CHECK:      total += x * x
 # CHECK:      tl.rsqrt(tl.sum(total, 0) / 96 + 1.19
 # CHECK:      tl.store(normed_ptr + row * 96 + k, h.to(tl.bfloat16), mask=k < 96)
+# CHECK:      # made by: {{.*}}quantize/linear
 # CHECK:      # rms_norm → linear (201 x 96 int2:g32 with zero points) → relu
 # CHECK:      def [[FEW:\w+_few]](
 # CHECK:      [[IN_M:\w+]] = (m < (1 if ROWS == 1 else M))[:, None]

@@ -142,7 +142,7 @@ def _norm(anchor: Anchor, name: str) -> Kernel:
     uses.append(BufferUse("normed_ptr", "normed", "write", ("m", anchor.k)))
     kinds = [*(_pointer(value(n).dtype) for n in read), _pointer(anchor.dtype)]
     signature = {use.argument: kind for use, kind in zip(uses, kinds, strict=True)} | {"M": "i32"}
-    source = f"# {norm.node.target}\n" + norm_kernel(anchor, name, [use.argument for use in uses])
+    source = norm_kernel(anchor, name, [use.argument for use in uses])
     warps = 8 if width(anchor) > 2048 else 4
     return Kernel(name, source, signature, {}, *about_nodes([norm.node]), warps, 1, tuple(uses))
 

@@ -43,16 +43,18 @@ def checkpointing() -> str | None:
     return drawn(record, "1b-32k")
 
 
-def newest(name: str) -> dict[str, Any] | None:
-    """The newest record of that name from a GPU."""
-    found = sorted(RESULTS.glob(f"*-h?00-{name}.json"))
+def newest(name: str, machine: str = "h?00") -> dict[str, Any] | None:
+    """The newest record of that name from a GPU, or from another machine."""
+    found = sorted(RESULTS.glob(f"*-{machine}-{name}.json"))
     return json.loads(found[-1].read_text(encoding="utf-8")) if found else None
 
 
-def sparsity() -> str:
+def sparsity() -> str | None:
     """What each budget costs by each method, from the newest record of benchmarks/sparsity.py."""
-    name = max(RESULTS.glob("*-cpu-sparsity.json"))
-    rows = [row for row in json.loads(name.read_text(encoding="utf-8"))["rows"] if "kl" in row]
+    record = newest("sparsity", "cpu")
+    if record is None:
+        return None
+    rows = [row for row in record["rows"] if "kl" in row]
     lines = {method: [(row["budget"], row["kl"]) for row in rows if row["method"] == method] for method in SPARSITY}
     series = [Series(method, points) for method, points in lines.items() if points]
     return chart("SmolLM2-135M: bytes read, and KL on text that was not seen", "bytes read", "KL, nats", series)

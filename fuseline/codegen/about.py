@@ -14,13 +14,13 @@ from ..compiler.provenance import makers, source_lines
 def about(nodes: Sequence[Node]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """`ops`, `lines` and `made_by` of a `Kernel`, each once, in the order of the nodes."""
     return (
-        tuple(dict.fromkeys(map(op_name, nodes))),
+        tuple(dict.fromkeys(map(qualified_op, nodes))),
         tuple(dict.fromkeys(short(line) for line in source_lines(nodes))),
         tuple(dict.fromkeys(maker for n in nodes for maker in makers(n))),
     )
 
 
-def op_name(node: Node) -> str:
+def qualified_op(node: Node) -> str:
     """A call's op as manifests and kernels name it: `aten.linear.default`, `operator.mul`."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target)

@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..compiler.errors import UserError
 from ..compiler.provenance import makers, module_path, source_lines
-from .about import op_name, short
+from .about import qualified_op, short
 from .kernel import BufferUse, Kernel, Launcher, function_name
 from .sizes import size
 
@@ -148,7 +148,7 @@ def _region(
         "nodes": [
             {
                 "name": n.name,
-                "op": op_name(n),
+                "op": qualified_op(n),
                 "module": module_path(n),
                 "lines": [short(line) for line in source_lines([n])],
                 "made_by": list(makers(n)),
@@ -180,7 +180,7 @@ def _size(value: int | torch.SymInt) -> int | str:
 def _outside(graph: Graph) -> dict[str, int]:
     """The ops that PyTorch runs between the regions, and how often."""
     nodes = [n for n in graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
-    return dict(Counter(op_name(n) for n in nodes))
+    return dict(Counter(qualified_op(n) for n in nodes))
 
 
 def _symbols(graph: Graph) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from ...about import about as about_nodes
+from ...about import about
 from ...dtypes import pointer_type
 from ...kernel import BufferUse, Kernel, Launcher, Out, Refusal
 from ...kernel_text import call
@@ -28,8 +28,8 @@ SUM_BLOCK = 64  # output columns of a program that adds partial sums
 About = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
-def emit_coded(anchor: Anchor, name: str, about: About, header: str, tiles: CodedTiling | None) -> Launcher | Refusal:
-    """The kernels of an anchor whose weights are all coded. about: ops, lines and makers of its kernels."""
+def emit_coded(anchor: Anchor, name: str, served: About, header: str, tiles: CodedTiling | None) -> Launcher | Refusal:
+    """The kernels of an anchor whose weights are all coded. served: ops, lines and makers of its products."""
     try:
         check(anchor)
         check_operands(anchor)
@@ -39,13 +39,13 @@ def emit_coded(anchor: Anchor, name: str, about: About, header: str, tiles: Code
         anchor = replace(anchor, norm=None)
         few, many = Product(anchor, target, tiles.few, few=True), Product(anchor, target, tiles.many)
         parts = few.apart if tiles.few.split > 1 else few
-        kernels = [_kernel(parts, f"{name}_few", product_body(parts), about, header, normed=bool(before))]
+        kernels = [_kernel(parts, f"{name}_few", product_body(parts), served, header, normed=bool(before))]
         if tiles.few.split > 1:
-            kernels.append(_kernel(few, f"{name}_sum", sum_body(few), about, header, SUM_BLOCK))
+            kernels.append(_kernel(few, f"{name}_sum", sum_body(few), served, header, SUM_BLOCK))
         if tiles.some is not None:
             some = Product(anchor, target, tiles.some)
-            kernels.append(_kernel(some, f"{name}_some", product_body(some), about, header, normed=bool(before)))
-        kernels.append(_kernel(many, f"{name}_many", product_body(many), about, header, normed=bool(before)))
+            kernels.append(_kernel(some, f"{name}_some", product_body(some), served, header, normed=bool(before)))
+        kernels.append(_kernel(many, f"{name}_many", product_body(many), served, header, normed=bool(before)))
         source, outs = _host(whole, name, tiles, tuple(kernels), few, before)
         return Launcher(name, source, (*before, *kernels), outs=outs)
     except Refused as refused:
@@ -99,7 +99,7 @@ def _kernel(
     product: Product,
     name: str,
     body: str,
-    about: About,
+    served: About,
     header: str,
     block_n: int | None = None,
     normed: bool = False,
@@ -126,7 +126,7 @@ def _kernel(
         header + "\n".join([DECORATOR, *first, body]),
         {p: kind for p, (kind, *_) in used.items()} | {"M": "i32"} | dict.fromkeys(constants, "constexpr"),
         constants,
-        *about,
+        *served,
         4 if block_n else tile.num_warps,
         1 if block_n else tile.stages,
         tuple(BufferUse(p, node, access, shape) for p, (_, node, access, shape) in used.items()),
@@ -144,7 +144,7 @@ def _norm(anchor: Anchor, name: str) -> Kernel:
     signature = {use.argument: kind for use, kind in zip(uses, kinds, strict=True)} | {"M": "i32"}
     source = norm_kernel(anchor, name, [use.argument for use in uses])
     warps = 8 if width(anchor) > 2048 else 4
-    return Kernel(name, source, signature, {}, *about_nodes([norm.node]), warps, 1, tuple(uses))
+    return Kernel(name, source, signature, {}, *about([norm.node]), warps, 1, tuple(uses))
 
 
 def _host(
